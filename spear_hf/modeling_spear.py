@@ -1,0 +1,801 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""SPEAR: a Zipformer encoder for speech and audio (arXiv 2510.25955), and its heads."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_spear import SpearConfig
+
+
+logger = logging.get_logger(__name__)
+
+MIN_FRAMES = 9  # of the 100 Hz filter bank: the stem turns m frames into (m - 7) // 2
+
+# Names in published checkpoints -> ours. No rule matches a key of ours.
+PUBLISHED_NAMES = {
+    r"^model\.model\.mask_emb": "masked_spec_embed",
+    r"^model\.model\.encoder_embed\.conv\.0\.": "stem.conv1.",
+    r"^model\.model\.encoder_embed\.conv\.4\.": "stem.conv2.",
+    r"^model\.model\.encoder_embed\.conv\.7\.": "stem.conv3.",
+    r"^model\.model\.encoder_embed\.convnext\.": "stem.convnext.",
+    r"^model\.model\.encoder_embed\.out\.": "stem.out_proj.",
+    r"^model\.model\.encoder_embed\.out_norm\.": "stem.norm.",
+    r"^model\.model\.encoder\.downsample_output\.": "output_downsample.",
+    r"^model\.model\.encoder\.encoders\.(\d+)\.encoder\.": r"stacks.\1.stack.",
+    r"^model\.model\.encoder\.encoders\.": "stacks.",
+}
+
+
+@dataclass
+@auto_docstring(
+    custom_intro="""
+    Base class of the encoder's outputs, with the attention mask at the encoder's frame rate.
+    """
+)
+class SpearModelOutput(BaseModelOutput):
+    r"""
+    attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+        1 for frames of `last_hidden_state` that belong to the utterance, 0 for padding. Returned if `attention_mask`
+        was given.
+    """
+
+    attention_mask: torch.Tensor | None = None
+
+
+@dataclass
+@auto_docstring(
+    custom_intro="""
+    Output of [`SpearForPreTraining`].
+    """
+)
+class SpearForPreTrainingOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when labels are given):
+        Weighted sum of the teachers' losses per target frame (paper, masked prediction of multi-codebook tokens).
+    speech_loss, audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Mean cross-entropy over all target frames and codebooks of the teacher, unweighted.
+    speech_masked_accuracy, speech_unmasked_accuracy, audio_masked_accuracy, audio_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Share of the codebook entries that the teacher's classifiers get right; NaN without such frames.
+    statistics (`torch.FloatTensor` of shape `(num_teachers, 2, 3)`, *optional*):
+        Per teacher (speech, audio, then others by name), on masked (0) and unmasked (1) frames: the sum of the frames'
+        losses, the sum of their accuracies and their number. Sums of these over batches and ranks give exact means.
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        The encoder's output.
+    attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+        1 for frames of `last_hidden_state` that belong to the utterance, 0 for padding.
+    """
+
+    loss: torch.FloatTensor | None = None
+    speech_loss: torch.FloatTensor | None = None
+    audio_loss: torch.FloatTensor | None = None
+    speech_masked_accuracy: torch.FloatTensor | None = None
+    speech_unmasked_accuracy: torch.FloatTensor | None = None
+    audio_masked_accuracy: torch.FloatTensor | None = None
+    audio_unmasked_accuracy: torch.FloatTensor | None = None
+    statistics: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    attention_mask: torch.Tensor | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building blocks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def swoosh_l(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x - 4)) - 0.08 x - 0.035, of any shape."""
+    return F.softplus(x - 4.0) - 0.08 * x - 0.035
+
+
+def swoosh_r(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, zero at zero; of any shape."""
+    return F.softplus(x - 1.0) - 0.08 * x - 0.313261687
+
+
+def with_init_scale(module: nn.Module, scale: float | None = None) -> nn.Module:
+    """Mark a linear or convolution for PyTorch's default initialisation, with weights and biases shrunk by `scale`."""
+    module.init_scale = scale
+    return module
+
+
+def relative_position_table(length: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Features of the offsets -(length - 1) ... length of a key relative to its query, `(2 * length, dim)`.
+
+    Offsets are compressed logarithmically before an arctangent bends them onto less than half a circle, of which the
+    table holds the first `dim / 2` harmonics; the last column is 1. Row `length - 1 + j - i` belongs to query i and
+    key j; the last row serves `relative_scores` only.
+    """
+    offsets = torch.arange(-(length - 1), length + 1, device=device, dtype=torch.float32)  # (2 * length,)
+    compression = math.sqrt(dim)
+    compressed = compression * offsets.sign() * ((offsets.abs() + compression).log() - math.log(compression))
+    angles = (compressed / (dim / (2.0 * math.pi))).atan()
+    harmonics = torch.arange(1, dim // 2 + 1, device=device, dtype=torch.float32)
+    phases = angles[:, None] * harmonics  # (2 * length, dim / 2)
+    table = torch.stack([phases.cos(), phases.sin()], dim=-1).flatten(-2)  # (2 * length, dim)
+    return torch.cat([table[:, :-1], torch.ones_like(table[:, :1])], dim=-1).to(dtype)
+
+
+def relative_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Scores per offset, `(..., length, 2 * length)`, as a view of scores per key, `(..., length, length)`.
+
+    Entry (i, j) of the result is entry (i, length - 1 + j - i) of the argument. In the flattened rows that is place
+    i * (2 * length - 1) + length - 1 + j: rows that are one shorter, from place `length - 1` on.
+    """
+    length = scores.shape[-2]
+    rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
+    return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
+
+
+class SpearBiasNorm(nn.Module):
+    """x * exp(log_scale) / rms(x - bias), over the channels: no mean subtraction, no scale per channel."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.empty(()))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # In float32, as squares overflow half precision.
+        centered = hidden_states.float() - self.bias.float()
+        scale = centered.square().mean(dim=-1, keepdim=True).rsqrt() * self.log_scale.float().exp()
+        return hidden_states * scale.to(hidden_states.dtype)
+
+
+class SpearBypass(nn.Module):
+    """residual + (hidden - residual) * scale, with one scale per channel."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(residual, hidden_states - residual, self.bypass_scale)
+
+
+class SpearTimeSharedDropout(nn.Module):
+    """Dropout of whole channels of a sequence: one mask for all its frames, `(batch, 1, dim)`."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return hidden_states
+        return hidden_states * F.dropout(torch.ones_like(hidden_states[:, :1]), self.p, training=True)
+
+
+class SpearFeedForward(nn.Module):
+    def __init__(self, config: SpearConfig, intermediate_size: int):
+        super().__init__()
+        self.in_proj = with_init_scale(nn.Linear(config.hidden_size, intermediate_size))
+        self.dropout = SpearTimeSharedDropout(config.hidden_dropout)
+        self.out_proj = with_init_scale(nn.Linear(intermediate_size, config.hidden_size), 0.1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(swoosh_l(self.in_proj(hidden_states))))
+
+
+class SpearAttentionWeights(nn.Module):
+    """Attention weights of a layer, computed once and shared by its three attention modules."""
+
+    def __init__(self, config: SpearConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.query_head_dim = config.query_head_dim
+        self.pos_head_dim = config.pos_head_dim
+        out_features = self.num_heads * (2 * self.query_head_dim + self.pos_head_dim)
+        # The scale stands in for the division of the scores by sqrt(query_head_dim), which this attention leaves out.
+        self.in_proj = with_init_scale(nn.Linear(config.hidden_size, out_features), config.query_head_dim**-0.25)
+        self.linear_pos = with_init_scale(
+            nn.Linear(config.pos_dim, self.num_heads * self.pos_head_dim, bias=False), 0.05
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_table: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(batch, frames, dim)`, `(2 * frames, pos_dim)` and bool `(batch, frames)` to `(batch, heads, frames, frames)`."""
+        query_size = self.num_heads * self.query_head_dim
+        query, key, pos_query = self.in_proj(hidden_states).split(
+            [query_size, query_size, self.num_heads * self.pos_head_dim], dim=-1
+        )
+        query = query.unflatten(-1, (self.num_heads, self.query_head_dim)).transpose(1, 2)  # (batch, heads, frames, q)
+        key = key.unflatten(-1, (self.num_heads, self.query_head_dim)).permute(0, 2, 3, 1)  # (batch, heads, q, frames)
+        pos_query = pos_query.unflatten(-1, (self.num_heads, self.pos_head_dim)).transpose(1, 2)
+        positions = self.linear_pos(position_table).unflatten(-1, (self.num_heads, self.pos_head_dim))
+        positions = positions.permute(1, 2, 0)  # (heads, p, 2 * frames)
+
+        scores = query @ key + relative_scores(pos_query @ positions)  # (batch, heads, frames, frames)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1)
+
+
+class SpearSelfAttention(nn.Module):
+    """Values weighted by the attention weights of the layer."""
+
+    def __init__(self, config: SpearConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.value_head_dim = config.value_head_dim
+        value_size = self.num_heads * self.value_head_dim
+        self.in_proj = with_init_scale(nn.Linear(config.hidden_size, value_size))
+        self.out_proj = with_init_scale(nn.Linear(value_size, config.hidden_size), 0.05)
+
+    def forward(self, hidden_states: torch.Tensor, attention_weights: torch.Tensor) -> torch.Tensor:
+        value = self.in_proj(hidden_states).unflatten(-1, (self.num_heads, self.value_head_dim)).transpose(1, 2)
+        context = (attention_weights @ value).transpose(1, 2).flatten(-2)  # (batch, frames, heads * value_head_dim)
+        return self.out_proj(context)
+
+
+class SpearNonlinAttention(nn.Module):
+    """Gated values weighted by the attention weights of the first head."""
+
+    def __init__(self, config: SpearConfig):
+        super().__init__()
+        inner_size = 3 * config.hidden_size // 4
+        self.in_proj = with_init_scale(nn.Linear(config.hidden_size, 3 * inner_size))
+        self.out_proj = with_init_scale(nn.Linear(inner_size, config.hidden_size), 0.05)
+
+    def forward(self, hidden_states: torch.Tensor, attention_weights: torch.Tensor) -> torch.Tensor:
+        gate, value, out_gate = self.in_proj(hidden_states).chunk(3, dim=-1)
+        return self.out_proj((attention_weights[:, 0] @ (value * gate.tanh())) * out_gate)
+
+
+class SpearConvolution(nn.Module):
+    """Gated depthwise convolution over time; padded frames enter it as zeros."""
+
+    def __init__(self, config: SpearConfig, kernel_size: int):
+        super().__init__()
+        size = config.hidden_size
+        self.in_proj = with_init_scale(nn.Linear(size, 2 * size))
+        self.depthwise_conv = with_init_scale(
+            nn.Conv1d(size, size, kernel_size, padding=kernel_size // 2, groups=size)
+        )
+        self.out_proj = with_init_scale(nn.Linear(size, size), 0.05)
+
+    def forward(self, hidden_states: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
+        value, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        hidden_states = value * gate.sigmoid()
+        if valid_mask is not None:
+            hidden_states = hidden_states.masked_fill(~valid_mask[:, :, None], 0.0)
+        hidden_states = self.depthwise_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
+        return self.out_proj(swoosh_r(hidden_states))
+
+
+class SpearLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SpearConfig, kernel_size: int):
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.self_attn_weights = SpearAttentionWeights(config)
+        self.self_attn1 = SpearSelfAttention(config)
+        self.self_attn2 = SpearSelfAttention(config)
+        self.feed_forward1 = SpearFeedForward(config, inner * 3 // 4)
+        self.feed_forward2 = SpearFeedForward(config, inner)
+        self.feed_forward3 = SpearFeedForward(config, inner * 5 // 4)
+        self.nonlin_attention = SpearNonlinAttention(config)
+        self.conv_module1 = SpearConvolution(config, kernel_size)
+        self.conv_module2 = SpearConvolution(config, kernel_size)
+        self.norm = SpearBiasNorm(size)
+        self.bypass = SpearBypass(size)
+        self.bypass_mid = SpearBypass(size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_table: torch.Tensor,
+        valid_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        attention_weights = self.self_attn_weights(hidden_states, position_table, valid_mask)
+        hidden_states = hidden_states + self.feed_forward1(hidden_states)
+        hidden_states = hidden_states + self.nonlin_attention(hidden_states, attention_weights)
+        hidden_states = hidden_states + self.self_attn1(hidden_states, attention_weights)
+        hidden_states = hidden_states + self.conv_module1(hidden_states, valid_mask)
+        hidden_states = hidden_states + self.feed_forward2(hidden_states)
+        hidden_states = self.bypass_mid(residual, hidden_states)
+        hidden_states = hidden_states + self.self_attn2(hidden_states, attention_weights)
+        hidden_states = hidden_states + self.conv_module2(hidden_states, valid_mask)
+        hidden_states = hidden_states + self.feed_forward3(hidden_states)
+        return self.bypass(residual, self.norm(hidden_states))
+
+
+class SpearDownsample(nn.Module):
+    """Weighted mean of each group of `factor` frames; the last group is filled up with the last valid frame."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
+        self.bias = nn.Parameter(torch.empty(factor))
+
+    def forward(self, hidden_states: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, frames, dim)` to `(batch, ceil(frames / factor), dim)`."""
+        frames = hidden_states.shape[1]
+        groups = (frames + self.factor - 1) // self.factor
+        index = torch.arange(groups * self.factor, device=hidden_states.device).clamp(max=frames - 1)
+        if valid_mask is None:
+            hidden_states = hidden_states[:, index]
+        else:
+            # Each utterance's own last frame, so that it does not depend on what it is batched with.
+            last = (valid_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # (batch, 1)
+            index = torch.minimum(index, last)[:, :, None].expand(-1, -1, hidden_states.shape[-1])
+            hidden_states = hidden_states.gather(1, index)
+        weights = self.bias.softmax(dim=0)
+        return torch.einsum("bgfd,f->bgd", hidden_states.unflatten(1, (groups, self.factor)), weights)
+
+
+class SpearUpsample(nn.Module):
+    """Repeats every frame `factor` times and cuts to `frames`; its outputs are the model's `hidden_states`."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, hidden_states: torch.Tensor, frames: int) -> torch.Tensor:
+        if self.factor == 1:
+            return hidden_states
+        return hidden_states.repeat_interleave(self.factor, dim=1)[:, :frames]
+
+
+class SpearStack(nn.Module):
+    """Layers at one frame rate, `factor` times lower than that of the result."""
+
+    def __init__(self, config: SpearConfig, stack_idx: int):
+        super().__init__()
+        kernel_size = config.conv_kernel_sizes[stack_idx]
+        self.layers = nn.ModuleList(
+            [SpearLayer(config, kernel_size) for _ in range(config.num_layers_per_stack[stack_idx])]
+        )
+        self.upsample = SpearUpsample(config.downsampling_factors[stack_idx])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_table: torch.Tensor,
+        valid_mask: torch.Tensor | None,
+        frames: int,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_table, valid_mask, **kwargs)
+            upsampled = self.upsample(hidden_states, frames)
+        return upsampled
+
+
+class SpearDownsampledStack(nn.Module):
+    """A stack at a lower frame rate, between a downsampling and an upsampling, with a bypass around all of it."""
+
+    def __init__(self, config: SpearConfig, stack_idx: int):
+        super().__init__()
+        self.downsample = SpearDownsample(config.downsampling_factors[stack_idx])
+        self.stack = SpearStack(config, stack_idx)
+        self.out_combiner = SpearBypass(config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_table: torch.Tensor,
+        valid_mask: torch.Tensor | None,
+        frames: int,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        downsampled = self.downsample(hidden_states, valid_mask)
+        if valid_mask is not None:
+            valid_mask = valid_mask[:, :: self.downsample.factor]
+        # The table of a shorter sequence is the middle of that of a longer one.
+        length, longest = downsampled.shape[1], position_table.shape[0] // 2
+        position_table = position_table[longest - length : longest + length]
+        return self.out_combiner(
+            hidden_states, self.stack(downsampled, position_table, valid_mask, frames, **kwargs)
+        )
+
+
+class SpearConvNeXt(nn.Module):
+    """ConvNeXt block without norm, over time and frequency."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise_conv = with_init_scale(nn.Conv2d(channels, channels, 7, padding=3, groups=channels))
+        self.pointwise_conv1 = with_init_scale(nn.Conv2d(channels, 3 * channels, 1))
+        self.pointwise_conv2 = with_init_scale(nn.Conv2d(3 * channels, channels, 1), 0.01)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, frames, bins)` to the same."""
+        branch = swoosh_l(self.pointwise_conv1(self.depthwise_conv(hidden_states)))
+        return hidden_states + self.pointwise_conv2(branch)
+
+
+class SpearStem(nn.Module):
+    """Convolutions that take the filter bank at 100 Hz to the encoder's width at 50 Hz."""
+
+    def __init__(self, config: SpearConfig):
+        super().__init__()
+        channels = (8, 32, 128)
+        self.conv1 = with_init_scale(nn.Conv2d(1, channels[0], 3, padding=(0, 1)))
+        self.conv2 = with_init_scale(nn.Conv2d(channels[0], channels[1], 3, stride=2))
+        self.conv3 = with_init_scale(nn.Conv2d(channels[1], channels[2], 3, stride=(1, 2)))
+        self.convnext = SpearConvNeXt(channels[2])
+        bins = ((config.num_mel_bins - 1) // 2 - 1) // 2  # 31 of 128
+        self.out_proj = with_init_scale(nn.Linear(channels[2] * bins, config.hidden_size))
+        self.norm = SpearBiasNorm(config.hidden_size)
+        self.dropout = SpearTimeSharedDropout(config.hidden_dropout)
+
+    def forward(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, m, num_mel_bins)` to `(batch, (m - 7) // 2, hidden_size)`; the mask is that of the result."""
+        hidden_states = input_features[:, None]  # (batch, 1, m, bins)
+        for conv in (self.conv1, self.conv2, self.conv3):
+            hidden_states = swoosh_r(conv(hidden_states))
+        if valid_mask is not None:
+            # The ConvNeXt sees three frames to either side: those past the end must be as if there were none.
+            hidden_states = hidden_states.masked_fill(~valid_mask[:, None, :, None], 0.0)
+        hidden_states = self.convnext(hidden_states)
+        hidden_states = hidden_states.transpose(1, 2).flatten(-2)  # (batch, frames, channels * bins)
+        return self.dropout(self.norm(self.out_proj(hidden_states)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@auto_docstring
+class SpearPreTrainedModel(PreTrainedModel):
+    config: SpearConfig
+    base_model_prefix = "spear"
+    main_input_name = "input_features"
+    input_modalities = "audio"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpearLayer", "SpearStem"]
+    # The weights are shared by three modules of a layer: there is no call of a fused attention to switch to.
+    _supports_sdpa = False
+    _supports_flash_attn = False
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(SpearStem, capture_initial_hidden_state=False),
+            OutputRecorder(SpearUpsample, capture_initial_hidden_state=False),
+        ],
+        "attentions": OutputRecorder(SpearAttentionWeights),
+    }
+    # Left over in published checkpoints from an older layer, and unused there too.
+    _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.bypass_scale$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if hasattr(module, "init_scale"):
+            scale = 1.0 if module.init_scale is None else module.init_scale
+            fan_in = module.weight[0].numel()
+            init.uniform_(module.weight, -scale * fan_in**-0.5, scale * fan_in**-0.5)
+            if module.bias is not None:
+                bound = fan_in**-0.5 if module.init_scale is None else 0.1 * scale
+                init.uniform_(module.bias, -bound, bound)
+            return
+        super()._init_weights(module)
+        if isinstance(module, SpearBiasNorm):
+            init.constant_(module.log_scale, 1.0)
+            init.normal_(module.bias, mean=0.0, std=1e-4)
+        elif isinstance(module, SpearBypass):
+            init.constant_(module.bypass_scale, 0.5)
+        elif isinstance(module, SpearDownsample):
+            init.zeros_(module.bias)
+        elif isinstance(module, SpearModel):
+            init.normal_(module.masked_spec_embed, mean=0.0, std=1.0)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in [`PreTrainedModel.from_pretrained`]; checkpoints with the names of the published code load too."""
+        kwargs.setdefault("key_mapping", PUBLISHED_NAMES)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As in [`PreTrainedModel.save_pretrained`], but the names of this library are always written by default.
+
+        `save_original_format=True` writes the names of the checkpoint that the model was loaded from.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
+        """Encoder frames of so many frames of the 100 Hz filter bank; works on integers and on tensors of them."""
+        lengths = (input_lengths - 7) // 2
+        if self.config.output_downsampling_factor == 2:
+            lengths = (lengths + 1) // 2
+        return lengths
+
+    def _get_feature_vector_attention_mask(
+        self, feature_vector_length: int, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Mask of the encoder's frames, bool `(batch, feature_vector_length)`, of the mask of the filter bank."""
+        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(dim=-1))
+        return torch.arange(feature_vector_length, device=attention_mask.device) < lengths[:, None]
+
+
+@auto_docstring(
+    custom_intro="""
+    The SPEAR encoder: filter bank frames in, hidden states at 50 Hz (or 25 Hz) out.
+    """
+)
+class SpearModel(SpearPreTrainedModel):
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        self.masked_spec_embed = nn.Parameter(torch.empty(config.num_mel_bins))
+        self.stem = SpearStem(config)
+        self.stacks = nn.ModuleList(
+            [
+                (SpearStack if factor == 1 else SpearDownsampledStack)(config, stack_idx)
+                for stack_idx, factor in enumerate(config.downsampling_factors)
+            ]
+        )
+        self.output_downsample = (
+            SpearDownsample(config.output_downsampling_factor) if config.output_downsampling_factor > 1 else None
+        )
+        self.post_init()
+
+    def _mask_input_features(
+        self,
+        input_features: torch.Tensor,
+        mask_time_indices: torch.Tensor | None,
+        mask_feature_indices: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Zero whole mel bins, then put the mask embedding in place of whole frames (paper section 3)."""
+        if self.training and self.config.apply_spec_augment:
+            batch, frames, bins = input_features.shape
+            device = input_features.device
+            if mask_time_indices is None and self.config.mask_time_prob > 0:
+                mask_time_indices = random_spans(
+                    (batch, frames), self.config.mask_time_prob, self.config.mask_time_length, device
+                )
+            if mask_feature_indices is None and self.config.mask_feature_prob > 0:
+                mask_feature_indices = random_spans(
+                    (batch, bins), self.config.mask_feature_prob, self.config.mask_feature_length, device
+                )
+        if mask_feature_indices is not None:
+            input_features = input_features.masked_fill(mask_feature_indices[:, None, :].bool(), 0.0)
+        embedding = self.masked_spec_embed.to(input_features.dtype)
+        if mask_time_indices is not None:
+            input_features = torch.where(mask_time_indices[:, :, None].bool(), embedding, input_features)
+        elif self.training:
+            # Keeps the embedding in the graph: distributed training refuses parameters without a gradient.
+            input_features = input_features + 0.0 * embedding
+        return input_features
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        mask_time_indices: torch.Tensor | None = None,
+        mask_feature_indices: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SpearModelOutput:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it, at least 9 frames, padded on the right.
+        attention_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*):
+            1 for frames of the utterance, 0 for padding, which then has no influence on the frames of the utterance.
+        mask_time_indices (`torch.BoolTensor` of shape `(batch_size, frames)`, *optional*):
+            Frames of the filter bank that are replaced by the mask embedding.
+        mask_feature_indices (`torch.BoolTensor` of shape `(batch_size, num_mel_bins)`, *optional*):
+            Mel bins that are set to 0 in the whole utterance, before the frames are replaced.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from spear_hf import SpearConfig, SpearFeatureExtractor, SpearModel
+        >>> model = SpearModel(SpearConfig(hidden_size=64, intermediate_size=192)).eval()
+        >>> inputs = SpearFeatureExtractor()(torch.randn(16000), sampling_rate=16000, return_tensors="pt")
+        >>> model(**inputs).last_hidden_state.shape
+        torch.Size([1, 46, 64])
+        ```
+        """
+        if input_features.shape[1] < MIN_FRAMES:
+            raise ValueError(
+                f"`input_features` has {input_features.shape[1]} frames, but the encoder needs at least {MIN_FRAMES} "
+                "(1360 samples, 85 ms); pad the audio, for example with `pad_short=True` in the feature extractor."
+            )
+        input_features = self._mask_input_features(
+            input_features.to(self.stem.conv1.weight.dtype), mask_time_indices, mask_feature_indices
+        )
+        frames = (input_features.shape[1] - 7) // 2
+        valid_mask = None
+        if attention_mask is not None:
+            lengths = (attention_mask.sum(dim=-1) - 7) // 2
+            valid_mask = torch.arange(frames, device=input_features.device) < lengths[:, None]  # (batch, frames)
+
+        hidden_states = self.stem(input_features, valid_mask)
+        position_table = relative_position_table(
+            frames, self.config.pos_dim, hidden_states.device, hidden_states.dtype
+        )
+        position_table = F.dropout(position_table, self.config.position_dropout, training=self.training)
+        for stack in self.stacks:
+            hidden_states = stack(hidden_states, position_table, valid_mask, frames, **kwargs)
+        if self.output_downsample is not None:
+            hidden_states = self.output_downsample(hidden_states, valid_mask)
+            if valid_mask is not None:
+                valid_mask = valid_mask[:, :: self.output_downsample.factor]
+        return SpearModelOutput(
+            last_hidden_state=hidden_states,
+            attention_mask=None if valid_mask is None else valid_mask.to(attention_mask.dtype),
+        )
+
+
+def random_spans(shape: tuple[int, int], probability: float, length: int, device: torch.device) -> torch.Tensor:
+    """Bool mask `(batch, size)` of spans of `length`, each place being a start with `probability / length`.
+
+    Overlapping spans make the masked share a little smaller than `probability`. Drawn from torch's generator, so that
+    gradient checkpointing and seeds reproduce it.
+    """
+    starts = (torch.rand(shape, device=device) < probability / length).float()
+    return F.max_pool1d(F.pad(starts, (length - 1, 0))[:, None], length, stride=1)[:, 0] > 0
+
+
+@auto_docstring(
+    custom_intro="""
+    SPEAR with one linear classifier per codebook and teacher, for masked prediction of multi-codebook tokens.
+    """
+)
+class SpearForPreTraining(SpearPreTrainedModel):
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        self.spear = SpearModel(config)
+        # The published order first; `config.pretraining_targets` comes back from JSON in alphabetical order.
+        names = sorted(config.pretraining_targets, key=lambda name: (name != "speech", name != "audio", name))
+        self.prediction_heads = nn.ModuleDict(
+            {
+                name: nn.Linear(
+                    config.hidden_size,
+                    config.pretraining_targets[name]["num_codebooks"]
+                    * config.pretraining_targets[name]["codebook_size"],
+                )
+                for name in names
+            }
+        )
+        self.post_init()
+
+    def freeze_base_model(self):
+        """Stop the gradients of the encoder's parameters, so that only the heads are trained."""
+        for param in self.spear.parameters():
+            param.requires_grad = False
+
+    def _masked_output_frames(self, mask_time_indices: torch.Tensor | None, frames: int) -> torch.Tensor | None:
+        """Encoder frames of which at least half of the 10-ms frames that their targets describe are masked.
+
+        Target t of a 50 Hz teacher describes the filter bank's frames 2t and 2t + 1 (four frames at 25 Hz).
+        """
+        if mask_time_indices is None:
+            return None
+        ratio = 2 * self.config.output_downsampling_factor
+        groups = mask_time_indices[:, : frames * ratio].float().unflatten(1, (frames, ratio))
+        return groups.mean(dim=-1) >= 0.5  # (batch, frames)
+
+    def _codebook_statistics(
+        self, name: str, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, `(2, 3)`.
+
+        hidden_states `(batch, frames, dim)`, labels `(batch, frames, codebooks)` with -100 ignored, masked
+        `(batch, frames)`.
+        """
+        codebook_size = self.config.pretraining_targets[name]["codebook_size"]
+        has_target = (labels != -100).any(dim=-1)  # (batch, frames)
+        masked = torch.zeros_like(has_target) if masked is None else masked
+        if not torch.compiler.is_compiling():  # logits of frames without a target are never computed
+            hidden_states, labels, masked = hidden_states[has_target], labels[has_target], masked[has_target]
+            has_target = torch.ones_like(masked)
+        hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten(0, -2)  # (n, dim), (n, codebooks)
+        masked, has_target = masked.flatten(), has_target.flatten()
+
+        logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size)).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        known = labels != -100
+        per_frame = known.sum(dim=-1).clamp(min=1)
+        losses = losses.unflatten(0, labels.shape).sum(dim=-1) / per_frame  # (n,)
+        correct = ((logits.argmax(dim=-1) == labels) & known).sum(dim=-1) / per_frame
+        groups = torch.stack([has_target & masked, has_target & ~masked]).to(losses.dtype)  # (2, n)
+        return groups @ torch.stack([losses, correct, torch.ones_like(losses)], dim=-1)
+
+    def _check_labels(self, name: str, labels: torch.Tensor, frames: int) -> None:
+        target = self.config.pretraining_targets.get(name)
+        if target is None:
+            raise ValueError(
+                f"`{name}_labels` were given, but the configuration has no target {name!r} (it has "
+                f"{sorted(self.config.pretraining_targets)}); add it to `pretraining_targets`."
+            )
+        if labels.dim() != 3 or labels.shape[1:] != (frames, target["num_codebooks"]):
+            raise ValueError(
+                f"`{name}_labels` has shape {tuple(labels.shape)}, but the encoder gives {frames} frames and the "
+                f"configuration {target['num_codebooks']} codebooks: (batch, {frames}, {target['num_codebooks']}) is "
+                "needed. Align the tokens with `spear_hf.mvq.alignment.align_labels`."
+            )
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        mask_time_indices: torch.Tensor | None = None,
+        mask_feature_indices: torch.Tensor | None = None,
+        speech_labels: torch.Tensor | None = None,
+        audio_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SpearForPreTrainingOutput:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
+        mask_time_indices (`torch.BoolTensor` of shape `(batch_size, frames)`, *optional*):
+            Frames of the filter bank that are replaced by the mask embedding.
+        mask_feature_indices (`torch.BoolTensor` of shape `(batch_size, num_mel_bins)`, *optional*):
+            Mel bins that are set to 0 in the whole utterance, before the frames are replaced.
+        speech_labels (`torch.LongTensor` of shape `(batch_size, sequence_length, num_codebooks)`, *optional*):
+            Tokens of the speech teacher at the encoder's frame rate; -100 is ignored.
+        audio_labels (`torch.LongTensor` of shape `(batch_size, sequence_length, num_codebooks)`, *optional*):
+            Tokens of the audio teacher; rows of speech hold -100, which makes the asymmetric loss of the paper.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+            What the summed loss is divided by: the number of target frames of the whole global batch, when gradients
+            are accumulated or summed over ranks. By default the frames of this batch that have any target.
+        """
+        outputs: SpearModelOutput = self.spear(
+            input_features,
+            attention_mask=attention_mask,
+            mask_time_indices=mask_time_indices,
+            mask_feature_indices=mask_feature_indices,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        result = SpearForPreTrainingOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attention_mask=outputs.attention_mask,
+        )
+        labels = {"speech": speech_labels, "audio": audio_labels}
+        labels = {name: tokens for name, tokens in labels.items() if tokens is not None}
+        if not labels:
+            return result
+
+        frames = hidden_states.shape[1]
+        masked = self._masked_output_frames(mask_time_indices, frames)
+        alpha = self.config.masked_loss_weight
+        statistics, loss = [], hidden_states.new_zeros((), dtype=torch.float32)
+        for name in self.prediction_heads:
+            if name not in labels:
+                statistics.append(loss.new_zeros(2, 3))
+                continue
+            self._check_labels(name, labels[name], frames)
+            sums = self._codebook_statistics(name, hidden_states, labels[name], masked)
+            weight = self.config.pretraining_targets[name]["weight"]
+            loss = loss + weight * (alpha * sums[0, 0] + (1.0 - alpha) * sums[1, 0])
+            statistics.append(sums.detach())
+            losses, correct, counts = sums.detach().unbind(dim=-1)
+            if name in ("speech", "audio"):
+                result[f"{name}_loss"] = losses.sum() / counts.sum()
+                result[f"{name}_masked_accuracy"], result[f"{name}_unmasked_accuracy"] = (correct / counts).unbind()
+        if num_items_in_batch is None:
+            has_target = torch.stack([(tokens != -100).any(dim=-1) for tokens in labels.values()]).any(dim=0)
+            num_items_in_batch = has_target.sum().clamp(min=1)
+        result.loss = loss / num_items_in_batch
+        result.statistics = torch.stack(statistics)
+        return result
+
+
+__all__ = ["SpearForPreTraining", "SpearModel", "SpearPreTrainedModel"]
