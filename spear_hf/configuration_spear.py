@@ -4,7 +4,6 @@
 import difflib
 
 from huggingface_hub.dataclasses import strict
-
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -170,6 +169,8 @@ class SpearConfig(PreTrainedConfig):
 
     def _translate_published(self, kwargs: dict) -> None:
         """Take the published keys out of `kwargs` and set ours."""
+        if "encoder_dim" in kwargs:
+            kwargs.pop("auto_map", None)  # names the published remote code, which what is saved from here does not have
         if str(kwargs.pop("causal", False)).lower() not in ("false", "0"):
             raise ValueError("`causal=True`: causal SPEAR encoders are not supported; set `causal` to false.")
         for key in PUBLISHED_CAUSAL_ONLY:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -34,8 +33,8 @@ PUBLISHED_NAMES = {
     r"^model\.model\.encoder_embed\.out\.": "stem.out_proj.",
     r"^model\.model\.encoder_embed\.out_norm\.": "stem.norm.",
     r"^model\.model\.encoder\.downsample_output\.": "output_downsample.",
-    r"^model\.model\.encoder\.encoders\.(\d+)\.encoder\.": r"stacks.\1.stack.",
     r"^model\.model\.encoder\.encoders\.": "stacks.",
+    r"^stacks\.(\d+)\.encoder\.": r"stacks.\1.stack.",
 }
 
 
@@ -67,8 +66,10 @@ class SpearForPreTrainingOutput(ModelOutput):
         Weighted sum of the teachers' losses per target frame (paper, masked prediction of multi-codebook tokens).
     speech_loss, audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         Mean cross-entropy over all target frames and codebooks of the teacher, unweighted.
-    speech_masked_accuracy, speech_unmasked_accuracy, audio_masked_accuracy, audio_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Share of the codebook entries that the teacher's classifiers get right; NaN without such frames.
+    speech_masked_accuracy, speech_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Share of the codebook entries that the speech teacher's classifiers get right; NaN without such frames.
+    audio_masked_accuracy, audio_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        The same for the audio teacher.
     statistics (`torch.FloatTensor` of shape `(num_teachers, 2, 3)`, *optional*):
         Per teacher (speech, audio, then others by name), on masked (0) and unmasked (1) frames: the sum of the frames'
         losses, the sum of their accuracies and their number. Sums of these over batches and ranks give exact means.
@@ -92,9 +93,9 @@ class SpearForPreTrainingOutput(ModelOutput):
     attention_mask: torch.Tensor | None = None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Building blocks
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def swoosh_l(x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +210,7 @@ class SpearAttentionWeights(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_table: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(batch, frames, dim)`, `(2 * frames, pos_dim)` and bool `(batch, frames)` to `(batch, heads, frames, frames)`."""
+        """Weights `(batch, heads, frames, frames)`; frames whose bool `key_mask` `(batch, frames)` is False get none."""
         query_size = self.num_heads * self.query_head_dim
         query, key, pos_query = self.in_proj(hidden_states).split(
             [query_size, query_size, self.num_heads * self.pos_head_dim], dim=-1
@@ -401,9 +402,7 @@ class SpearDownsampledStack(nn.Module):
         # The table of a shorter sequence is the middle of that of a longer one.
         length, longest = downsampled.shape[1], position_table.shape[0] // 2
         position_table = position_table[longest - length : longest + length]
-        return self.out_combiner(
-            hidden_states, self.stack(downsampled, position_table, valid_mask, frames, **kwargs)
-        )
+        return self.out_combiner(hidden_states, self.stack(downsampled, position_table, valid_mask, frames, **kwargs))
 
 
 class SpearConvNeXt(nn.Module):
@@ -449,9 +448,9 @@ class SpearStem(nn.Module):
         return self.dropout(self.norm(self.out_proj(hidden_states)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Models
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @auto_docstring
@@ -587,7 +586,7 @@ class SpearModel(SpearPreTrainedModel):
     ) -> SpearModelOutput:
         r"""
         input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
-            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it, at least 9 frames, padded on the right.
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it: 9 frames or more, padded on the right.
         attention_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*):
             1 for frames of the utterance, 0 for padding, which then has no influence on the frames of the utterance.
         mask_time_indices (`torch.BoolTensor` of shape `(batch_size, frames)`, *optional*):
