@@ -1,16 +1,53 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """SPEAR speech and audio encoders in transformers. Importing this package registers them with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForAudioXVector,
+    AutoModelForCTC,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 
 from .configuration_spear import SpearConfig
-from .modeling_spear import SpearForPreTraining, SpearModel, SpearPreTrainedModel
+from .feature_extraction_spear import SpearFeatureExtractor
+from .modeling_spear import (
+    SpearForAudioFrameClassification,
+    SpearForCTC,
+    SpearForPreTraining,
+    SpearForSequenceClassification,
+    SpearForXVector,
+    SpearModel,
+    SpearPreTrainedModel,
+)
+from .processing_spear import SpearProcessor
 
 
 __version__ = "0.1.0"
 
 AutoConfig.register("spear", SpearConfig, exist_ok=True)
+AutoFeatureExtractor.register(SpearConfig, SpearFeatureExtractor, exist_ok=True)
 AutoModel.register(SpearConfig, SpearModel, exist_ok=True)
+AutoModelForAudioClassification.register(SpearConfig, SpearForSequenceClassification, exist_ok=True)
+AutoModelForAudioFrameClassification.register(SpearConfig, SpearForAudioFrameClassification, exist_ok=True)
+AutoModelForAudioXVector.register(SpearConfig, SpearForXVector, exist_ok=True)
+AutoModelForCTC.register(SpearConfig, SpearForCTC, exist_ok=True)
 AutoModelForPreTraining.register(SpearConfig, SpearForPreTraining, exist_ok=True)
+AutoProcessor.register(SpearConfig, SpearProcessor, exist_ok=True)
 
-__all__ = ["SpearConfig", "SpearForPreTraining", "SpearModel", "SpearPreTrainedModel"]
+__all__ = [
+    "SpearConfig",
+    "SpearFeatureExtractor",
+    "SpearForAudioFrameClassification",
+    "SpearForCTC",
+    "SpearForPreTraining",
+    "SpearForSequenceClassification",
+    "SpearForXVector",
+    "SpearModel",
+    "SpearPreTrainedModel",
+    "SpearProcessor",
+]

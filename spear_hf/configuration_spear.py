@@ -170,7 +170,7 @@ class SpearConfig(PreTrainedConfig):
     def _translate_published(self, kwargs: dict) -> None:
         """Take the published keys out of `kwargs` and set ours."""
         if "encoder_dim" in kwargs:
-            kwargs.pop("auto_map", None)  # names the published remote code, which what is saved from here does not have
+            kwargs.pop("auto_map", None)  # names remote code that a model saved from here is without
         if str(kwargs.pop("causal", False)).lower() not in ("false", "0"):
             raise ValueError("`causal=True`: causal SPEAR encoders are not supported; set `causal` to false.")
         for key in PUBLISHED_CAUSAL_ONLY:

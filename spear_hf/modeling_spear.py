@@ -9,7 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+    XVectorOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -210,7 +216,7 @@ class SpearAttentionWeights(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_table: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Weights `(batch, heads, frames, frames)`; frames whose bool `key_mask` `(batch, frames)` is False get none."""
+        """Weights `(batch, heads, frames, frames)`; frames with `key_mask` `(batch, frames)` False get none."""
         query_size = self.num_heads * self.query_head_dim
         query, key, pos_query = self.in_proj(hidden_states).split(
             [query_size, query_size, self.num_heads * self.pos_head_dim], dim=-1
@@ -495,6 +501,10 @@ class SpearPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, SpearModel):
             init.normal_(module.masked_spec_embed, mean=0.0, std=1.0)
+        elif isinstance(module, SpearAMSoftmaxLoss):
+            init.normal_(module.weight, mean=0.0, std=1.0)
+        elif isinstance(module, SpearHeadModel) and module.layer_weights is not None:
+            init.constant_(module.layer_weights, 1.0 / module.layer_weights.shape[0])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -646,15 +656,345 @@ def random_spans(shape: tuple[int, int], probability: float, length: int, device
     return F.max_pool1d(F.pad(starts, (length - 1, 0))[:, None], length, stride=1)[:, 0] > 0
 
 
+class SpearHeadModel(SpearPreTrainedModel):
+    """What all heads share: the encoder, its freezing, and the hidden states that the head reads."""
+
+    accepts_loss_kwargs = False  # losses are means of a batch: the Trainer divides them by the accumulation steps
+    uses_layer_weights = False
+
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        self.spear = SpearModel(config)
+        self.layer_weights = None
+        if self.uses_layer_weights and config.use_weighted_layer_sum:
+            self.layer_weights = nn.Parameter(torch.empty(config.num_hidden_layers + 1))
+
+    def freeze_base_model(self):
+        """Stop the gradients of the encoder's parameters, so that only the head is trained."""
+        for param in self.spear.parameters():
+            param.requires_grad = False
+
+    def _encode(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor, SpearModelOutput]:
+        """Hidden states `(batch, frames, dim)` for the head, the mask of their frames, and the encoder's output.
+
+        The weighted sum runs over all hidden states, at 50 Hz; where the last hidden state is at 25 Hz the sum takes
+        the encoder's own way there.
+        """
+        if self.layer_weights is None:
+            outputs = self.spear(input_features, attention_mask=attention_mask, **kwargs)
+            hidden_states = outputs.last_hidden_state
+        else:
+            requested = kwargs.pop("output_hidden_states", None)
+            requested = self.config.output_hidden_states if requested is None else requested
+            outputs = self.spear(input_features, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
+            weights = self.layer_weights.softmax(dim=0)
+            hidden_states = sum(weight * state for weight, state in zip(weights, outputs.hidden_states))
+            if self.spear.output_downsample is not None:
+                valid_mask = None
+                if attention_mask is not None:
+                    lengths = (attention_mask.sum(dim=-1) - 7) // 2
+                    valid_mask = torch.arange(hidden_states.shape[1], device=lengths.device) < lengths[:, None]
+                hidden_states = self.spear.output_downsample(hidden_states, valid_mask)
+            if not requested:
+                outputs.hidden_states = None
+        if outputs.attention_mask is None:
+            valid_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        else:
+            valid_mask = outputs.attention_mask.bool()
+        return hidden_states, valid_mask, outputs
+
+    def _check_class_labels(self, labels: torch.Tensor, num_classes: int) -> None:
+        if torch.compiler.is_compiling() or labels.numel() == 0:  # a compiled graph cannot branch on values
+            return
+        if ((labels >= num_classes) | ((labels < 0) & (labels != -100))).any():
+            raise ValueError(
+                f"labels lie in [{labels.min()}, {labels.max()}], but the model has {num_classes} classes: they must "
+                f"be in [0, {num_classes - 1}], or -100 to be ignored."
+            )
+
+
+def masked_mean(hidden_states: torch.Tensor, valid_mask: torch.Tensor) -> torch.Tensor:
+    """Mean `(batch, dim)` over the valid frames of `(batch, frames, dim)`; padding has no influence."""
+    hidden_states = hidden_states.masked_fill(~valid_mask[:, :, None], 0.0)
+    return hidden_states.sum(dim=1) / valid_mask.sum(dim=1, keepdim=True).clamp(min=1).to(hidden_states.dtype)
+
+
+@auto_docstring(
+    custom_intro="""
+    SPEAR with a linear layer for connectionist temporal classification.
+    """
+)
+class SpearForCTC(SpearHeadModel):
+    uses_layer_weights = True
+
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutput:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
+        labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
+            Label ids in `[0, ..., config.vocab_size - 1]`; -100 and the blank (`config.pad_token_id`) are padding.
+        """
+        if labels is not None:
+            self._check_class_labels(labels, self.config.vocab_size)
+        hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
+        logits = self.lm_head(self.dropout(hidden_states))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                logit_lengths=valid_mask.sum(dim=-1),
+                blank_token_id=self.config.pad_token_id,
+                reduction=self.config.ctc_loss_reduction,
+                zero_infinity=self.config.ctc_zero_infinity,
+            )
+        return CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    SPEAR with a classifier of the mean over the frames, for one label per utterance, several, or a regression.
+    """
+)
+class SpearForSequenceClassification(SpearHeadModel):
+    uses_layer_weights = True
+
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            What they mean follows `config.problem_type`: class ids (-100 is ignored), multi-hot vectors (binary
+            cross-entropy), or targets of a regression. If it is not set: a regression where there is one label, else
+            class ids where the labels are integers of one dimension, else multi-hot vectors.
+        """
+        hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
+        pooled = masked_mean(self.projector(hidden_states), valid_mask)
+        logits = self.classifier(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            problem = self.config.problem_type
+            if problem is None:
+                if self.config.num_labels == 1:
+                    problem = "regression"
+                elif labels.dim() == 1 and not labels.is_floating_point():
+                    problem = "single_label_classification"
+                else:
+                    problem = "multi_label_classification"
+            loss = self._loss(logits, labels, problem)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, problem: str) -> torch.Tensor:
+        logits = logits.float()
+        if problem == "single_label_classification":
+            self._check_class_labels(labels, self.config.num_labels)
+            return F.cross_entropy(logits, labels.flatten().long())
+        if labels.numel() != logits.numel():
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)} for "
+                f"problem_type {problem!r}."
+            )
+        labels = labels.reshape(logits.shape).to(logits.dtype)
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        return F.mse_loss(logits, labels)
+
+
+@auto_docstring(
+    custom_intro="""
+    SPEAR with a classifier of every frame, for tasks such as diarisation and sound event detection.
+    """
+)
+class SpearForAudioFrameClassification(SpearHeadModel):
+    uses_layer_weights = True
+
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Class ids of the frames, -100 being ignored, or vectors per frame, `(batch_size, sequence_length,
+            num_labels)`: one-hot, or multi-hot (binary cross-entropy) with `config.problem_type =
+            "multi_label_classification"`. Padded frames never count.
+        """
+        hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
+        logits = self.classifier(self.dropout(hidden_states))
+        loss = None
+        if labels is not None:
+            if labels.shape[:2] != logits.shape[:2] or labels.shape[2:] not in ((), logits.shape[2:]):
+                raise ValueError(
+                    f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: one "
+                    f"label or one vector of {self.config.num_labels} per frame is needed."
+                )
+            if labels.dim() == 3 and self.config.problem_type == "multi_label_classification":
+                losses = F.binary_cross_entropy_with_logits(
+                    logits.float(), labels.to(torch.float32), reduction="none"
+                ).mean(dim=-1)
+                counted = valid_mask
+            else:
+                if labels.dim() == 3:
+                    labels = labels.argmax(dim=-1)
+                self._check_class_labels(labels, self.config.num_labels)
+                counted = valid_mask & (labels != -100)
+                losses = F.cross_entropy(
+                    logits.float().transpose(1, 2), labels.long(), ignore_index=-100, reduction="none"
+                )
+            loss = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpearAMSoftmaxLoss(nn.Module):
+    """Cross-entropy of scaled cosines, of which that of the right class is lowered by a margin (additive margin)."""
+
+    def __init__(self, input_dim: int, num_labels: int, scale: float = 30.0, margin: float = 0.4):
+        super().__init__()
+        self.scale = scale
+        self.margin = margin
+        self.weight = nn.Parameter(torch.empty(input_dim, num_labels))
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`(batch, input_dim)` and class ids `(batch,)`."""
+        labels = labels.flatten().long()
+        cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(self.weight.float(), dim=0)
+        cosines = cosines - self.margin * F.one_hot(labels, self.weight.shape[1])
+        return F.cross_entropy(self.scale * cosines, labels)
+
+
+@auto_docstring(
+    custom_intro="""
+    SPEAR with time-delay layers, statistics pooling and an AM-softmax loss, for speaker verification.
+    """
+)
+class SpearForXVector(SpearHeadModel):
+    uses_layer_weights = True
+
+    def __init__(self, config: SpearConfig):
+        super().__init__(config)
+        sizes = [config.tdnn_dim[0], *config.tdnn_dim]
+        self.projector = nn.Linear(config.hidden_size, sizes[0])
+        self.tdnn = nn.ModuleList(
+            [
+                nn.Conv1d(sizes[i], sizes[i + 1], config.tdnn_kernel[i], dilation=config.tdnn_dilation[i])
+                for i in range(len(config.tdnn_dim))
+            ]
+        )
+        # Frames that the layers take to make one.
+        self.context = 1 + sum(
+            (kernel - 1) * dilation for kernel, dilation in zip(config.tdnn_kernel, config.tdnn_dilation)
+        )
+        self.feature_extractor = nn.Linear(2 * sizes[-1], config.xvector_output_dim)
+        self.classifier = nn.Linear(config.xvector_output_dim, config.xvector_output_dim)
+        self.objective = SpearAMSoftmaxLoss(config.xvector_output_dim, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> XVectorOutput:
+        r"""
+        input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
+            Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Speaker ids in `[0, ..., config.num_labels - 1]`, for the AM-softmax loss.
+        """
+        if labels is not None:
+            self._check_class_labels(labels, self.config.num_labels)
+        hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
+        # Zeros in place of padding: an utterance shorter than the context then sees the same in any batch.
+        hidden_states = self.projector(hidden_states).masked_fill(~valid_mask[:, :, None], 0.0)
+        hidden_states = F.pad(
+            hidden_states.transpose(1, 2), (0, self.context - 1)
+        )  # (batch, dim, frames + context - 1)
+        for layer in self.tdnn:
+            hidden_states = layer(hidden_states).relu()
+        hidden_states = hidden_states.transpose(
+            1, 2
+        )  # (batch, frames, dim), of which the last context - 1 are partial
+
+        whole = (valid_mask.sum(dim=1, keepdim=True) - self.context + 1).clamp(min=1)  # (batch, 1)
+        pooled_mask = torch.arange(hidden_states.shape[1], device=whole.device) < whole
+        mean = masked_mean(hidden_states, pooled_mask)
+        variance = masked_mean((hidden_states - mean[:, None]).square(), pooled_mask)
+        # The floor keeps the gradient of the root finite where all frames are alike.
+        statistics = torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=-1)
+        embeddings = self.feature_extractor(statistics)
+        logits = self.classifier(embeddings)
+        loss = None if labels is None else self.objective(logits, labels)
+        return XVectorOutput(
+            loss=loss,
+            logits=logits,
+            embeddings=embeddings,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
 @auto_docstring(
     custom_intro="""
     SPEAR with one linear classifier per codebook and teacher, for masked prediction of multi-codebook tokens.
     """
 )
-class SpearForPreTraining(SpearPreTrainedModel):
+class SpearForPreTraining(SpearHeadModel):
+    accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`
+
     def __init__(self, config: SpearConfig):
         super().__init__(config)
-        self.spear = SpearModel(config)
         # The published order first; `config.pretraining_targets` comes back from JSON in alphabetical order.
         names = sorted(config.pretraining_targets, key=lambda name: (name != "speech", name != "audio", name))
         self.prediction_heads = nn.ModuleDict(
@@ -668,11 +1008,6 @@ class SpearForPreTraining(SpearPreTrainedModel):
             }
         )
         self.post_init()
-
-    def freeze_base_model(self):
-        """Stop the gradients of the encoder's parameters, so that only the heads are trained."""
-        for param in self.spear.parameters():
-            param.requires_grad = False
 
     def _masked_output_frames(self, mask_time_indices: torch.Tensor | None, frames: int) -> torch.Tensor | None:
         """Encoder frames of which at least half of the 10-ms frames that their targets describe are masked.
@@ -797,4 +1132,12 @@ class SpearForPreTraining(SpearPreTrainedModel):
         return result
 
 
-__all__ = ["SpearForPreTraining", "SpearModel", "SpearPreTrainedModel"]
+__all__ = [
+    "SpearForAudioFrameClassification",
+    "SpearForCTC",
+    "SpearForPreTraining",
+    "SpearForSequenceClassification",
+    "SpearForXVector",
+    "SpearModel",
+    "SpearPreTrainedModel",
+]
