@@ -65,6 +65,9 @@ class SpearConfig(PreTrainedConfig):
         pos_head_dim (`int`, *optional*, defaults to 4): Size of a head's projection of relative positions.
         pos_dim (`int`, *optional*, defaults to 48): Width of the table of relative positions, even.
         num_mel_bins (`int`, *optional*, defaults to 128): Mel bins of `input_features`.
+        stem_channels (`list[int]`, *optional*, defaults to `[8, 32, 128]`):
+            Channels of the three convolutions of the stem. All published models have the default; most of the time of
+            a very small model goes into the stem, unless it is narrower.
         output_downsampling_factor (`int`, *optional*, defaults to 1):
             1: last hidden state at 50 Hz; 2: at 25 Hz, while the hidden states of the layers stay at 50 Hz.
         unmasked_hidden_size (`int`, *optional*):
@@ -123,6 +126,7 @@ class SpearConfig(PreTrainedConfig):
     pos_head_dim: int = 4
     pos_dim: int = 48
     num_mel_bins: int = 128
+    stem_channels: list[int] | tuple[int, ...] = (8, 32, 128)
     output_downsampling_factor: int = 1
     unmasked_hidden_size: int | None = None
     num_hidden_layers: int | None = None
@@ -154,7 +158,7 @@ class SpearConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._translate_published(kwargs)
         self._refuse_misspelt(kwargs)
-        for name in (*PUBLISHED_STACK_LISTS.values(), "tdnn_dim", "tdnn_kernel", "tdnn_dilation"):
+        for name in (*PUBLISHED_STACK_LISTS.values(), "stem_channels", "tdnn_dim", "tdnn_kernel", "tdnn_dilation"):
             setattr(self, name, list(getattr(self, name)))
         if self.num_hidden_layers is None:
             self.num_hidden_layers = sum(self.num_layers_per_stack)
@@ -218,6 +222,8 @@ class SpearConfig(PreTrainedConfig):
             raise ValueError(f"`pos_dim={self.pos_dim}` must be a positive even number.")
         if self.num_mel_bins < 9:
             raise ValueError(f"`num_mel_bins={self.num_mel_bins}` must be at least 9, as the stem halves it twice.")
+        if len(self.stem_channels) != 3 or min(self.stem_channels) < 1:
+            raise ValueError(f"`stem_channels={self.stem_channels}` must be three positive numbers.")
         if self.output_downsampling_factor not in (1, 2):
             raise ValueError(f"`output_downsampling_factor={self.output_downsampling_factor}` must be 1 or 2.")
         if not 0 <= self.unmasked_hidden_size <= self.hidden_size:

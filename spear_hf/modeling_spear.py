@@ -431,7 +431,7 @@ class SpearStem(nn.Module):
 
     def __init__(self, config: SpearConfig):
         super().__init__()
-        channels = (8, 32, 128)
+        channels = config.stem_channels
         self.conv1 = with_init_scale(nn.Conv2d(1, channels[0], 3, padding=(0, 1)))
         self.conv2 = with_init_scale(nn.Conv2d(channels[0], channels[1], 3, stride=2))
         self.conv3 = with_init_scale(nn.Conv2d(channels[1], channels[2], 3, stride=(1, 2)))

@@ -12,21 +12,17 @@ import numpy as np
 from .seeding import keyed_generator
 
 
-# With fewer batches than this in a bucket the same utterances would meet in every epoch.
-MINIMUM_BATCHES_PER_BUCKET = 3
-
-
 class BucketingSampler:
     """Cuts utterances into batches whose rows x longest row stays within `max_batch_samples`.
 
-    Utterances are sorted by length and divided into buckets of equal total duration. An epoch shuffles each bucket,
-    cuts the sequence at fixed places (a batch may straddle two neighbouring buckets, so only one batch of an epoch is
-    incomplete, and it is kept), then shuffles the batches.
+    Every epoch sorts the utterances by their length times a random factor from 1 - jitter to 1 + jitter, cuts the
+    sequence at fixed places (so only one batch of an epoch is incomplete, and it is kept), then shuffles the batches.
+    Each utterance thus meets others of its length, different ones in each epoch.
 
     Args:
         lengths: samples of each utterance, after cropping.
         max_batch_samples: cap of rows times longest row.
-        num_buckets: upper bound of the number of buckets; small corpora get fewer, so that batches still vary.
+        jitter: more of it mixes the batches better and costs padding of about the same share.
         seed: of the order.
         shuffle: False gives every epoch the same order, longest first (validation).
     """
@@ -35,28 +31,27 @@ class BucketingSampler:
         self,
         lengths: np.ndarray,
         max_batch_samples: int,
-        num_buckets: int = 20,
+        jitter: float = 0.05,
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.max_batch_samples = int(max_batch_samples)
+        self.jitter = jitter if shuffle else 0.0
         self.seed = seed
         self.shuffle = shuffle
         if len(self.lengths) == 0:
             raise ValueError("There are no utterances to make batches of.")
         if self.lengths.min() < 1:
             raise ValueError(f"Utterance {int(self.lengths.argmin())} has no samples; leave it out of the manifest.")
-        if num_buckets < 1:
-            raise ValueError(f"num_buckets must be at least 1, not {num_buckets}.")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), not {jitter}.")
         longest = int(self.lengths.max())
         if longest > self.max_batch_samples:
             raise ValueError(
                 f"The longest utterance has {longest} samples, more than a batch may hold ({self.max_batch_samples}): "
                 "raise the seconds of a batch or lower the longest crop (max_seconds)."
             )
-        self._order = np.argsort(-self.lengths, kind="stable")
-        self._bucket_starts = self._make_buckets(num_buckets)
         self._batch_starts = self._cut_batches()
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
@@ -65,44 +60,29 @@ class BucketingSampler:
         """The same in every epoch."""
         return len(self._batch_starts)
 
-    @property
-    def num_buckets(self) -> int:
-        """Buckets in use, at most the number asked for."""
-        return len(self._bucket_starts)
-
-    def _make_buckets(self, num_buckets: int) -> np.ndarray:
-        """First place of each bucket in the sorted order; buckets hold about the same total duration."""
-        ordered = self.lengths[self._order]
-        total = int(ordered.sum())
-        num_buckets = min(num_buckets, max(1, total // (MINIMUM_BATCHES_PER_BUCKET * self.max_batch_samples)))
-        bucket_of = (np.cumsum(ordered) - ordered) * num_buckets // total
-        return np.unique(bucket_of, return_index=True)[1]
-
     def _cut_batches(self) -> np.ndarray:
-        """First place of each batch in the sorted order.
+        """First place of each batch in an epoch's sorted sequence, the same for any draw of the random factors.
 
-        A batch that starts in a bucket holds as many rows as fit at that bucket's longest utterance, whatever the
-        shuffle puts into it; the buckets after it are shorter. Hence the number of batches never changes.
+        At place p the sorted products are at most (p-th longest length) x (1 + jitter), so no utterance from there on
+        is longer than that over (1 - jitter), nor longer than the longest: that many rows always fit.
         """
-        ordered = self.lengths[self._order]
-        starts, position, bucket = [], 0, 0
-        while position < len(ordered):
-            starts.append(position)
-            while bucket + 1 < len(self._bucket_starts) and self._bucket_starts[bucket + 1] <= position:
-                bucket += 1
-            longest = int(ordered[self._bucket_starts[bucket]])
-            position += self.max_batch_samples // longest
+        ordered = np.sort(self.lengths)[::-1]
+        bound = np.minimum(ordered * ((1 + self.jitter) / (1 - self.jitter)), ordered[0])
+        starts, place = [], 0
+        while place < len(ordered):
+            starts.append(place)
+            place += int(self.max_batch_samples // bound[place])
         return np.asarray(starts)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """All batches of an epoch in their order, each an array of utterance indices."""
         if self._planned is not None and self._planned[0] == epoch:
             return self._planned[1]
-        order = self._order
+        keys = self.lengths.astype(np.float64)
         if self.shuffle:
             rng = keyed_generator(self.seed, epoch, "order of utterances")
-            order = np.concatenate([rng.permutation(bucket) for bucket in np.split(order, self._bucket_starts[1:])])
-        batches = np.split(order, self._batch_starts[1:])
+            keys *= 1 + self.jitter * rng.uniform(-1, 1, len(keys))
+        batches = np.split(np.argsort(-keys, kind="stable"), self._batch_starts[1:])
         if self.shuffle:
             rng = keyed_generator(self.seed, epoch, "order of batches")
             batches = [batches[place] for place in rng.permutation(len(batches))]

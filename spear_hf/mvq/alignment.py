@@ -21,15 +21,15 @@ def label_ratio(token_rate: float, frame_rate: float) -> tuple[int, int]:
         if round(repeated) and abs(repeated - round(repeated)) < 1e-6:
             return 1, round(repeated)
     raise ValueError(
-        f"tokens at {token_rate} Hz cannot be aligned with student frames at {frame_rate} Hz: one rate must be a whole "
-        "multiple of the other; resample the teacher's features to 50 or 25 Hz before they are quantised"
+        f"tokens at {token_rate} Hz cannot be aligned with student frames at {frame_rate} Hz: one rate must be a "
+        "whole multiple of the other; resample the teacher's features to 50 or 25 Hz before they are quantised"
     )
 
 
 def align_labels(
     codes: np.ndarray, token_rate: float, num_frames: int, frame_rate: float, tolerance: int = 5
 ) -> np.ndarray:
-    """Tokens (tokens, codebooks) -> int64 labels (num_frames, codebooks x labels a frame), -100 where no token covers a frame.
+    """Tokens (tokens, codebooks) -> int64 labels (num_frames, codebooks x labels a frame), -100 without a token.
 
     Token t and student frame t start at the same time. Same rate: one to one. Slower teacher (25 against 50 Hz): each
     token is repeated. Faster teacher (50 against 25 Hz): the tokens of a frame are concatenated, [first token's
@@ -50,9 +50,9 @@ def align_labels(
     needed = num_frames * concatenated if concatenated > 1 else math.ceil(num_frames / repeated)
     if abs(num_tokens - needed) > tolerance:
         raise ValueError(
-            f"{num_tokens} tokens at {token_rate} Hz against {num_frames} student frames at {frame_rate} Hz, which span "
-            f"{needed} tokens: they differ by {abs(num_tokens - needed)}, more than the tolerance of {tolerance}; the "
-            "tokens are of other audio, or of another frame rate"
+            f"{num_tokens} tokens at {token_rate} Hz against {num_frames} student frames at {frame_rate} Hz, which "
+            f"span {needed} tokens: they differ by {abs(num_tokens - needed)}, over the tolerance of {tolerance}; "
+            "the tokens are of other audio, or of another frame rate"
         )
     tokens = np.full((needed, num_codebooks), IGNORED, dtype=np.int64)
     kept = min(num_tokens, needed)

@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""MFCC with deltas and delta-deltas, batched in torch: the targets of HuBERT's first iteration (arXiv 2106.07447, section IV.B)."""
+"""MFCC with deltas, batched in torch: the targets of HuBERT's first iteration (arXiv 2106.07447, section IV.B)."""
 
 import math
 
@@ -47,7 +47,7 @@ class KaldiMfcc(nn.Module):
         self.register_buffer("cosines", _liftered_cosines().float(), persistent=False)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(batch, samples) right-padded and (batch,) lengths in samples -> (batch, frames, 39) and (batch,) frame counts.
+        """Right-padded (batch, samples), lengths (batch,) in samples -> (batch, frames, 39), frame counts (batch,).
 
         What stands behind a row's frame count is padding and has no meaning.
         """
@@ -75,7 +75,7 @@ class KaldiMfcc(nn.Module):
 
 
 def _deltas(features: Tensor, num_frames: Tensor) -> Tensor:
-    """Regression slope over 5 frames, (batch, frames, dim); each row's first and last frames are repeated beyond its ends."""
+    """Slope over 5 frames, (batch, frames, dim); a row's first and last frames are repeated beyond its ends."""
     batch, total, dim = features.shape
     positions = torch.arange(total, device=features.device)
     slope = torch.zeros_like(features)

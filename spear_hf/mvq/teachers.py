@@ -38,12 +38,12 @@ WindowRule = Literal["pad", "slice"]
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one utterance: samples [start, stop) go in, local frames [first, last) are kept (None: to the end)."""
+    """A stretch of one utterance: samples [start, stop) go in, its frames [first, last) are kept."""
 
     start: int
     stop: int
     first: int
-    last: int | None
+    last: int | None  # None: to the end
 
 
 def plan_windows(num_samples: int, window_frames: int, context_frames: int, hop: Fraction) -> list[Window]:
@@ -52,7 +52,8 @@ def plan_windows(num_samples: int, window_frames: int, context_frames: int, hop:
     Up to `window_frames` frames: one window. Longer: windows of `window_frames`, each starting
     `window_frames - 2 * context_frames` frames after the one before; the last one ends with the utterance. A frame is
     taken from the window in which it lies at least `context_frames` from either cut (the first and last window keep
-    the utterance's own ends), so that no frame is computed next to a cut.
+    the utterance's own ends), so that no frame is computed next to a cut. What a teacher computes from a whole input,
+    such as a normalisation of its level, it computes window by window.
     """
     length = math.floor(window_frames * hop)
     if num_samples <= length:
@@ -60,7 +61,7 @@ def plan_windows(num_samples: int, window_frames: int, context_frames: int, hop:
     # A window must start on a whole sample: with a fractional hop only every `denominator`-th frame does.
     step = (window_frames - 2 * context_frames) // hop.denominator * hop.denominator
     if step <= 0:
-        raise ValueError(f"a window of {window_frames} frames leaves nothing between contexts of {context_frames} frames")
+        raise ValueError(f"a window of {window_frames} frames has nothing between contexts of {context_frames}")
     windows = []
     start = first = 0
     while start + length < num_samples:
@@ -120,7 +121,7 @@ class Teacher:
     def __call__(self, waveforms: Sequence[Waveform], ids: Sequence[str] | None = None) -> list[Tensor]:
         """1-D waveforms at 16 kHz in [-1, 1] -> float32 (frames, feature_size) each, on the teacher's device.
 
-        `ids` name the utterances in errors. Raises ValueError for what is empty, too short for one frame, or not finite.
+        `ids` name the utterances in errors. ValueError for what is empty, too short for one frame, or not finite.
         """
         return self.extract(waveforms, ids=ids)
 
@@ -138,14 +139,11 @@ class Teacher:
         names = [str(name) for name in ids] if ids is not None else [f"utterance {i}" for i in range(len(waveforms))]
         if len(names) != len(waveforms):
             raise ValueError(f"{len(names)} ids for {len(waveforms)} waveforms")
-        arrays = [self._checked(waveform, name) for waveform, name in zip(waveforms, names)]
-        jobs = [
-            (index, part, window)
-            for index, array in enumerate(arrays)
-            for part, window in enumerate(plan_windows(len(array), self._window_frames, self._context_frames, self._hop))
-        ]
-        # By length, so that little is padded; the order is a function of the lengths given, nothing else.
-        jobs.sort(key=lambda job: (job[2].stop - job[2].start, job[0], job[1]))
+        arrays = [self.check(waveform, name) for waveform, name in zip(waveforms, names)]
+        plans = [plan_windows(len(array), self._window_frames, self._context_frames, self._hop) for array in arrays]
+        jobs = [(index, part, window) for index, plan in enumerate(plans) for part, window in enumerate(plan)]
+        # By length, so that little is padded; the longest first, so that memory runs out at once or never.
+        jobs.sort(key=lambda job: (job[2].start - job[2].stop, job[0], job[1]))
         parts: dict[tuple[int, int], Tensor] = {}
         for batch in self._batches(jobs):
             outputs = self._features([arrays[index][window.start : window.stop] for index, _, window in batch])
@@ -158,10 +156,7 @@ class Teacher:
             rows = frames if transform is None else transform(frames)
             for (index, part, _), piece in zip(batch, rows.split(sizes)):
                 parts[index, part] = piece
-        counts = [0] * len(arrays)
-        for index, _ in parts:
-            counts[index] += 1
-        return [torch.cat([parts[index, part] for part in range(count)]) for index, count in enumerate(counts)]
+        return [torch.cat([parts[index, part] for part in range(len(plan))]) for index, plan in enumerate(plans)]
 
     def provenance(self) -> dict[str, Any]:
         """What must be the same wherever this teacher's features are quantised, as JSON values."""
@@ -187,14 +182,16 @@ class Teacher:
         """Runs of the sorted jobs whose padded audio is within `batch_seconds`."""
         batches: list[list[tuple[int, int, Window]]] = []
         limit = self.batch_seconds * SAMPLING_RATE
+        longest = 0
         for job in jobs:
-            longest = job[2].stop - job[2].start  # jobs ascend in length
             if not batches or (len(batches[-1]) + 1) * longest > limit:
                 batches.append([])
+                longest = job[2].stop - job[2].start  # jobs descend in length
             batches[-1].append(job)
         return batches
 
-    def _checked(self, waveform: Waveform, name: str) -> np.ndarray:
+    def check(self, waveform: Waveform, name: str) -> np.ndarray:
+        """The waveform as float32 (samples,); ValueError, with the utterance's name, if it cannot be used."""
         array = waveform.detach().cpu().numpy() if isinstance(waveform, Tensor) else np.asarray(waveform)
         if array.ndim != 1:
             raise ValueError(f"{name}: a mono waveform (samples,) is wanted, not shape {array.shape}")
@@ -202,8 +199,8 @@ class Teacher:
             raise ValueError(f"{name}: samples are {array.dtype}; give floats in [-1, 1] (16-bit integers / 32768)")
         if len(array) < self.min_samples:
             raise ValueError(
-                f"{name}: {len(array)} samples are too short for one frame of {self.id}, which needs {self.min_samples} "
-                f"({1000 * self.min_samples / SAMPLING_RATE:g} ms)"
+                f"{name}: {len(array)} samples are too short for one frame of {self.id}, which needs "
+                f"{self.min_samples} ({1000 * self.min_samples / SAMPLING_RATE:g} ms)"
             )
         if not np.isfinite(array).all():
             raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} samples are NaN or infinite")
@@ -212,12 +209,14 @@ class Teacher:
     def _check_output(self, output: Tensor, num_samples: int, name: str) -> None:
         """Refuses features that are not (about num_samples / hop, feature_size) and finite."""
         if output.ndim != 2 or output.shape[1] != self.feature_size:
-            raise ValueError(f"{name}: {self.id} gave features {tuple(output.shape)}, not (frames, {self.feature_size})")
+            raise ValueError(
+                f"{name}: {self.id} gave features {tuple(output.shape)}, not (frames, {self.feature_size})"
+            )
         expected = num_samples / SAMPLING_RATE * self.frame_rate
         if len(output) == 0 or abs(len(output) - expected) > FRAME_TOLERANCE:
             raise ValueError(
-                f"{name}: {self.id} gave {len(output)} frames for {num_samples} samples; at {self.frame_rate} Hz about "
-                f"{expected:.1f} are due"
+                f"{name}: {self.id} gave {len(output)} frames for {num_samples} samples; at {self.frame_rate} Hz "
+                f"about {expected:.1f} are due"
             )
         if not torch.isfinite(output).all():
             raise ValueError(f"{name}: features of {self.id} in {self.dtype} are NaN or infinite; try dtype=float32")
@@ -260,7 +259,7 @@ class CallableTeacher(Teacher):
             raise ValueError(f"{id}: {type(function).__name__} is not callable; define __call__(waveforms)")
         rate = int(getattr(function, "sampling_rate", SAMPLING_RATE))
         if rate != SAMPLING_RATE:
-            raise ValueError(f"{id}: takes {rate} Hz; resample inside the adapter, waveforms come at {SAMPLING_RATE} Hz")
+            raise ValueError(f"{id}: takes {rate} Hz; waveforms come at {SAMPLING_RATE} Hz, resample them inside")
         if settings.get("window_seconds") is None:
             settings["window_seconds"] = getattr(function, "window_seconds", None)
         super().__init__(
@@ -294,8 +293,8 @@ class CallableTeacher(Teacher):
             # bf16 may round differently in another batch; padding that leaks in shows far above 2 % of the level.
             if one.shape != other.shape or (one - other).square().mean().sqrt() > 0.02 * one.square().mean().sqrt():
                 raise ValueError(
-                    f"{self.id}: an utterance's features change with the other utterances of the batch; mask the padding "
-                    "or compute waveforms one at a time in the adapter"
+                    f"{self.id}: an utterance's features change with the other utterances of the batch; mask the "
+                    "padding or compute waveforms one at a time in the adapter"
                 )
 
 
@@ -312,18 +311,18 @@ def load_teacher(
     """A teacher by name.
 
     `spec`: `kaldi-mfcc`; `module:factory`; or a Hub id or folder of a Hugging Face audio encoder.
-    `layer`: index into `hidden_states` (0 = what enters the first layer, k = output of layer k, negative from the end);
-    None is `last_hidden_state`.
+    `layer`: index into `hidden_states` (0 = what enters the first layer, k = output of layer k, negative from the
+    end); None is `last_hidden_state`.
     `window` ("pad" by default, or "slice"): how a teacher with a fixed window is fed, see hub_teacher.py.
     `window_seconds`: longer utterances are cut as `plan_windows` says; 30 s by default.
-    `options`: keyword arguments of the factory, JSON values; it also gets `layer`, `device` and `dtype` if it names them.
+    `options`: keyword arguments of the factory, JSON values; it gets `layer`, `device`, `dtype` too if it names them.
     `dtype` of the computation, float32 by default; features are always returned in float32.
     """
     precision = _as_dtype(dtype)
     if spec == KALDI_MFCC:
         _refuse(spec, layer=layer, revision=revision, window=window, options=options)
         return KaldiMfccTeacher(device=device, window_seconds=window_seconds)
-    if _FACTORY.fullmatch(spec) and not Path(spec).exists():
+    if is_factory(spec):
         _refuse(spec, revision=revision, window=window)
         function = _build(spec, layer, device, precision, options or {})
         return CallableTeacher(
@@ -343,6 +342,11 @@ def load_teacher(
     )
 
 
+def is_factory(spec: str) -> bool:
+    """Whether a teacher's name reads `module:factory`."""
+    return _FACTORY.fullmatch(spec) is not None and not Path(spec).exists()
+
+
 def _refuse(spec: str, **settings: Any) -> None:
     for name, value in settings.items():
         if value is not None and value != {}:
@@ -358,7 +362,9 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return known[dtype or "float32"]
 
 
-def _build(spec: str, layer: int | None, device: str | torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+def _build(
+    spec: str, layer: int | None, device: str | torch.device, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
     """Imports `module:factory` (the working folder counts as a place of modules) and calls it."""
     module_name, _, path = spec.partition(":")
     folder = str(Path.cwd())

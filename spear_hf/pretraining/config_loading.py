@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""YAML and `key=value` overrides -> nested frozen dataclasses. Unknown keys and wrong types are errors, never ignored."""
+"""YAML and `key=value` overrides -> nested frozen dataclasses. Unknown keys and wrong types are errors."""
 
 import dataclasses
 import difflib

@@ -1,0 +1,195 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Lists of utterances: from a folder of audio files, or from a manifest (JSON lines, CSV or TSV).
+
+A manifest has one utterance a row. Only `path` is compulsory, relative to the manifest's folder or absolute; the other
+columns are the fields of `Utterance`. A folder that holds a `manifest.jsonl` is read by it, any other folder is
+searched for audio files, whose ids are their paths relative to the folder.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .audio import SAMPLING_RATE
+
+
+MANIFEST_NAME = "manifest.jsonl"
+DOMAINS = ("speech", "audio")
+# What libsndfile decodes and people have; any other file is looked at only when it is named itself.
+# fmt: off
+AUDIO_SUFFIXES = frozenset({
+    ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".sph", ".w64",
+    ".wav", ".wave",
+})
+# fmt: on
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MANIFEST_SUFFIXES = (".jsonl", *_DELIMITERS)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One audio file and what is known of it.
+
+    `num_samples` counts samples at 16 kHz: a manifest's own count is converted when its `sampling_rate` is another.
+    """
+
+    id: str
+    path: Path
+    domain: str | None = None  # "speech" or "audio"
+    split: str | None = None
+    label: str | tuple[str, ...] | None = None  # several for multi-label tasks
+    transcript: str | None = None
+    num_samples: int | None = None
+    probe: str | None = None  # the labelled task it belongs to
+    language: str | None = None
+    speaker: str | None = None
+    licence: str | None = None
+    source: str | None = None
+    sha256: str | None = None  # of the file
+
+
+_TEXT_COLUMNS = tuple(
+    field.name for field in fields(Utterance) if field.name not in ("id", "path", "label", "num_samples")
+)
+_COLUMNS = frozenset((*(field.name for field in fields(Utterance)), "sampling_rate"))
+
+
+def find_audio(folder: str | os.PathLike) -> list[Path]:
+    """Audio files below a folder by their suffix, sorted by relative path; hidden files and folders are skipped."""
+    found = []
+    for parent, subfolders, names in os.walk(os.fspath(folder)):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [
+            Path(parent) / name
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
+        ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_manifest(source: str | os.PathLike, split: str | Sequence[str] | None = None) -> list[Utterance]:
+    """The utterances of a folder or a manifest, in its order, or those of one or more splits. Files are not opened.
+
+    Raises:
+        ValueError: no such source, an unknown column, a missing path, a value of the wrong kind, an id that comes
+            twice, an unknown split, or nothing found. The message names the manifest and the line.
+    """
+    source = Path(source)
+    if source.is_dir():
+        if (source / MANIFEST_NAME).is_file():
+            source = source / MANIFEST_NAME
+        else:
+            return _read_folder(source, split)
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist: name a folder of audio, or a manifest (.jsonl, .csv or .tsv)")
+
+    utterances: list[Utterance] = []
+    lines: dict[str, int] = {}
+    for line, row in _rows(source):
+        utterance = _utterance(row, source.parent, f"{source}, line {line}")
+        if utterance.id in lines:
+            raise ValueError(
+                f"{source}, line {line}: the id {utterance.id!r} is already on line {lines[utterance.id]}; "
+                "ids must be unique (without an id column they are the paths)"
+            )
+        lines[utterance.id] = line
+        utterances.append(utterance)
+    if not utterances:
+        raise ValueError(f"{source} lists no utterance")
+    return utterances if split is None else _of_splits(utterances, split, source)
+
+
+def _read_folder(folder: Path, split: str | Sequence[str] | None) -> list[Utterance]:
+    if split is not None:
+        raise ValueError(
+            f"split={split!r}: {folder} has no {MANIFEST_NAME}, and files found in a folder have no splits"
+        )
+    paths = find_audio(folder)
+    if not paths:
+        raise ValueError(
+            f"{folder} holds neither a {MANIFEST_NAME} nor a file of these kinds: {' '.join(sorted(AUDIO_SUFFIXES))}"
+        )
+    return [Utterance(id=path.relative_to(folder).as_posix(), path=path) for path in paths]
+
+
+def _of_splits(utterances: list[Utterance], split: str | Sequence[str], source: Path) -> list[Utterance]:
+    wanted = (split,) if isinstance(split, str) else tuple(split)
+    known = sorted({utterance.split for utterance in utterances if utterance.split is not None})
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"split={name!r} is not in {source}, whose splits are: {', '.join(known) or 'none'}")
+    return [utterance for utterance in utterances if utterance.split in wanted]
+
+
+def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and rows as written."""
+    suffix = source.suffix.lower()
+    if suffix not in MANIFEST_SUFFIXES:
+        raise ValueError(f"{source} is not a manifest: its suffix must be .jsonl, .csv or .tsv")
+    with open(source, encoding="utf-8-sig", newline="" if suffix in _DELIMITERS else None) as file:
+        if suffix == ".jsonl":
+            for line, text in enumerate(file, start=1):
+                if text.strip():
+                    yield line, _json_row(text, f"{source}, line {line}")
+            return
+        reader = csv.DictReader(file, delimiter=_DELIMITERS[suffix], strict=True)
+        for row in reader:
+            place = f"{source}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(f"{place}: there are more values than the {len(reader.fieldnames or ())} columns")
+            yield reader.line_num, {name: value or None for name, value in row.items()}
+
+
+def _json_row(text: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}: each line must be one JSON object")
+    return row
+
+
+def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
+    if unknown := sorted(set(row) - _COLUMNS):
+        raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")
+    path = row.get("path")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{place}: path={path!r}, but every utterance needs the path of its audio file")
+    values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": folder / path}
+    for name in _TEXT_COLUMNS:
+        values[name] = _text(row, name, place)
+    if values["domain"] not in (None, *DOMAINS):
+        raise ValueError(f"{place}: domain={values['domain']!r} must be one of {', '.join(DOMAINS)}, or left out")
+    label = row.get("label")
+    values["label"] = tuple(map(str, label)) if isinstance(label, list) else _text(row, "label", place)
+    num_samples, rate = _positive(row, "num_samples", place), _positive(row, "sampling_rate", place)
+    if num_samples is not None and rate is not None and rate != SAMPLING_RATE:
+        num_samples = -(-num_samples * SAMPLING_RATE // rate)  # rounded up, as the resampler does
+    return Utterance(num_samples=num_samples, **values)
+
+
+def _text(row: dict[str, Any], name: str, place: str) -> str | None:
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):  # ids, speakers and labels are often numbers
+        return str(value)
+    raise ValueError(f"{place}: {name}={value!r} must be text or a number")
+
+
+def _positive(row: dict[str, Any], name: str, place: str) -> int | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or number != float(value):
+        raise ValueError(f"{place}: {name}={value!r} must be a whole number, 1 or more")
+    return number

@@ -1,0 +1,391 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Embeddings of audio files by a pre-trained encoder: `embed_files` in Python, `spear-hf embed` in the shell."""
+
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoFeatureExtractor, AutoModel, BatchFeature, PreTrainedModel, SequenceFeatureExtractor
+
+from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
+from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
+from ..feature_extraction_spear import SpearFeatureExtractor
+from ..modeling_spear import SpearPreTrainedModel
+from .embedding_files import FORMAT_VERSION, check_output, embedding_writer
+
+
+POOLS = ("none", "mean", "mean+std")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BATCHES_AHEAD = 2
+_DECODERS = 4  # threads; decoding and resampling run outside Python's lock
+
+
+@dataclass(frozen=True)
+class EmbeddedFile:
+    """The embedding of one file, or what is wrong with it.
+
+    `embedding` is float32 (frames, dim), with layer="all" (num_hidden_layers + 1, frames, dim); pooling takes the
+    frames away, and "mean+std" doubles dim. `frame_rate` is in Hz, None where frames were pooled or it is unknown.
+    """
+
+    id: str
+    path: Path
+    embedding: np.ndarray | None
+    frame_rate: float | None = None
+    error: str | None = None
+
+
+def load_encoder(
+    model: str | os.PathLike, device: str = "auto", dtype: str = "float32"
+) -> tuple[PreTrainedModel, SequenceFeatureExtractor]:
+    """Model and feature extractor of a folder or Hub id; published SPEAR folders lack the latter, and get the default.
+
+    Raises:
+        ValueError: an unknown dtype.
+        OSError: there is no such model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    encoder = AutoModel.from_pretrained(model, dtype=DTYPES[dtype]).to(torch.device(device)).eval()
+    try:
+        feature_extractor = AutoFeatureExtractor.from_pretrained(model)
+    except OSError:
+        if encoder.config.model_type != "spear":
+            raise
+        feature_extractor = SpearFeatureExtractor(feature_size=encoder.config.num_mel_bins)
+    return encoder, feature_extractor
+
+
+def embed_files(
+    paths: Sequence[str | os.PathLike | Utterance],
+    model: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    layer: int | str = "last",
+    pool: str = "none",
+    batch_seconds: float = 120.0,
+    max_seconds: float = 120.0,
+) -> Iterator[EmbeddedFile]:
+    """Embeds audio files in batches of like length, longest first; a file that cannot be used comes with its error.
+
+    Files are decoded a few batches ahead, so memory does not grow with their number. An embedding does not depend on
+    the other files: SPEAR is invariant to padding, and other encoders, most of which are not, get one file at a time.
+
+    Args:
+        paths: audio files, folders of them, manifests, or utterances; ids are paths relative to the folder given.
+        model: any transformers audio encoder; of a model with a head, the encoder is used.
+        layer: "last" for last_hidden_state; 0 for the output of the stem and K for that of layer K; "all" for all of
+            these; "mean" for their mean.
+        pool: over frames: "none", "mean", or "mean+std" (both, concatenated).
+        batch_seconds: rows times longest row of a batch. A longer file makes a batch of its own.
+        max_seconds: longer files are refused, because the memory of attention grows with the square of the length.
+
+    Raises:
+        ValueError: an unknown layer or pool, an empty folder, or a bad manifest.
+    """
+    encoder = cast(PreTrainedModel, model.base_model)
+    layer = parse_layer(layer, encoder.config.num_hidden_layers)
+    if pool not in POOLS:
+        raise ValueError(f"pool={pool!r} must be one of {', '.join(POOLS)}")
+    if batch_seconds <= 0 or max_seconds <= 0:
+        raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
+    utterances = collect_utterances(paths)
+    return _embed(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds)
+
+
+def parse_layer(layer: int | str, num_layers: int) -> int | str:
+    """The layer as `embed_files` takes it, checked: "last", "all", "mean", or a number from 0 to num_layers."""
+    if layer in ("last", "all", "mean"):
+        return layer
+    try:
+        number = int(layer)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= num_layers:
+        raise ValueError(
+            f"layer={layer!r} must be last, all, mean, 0 (the output of the stem), or 1 to {num_layers} "
+            f"(the model has {num_layers} layers)"
+        )
+    return number
+
+
+def collect_utterances(paths: Sequence[str | os.PathLike | Utterance]) -> list[Utterance]:
+    """The files that the arguments name, each once, with unique ids.
+
+    A file's id is its path relative to the folder it was found in, its name if it was given itself, or its id in the
+    manifest. Where two files would share an id, each takes its whole path instead.
+    """
+    found: dict[tuple[str, str | None], Utterance] = {}
+    for argument in paths:
+        listed = isinstance(argument, Utterance)  # by a manifest, which may give one file several ids
+        if isinstance(argument, Utterance):
+            utterances = [argument]
+        elif Path(argument).is_dir() or Path(argument).suffix.lower() in MANIFEST_SUFFIXES:
+            utterances = read_manifest(argument)
+            listed = not Path(argument).is_dir() or (Path(argument) / MANIFEST_NAME).is_file()
+        else:
+            utterances = [Utterance(id=Path(argument).name, path=Path(argument))]
+        for utterance in utterances:
+            found.setdefault((os.path.realpath(utterance.path), utterance.id if listed else None), utterance)
+    for whole_path in (lambda path, real: path.as_posix(), lambda path, real: real):
+        counts = Counter(utterance.id for utterance in found.values())
+        for key, utterance in found.items():
+            if counts[utterance.id] > 1:
+                found[key] = replace(utterance, id=whole_path(utterance.path, key[0]))
+    return list(found.values())
+
+
+def _embed(
+    utterances: list[Utterance],
+    encoder: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    layer: int | str,
+    pool: str,
+    batch_seconds: float,
+    max_seconds: float,
+) -> Iterator[EmbeddedFile]:
+    training = encoder.training
+    encoder.eval()
+    try:
+        timed: list[tuple[float, Utterance]] = []
+        for utterance in utterances:
+            seconds, error = _seconds(utterance, max_seconds)
+            if error is None:
+                timed.append((seconds, utterance))
+            else:
+                yield EmbeddedFile(utterance.id, utterance.path, None, error=error)
+        timed.sort(key=lambda pair: (-pair[0], pair[1].id))
+        batchable = isinstance(encoder, SpearPreTrainedModel)
+        for batch in _decoded(_batches(timed, batch_seconds if batchable else 0.0), feature_extractor):
+            for utterance, result in batch:
+                if isinstance(result, str):
+                    yield EmbeddedFile(utterance.id, utterance.path, None, error=result)
+            good = [(utterance, result) for utterance, result in batch if not isinstance(result, str)]
+            if good:
+                yield from _embed_or_explain(good, encoder, feature_extractor, layer, pool)
+    finally:
+        encoder.train(training)
+
+
+def _seconds(utterance: Utterance, max_seconds: float) -> tuple[float, str | None]:
+    """Length of the audio, from the manifest or the file's header, and what is wrong with it, if something is."""
+    if utterance.num_samples is not None:
+        seconds = utterance.num_samples / SAMPLING_RATE
+    else:
+        try:
+            seconds = audio_duration(utterance.path)
+        except AudioError as error:
+            return 0.0, str(error)
+    if seconds > max_seconds:
+        return seconds, (
+            f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
+            "(the memory needed grows with the square of the length)"
+        )
+    return seconds, None
+
+
+def _batches(timed: list[tuple[float, Utterance]], batch_seconds: float) -> Iterator[list[Utterance]]:
+    """Consecutive utterances, longest first, while rows x longest row stays within the cap; at least one."""
+    batch: list[Utterance] = []
+    longest = 0.0
+    for seconds, utterance in timed:
+        if batch and (len(batch) + 1) * longest > batch_seconds:
+            yield batch
+            batch = []
+        if not batch:
+            longest = seconds
+        batch.append(utterance)
+    if batch:
+        yield batch
+
+
+def _decoded(
+    batches: Iterator[list[Utterance]], feature_extractor: SequenceFeatureExtractor
+) -> Iterator[list[tuple[Utterance, np.ndarray | str]]]:
+    """Batches with their waveforms, or errors, decoded in threads a few batches ahead."""
+
+    def decode(utterance: Utterance) -> np.ndarray | str:
+        try:
+            waveform = load_audio(utterance.path, feature_extractor.sampling_rate)
+        except AudioError as error:
+            return str(error)
+        shortest = getattr(feature_extractor, "min_num_samples", 1)
+        if len(waveform) < shortest and not getattr(feature_extractor, "pad_short", False):
+            return (
+                f"{utterance.path} is too short: {len(waveform)} samples at {feature_extractor.sampling_rate} Hz, the "
+                f"shortest possible has {shortest}"
+            )
+        return waveform
+
+    with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
+        ahead: deque[list[tuple[Utterance, Future[np.ndarray | str]]]] = deque()
+        try:
+            for batch in batches:
+                ahead.append([(utterance, pool.submit(decode, utterance)) for utterance in batch])
+                if len(ahead) > _BATCHES_AHEAD:
+                    yield [(utterance, future.result()) for utterance, future in ahead.popleft()]
+            while ahead:
+                yield [(utterance, future.result()) for utterance, future in ahead.popleft()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _embed_or_explain(
+    batch: list[tuple[Utterance, np.ndarray]],
+    encoder: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    layer: int | str,
+    pool: str,
+) -> Iterator[EmbeddedFile]:
+    """The results of a batch. Where it fails, for want of memory say, its files are tried one by one."""
+    waveforms = [waveform for _, waveform in batch]
+    try:
+        embeddings, rate = _embed_batch(waveforms, encoder, feature_extractor, layer, pool)
+    except (ValueError, RuntimeError) as error:
+        if len(batch) > 1:
+            for pair in batch:
+                yield from _embed_or_explain([pair], encoder, feature_extractor, layer, pool)
+        else:
+            utterance, waveform = batch[0]
+            message = f"{utterance.path} ({len(waveform)} samples) was refused by the encoder: {error}"
+            yield EmbeddedFile(utterance.id, utterance.path, None, error=message)
+        return
+    for (utterance, _), embedding in zip(batch, embeddings):
+        yield EmbeddedFile(utterance.id, utterance.path, embedding, rate)
+
+
+@torch.inference_mode()
+def _embed_batch(
+    waveforms: list[np.ndarray],
+    encoder: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    layer: int | str,
+    pool: str,
+) -> tuple[list[np.ndarray], float | None]:
+    """Embeddings of the waveforms, and their frame rate."""
+    spear = isinstance(encoder, SpearPreTrainedModel)
+    where = {"device": encoder.device} if isinstance(feature_extractor, SpearFeatureExtractor) else {}
+    extract = cast(Callable[..., BatchFeature], feature_extractor)
+    inputs = extract(
+        waveforms, sampling_rate=feature_extractor.sampling_rate, padding=True, return_tensors="pt", **where
+    )
+    inputs = inputs.to(encoder.device, dtype=encoder.dtype)
+    outputs = encoder(**inputs, output_hidden_states=layer != "last")
+    if layer == "last":
+        states = (outputs.last_hidden_state,)  # (batch, frames, dim)
+    else:
+        states = outputs.hidden_states if isinstance(layer, str) else (outputs.hidden_states[layer],)
+
+    rate: float | None = None
+    if spear:
+        # Layers run at 50 Hz, only the last hidden state may be at 25 Hz.
+        counts = (inputs["attention_mask"].sum(dim=1) - 7) // 2
+        rate = 50.0
+        if layer == "last":
+            counts = outputs.attention_mask.sum(dim=1)
+            rate /= encoder.config.output_downsampling_factor
+    else:  # one utterance, all frames of it
+        counts = torch.tensor([states[0].shape[1]])
+        if (ratio := getattr(encoder.config, "inputs_to_logits_ratio", None)) is not None:
+            rate = feature_extractor.sampling_rate / ratio
+
+    embeddings = []
+    for row, count in enumerate(counts.tolist()):
+        frames = torch.stack([state[row, :count] for state in states]).float()  # (layers, frames, dim)
+        if layer == "mean":
+            frames = frames.mean(dim=0, keepdim=True)
+        if pool == "mean":
+            frames = frames.mean(dim=1)
+        elif pool == "mean+std":
+            frames = torch.cat([frames.mean(dim=1), frames.std(dim=1, correction=0)], dim=1)
+        embeddings.append((frames if layer == "all" else frames[0]).cpu().numpy())
+    return embeddings, rate if pool == "none" else None
+
+
+def embed_to_file(
+    paths: Sequence[str | os.PathLike],
+    model: str | os.PathLike,
+    output: str | os.PathLike,
+    layer: int | str = "last",
+    pool: str = "none",
+    batch_seconds: float = 120.0,
+    max_seconds: float = 120.0,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> list[EmbeddedFile]:
+    """Embeds files into `output` (.safetensors, .npz or .parquet), and returns those that could not be embedded.
+
+    These are also listed in the metadata of the output and in `OUTPUT.errors.jsonl`, which is there only if there are
+    any. The output appears when it is complete, and not at all if every file was bad.
+
+    Raises:
+        ValueError: a wrong argument, or no file could be embedded. Wrong arguments are found before any work is done.
+    """
+    output = Path(output)
+    check_output(output)
+    utterances = collect_utterances(paths)
+    if not utterances:
+        raise ValueError("no audio to embed: name at least one file or folder")
+    encoder, feature_extractor = load_encoder(model, device, dtype)
+    results = embed_files(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds)
+    settings: dict[str, Any] = {
+        "format": "spear_hf.embeddings",
+        "format_version": FORMAT_VERSION,
+        "model": os.fspath(model),
+        "layer": str(layer),
+        "pool": pool,
+        "dtype": dtype,
+    }
+    bad: list[EmbeddedFile] = []
+    error_file = output.with_name(f"{output.name}.errors.jsonl")
+    with embedding_writer(output) as writer:
+        frame_rate = None
+        for result in tqdm(results, total=len(utterances), unit="file", desc="embed", file=sys.stderr):
+            if result.embedding is None:
+                bad.append(result)
+            else:
+                writer.add(result.id, str(result.path), result.embedding, result.frame_rate)
+                frame_rate = result.frame_rate
+        errors = [{"id": result.id, "path": str(result.path), "error": result.error} for result in bad]
+        _write_errors(error_file, errors)
+        if len(bad) == len(utterances):
+            raise ValueError(
+                f"none of the {len(bad)} files could be embedded, so {output} is not written; see {error_file}. The "
+                f"first: {bad[0].error}"
+            )
+        writer.finish({**settings, "frame_rate": frame_rate, "errors": errors})
+    return bad
+
+
+def _write_errors(path: Path, errors: list[dict[str, Any]]) -> None:
+    """One JSON object a line; without errors, removes what an earlier run left."""
+    if not errors:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run_embedding(paths: Sequence[Path], output: Path, **settings: Any) -> int:
+    """What `spear-hf embed` does: exit code 0, or 1 if a file was bad (the others are embedded) or on an error."""
+    try:
+        bad = embed_to_file(paths, output=output, **settings)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"spear-hf embed: {error}", file=sys.stderr)
+        return 1
+    for result in bad:
+        print(f"bad file: {result.error}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} bad files, listed in {output}.errors.jsonl; the others are in {output}", file=sys.stderr)
+    return 1 if bad else 0

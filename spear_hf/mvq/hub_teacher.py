@@ -1,0 +1,326 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Hugging Face audio encoders as teachers, by Hub id or folder.
+
+How padding is kept out of the features:
+
+- Masked: the model gets an attention mask and each row is cut to its own frames. A probe at loading compares noises
+  alone and together; a model whose features change (or whose frame counts cannot be told from the mask) is used as the
+  next kind instead.
+- Equal lengths: only waveforms of the same length share a batch. So run models that were trained without a mask: those
+  with a group norm over time (`feat_extract_norm="group"`: wav2vec2-base, hubert-base, wavlm-base) and those whose
+  extractor gives no mask.
+- Fixed window (Whisper): `window="pad"`, the default, pads every waveform with silence to the model's 30 s and cuts
+  the frames of the padding off, as the model was trained. `window="slice"` pads with at least 2 s of silence up to
+  a whole number of seconds (30 s at most) and uses that many rows of the positional table: much cheaper for short
+  utterances, close but not equal. A waveform of n samples has n // 320 frames either way.
+"""
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
+
+from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule
+
+
+SLICE_PADDING_SECONDS = 2  # of silence after the speech: recovers most of what attention to the rest would give
+
+
+class HubTeacher(Teacher):
+    """`hidden_states[layer]`, or `last_hidden_state`, of the encoder of a Hugging Face model."""
+
+    model: Any  # the encoder, in eval mode
+    extractor: Any
+
+    def __init__(
+        self,
+        spec: str,
+        layer: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        window: WindowRule | None = None,
+        window_seconds: float | None = None,
+    ) -> None:
+        source = _source(spec)
+        config, self.model = _load_encoder(source, revision)
+        self.extractor = _load_extractor(source, revision, config.model_type)
+        rate = getattr(self.extractor, "sampling_rate", SAMPLING_RATE)
+        if rate != SAMPLING_RATE:
+            raise ValueError(f"{spec} takes {rate} Hz; teachers take {SAMPLING_RATE} Hz: wrap it in a module:factory")
+        fingerprint = _fingerprint(self.model)
+        self.model.to(device)
+        self.device = torch.device(device)
+        self.dtype = torch.float32
+        self._fixed = config.model_type == "whisper"
+        self._equal_lengths = False
+        settings: dict[str, Any]
+        if self._fixed:
+            layer = _resolve_layer(spec, layer, len(self.model.layers) + 1)
+            settings = self._whisper_settings(spec, config, window, window_seconds)
+        elif window is not None:
+            raise ValueError(f"{spec} takes audio of any length; `window={window!r}` is for fixed-window teachers")
+        else:
+            layer, settings = self._probed_settings(spec, config, layer)
+            settings["window_seconds"] = window_seconds
+        super().__init__(
+            id=spec,
+            layer=layer,
+            revision=getattr(config, "_commit_hash", None) or revision,
+            fingerprint=fingerprint,
+            device=device,
+            dtype=dtype,
+            **settings,
+        )
+        self.model.to(dtype)
+
+    def _features(self, waveforms: list[np.ndarray]) -> list[Tensor]:
+        if not self._fixed and not self._equal_lengths:
+            return self._forward(waveforms, self.layer)[0]
+        # The rest is done by groups within which nothing is padded unequally.
+        lengths = [self._padded_length(len(waveform)) for waveform in waveforms]
+        features: list[Tensor | None] = [None] * len(waveforms)
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            group = [waveforms[row] for row in rows]
+            outputs = self._whisper(group, length) if self._fixed else self._forward(group, self.layer)[0]
+            for row, output in zip(rows, outputs):
+                features[row] = output
+        return [output for output in features if output is not None]
+
+    # Models that take any length
+
+    def _forward(self, waveforms: list[np.ndarray], layer: int | None) -> tuple[list[Tensor], int]:
+        """Features of each waveform, and how many hidden states the model has."""
+        on_device = {"device": str(self.device)} if self.model.config.model_type == "spear" else {}
+        inputs = self.extractor(
+            waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt", **on_device
+        ).to(self.device)
+        name = self.model.main_input_name
+        inputs = {key: value for key, value in inputs.items() if key in (name, "attention_mask")}
+        inputs[name] = inputs[name].to(next(self.model.parameters()).dtype)
+        output = self.model(**inputs, output_hidden_states=layer is not None)
+        states = output.hidden_states if layer is not None else ()
+        frames = output.last_hidden_state if layer is None else states[layer]
+        if frames.ndim != 3:
+            raise ValueError(f"hidden states of shape {tuple(frames.shape)} are not (batch, frames, dim)")
+        counts = self._valid_frames(inputs.get("attention_mask"), getattr(output, "attention_mask", None), frames)
+        return [row[:count] for row, count in zip(frames, counts)], len(states)
+
+    def _valid_frames(self, mask: Tensor | None, output_mask: Tensor | None, frames: Tensor) -> list[int]:
+        """Frames of each row, told from the masks; all of them where they do not tell (the probe then sees to it)."""
+        total = frames.shape[1]
+        if mask is None:
+            return [total] * len(frames)
+        lengths = mask.sum(dim=-1)
+        if output_mask is not None and output_mask.shape[1] == total:
+            lengths = output_mask.sum(dim=-1)
+        elif self.model.config.model_type == "spear":
+            lengths = (lengths - 7) // 2  # layers stay at 50 Hz where the output is at 25 Hz
+        elif mask.shape[1] != total:
+            count: Callable[..., Tensor] | None = getattr(self.model, "_get_feat_extract_output_lengths", None)
+            if count is None:
+                return [total] * len(frames)
+            lengths = torch.as_tensor(count(lengths))
+        return [int(length) for length in lengths.clamp(max=total)]
+
+    @torch.no_grad()
+    def _probed_settings(self, spec: str, config: Any, layer: int | None) -> tuple[int | None, dict[str, Any]]:
+        """Runs noises of 1 s and 3 s through the model: layer, rate, width, and how it may be batched."""
+        generator = np.random.default_rng(0)
+        noises = [(0.1 * generator.standard_normal(s * SAMPLING_RATE)).astype(np.float32) for s in (1, 3)]
+        try:
+            if layer is not None:
+                layer = _resolve_layer(spec, layer, self._forward(noises[:1], 0)[1])
+            alone = [self._forward([noise], layer)[0][0] for noise in noises]
+        except (TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{spec} ({type(self.model).__name__}) cannot be run as an audio encoder: {error}; "
+                "wrap it in a module:factory"
+            ) from error
+        measured = (len(alone[1]) - len(alone[0])) / 2  # frames of the 2 s more
+        if measured <= 0:
+            raise ValueError(
+                f"{spec} ({type(self.model).__name__}) gives {len(alone[0])} frames for 1 s and {len(alone[1])} for "
+                "3 s: its output does not follow time; wrap it in a module:factory that returns frames"
+            )
+        group_norm = getattr(config, "feat_extract_norm", None) == "group"
+        no_mask = self.model.main_input_name == "input_values" and not self.extractor.return_attention_mask
+        if not group_norm and not no_mask:
+            together = self._forward(noises, layer)[0]
+            self._equal_lengths = not all(_close(one, other) for one, other in zip(alone, together))
+        else:
+            self._equal_lengths = True
+        if layer is not None:
+            self._drop_layers_after(layer, noises[0], alone[0])
+        ratio = getattr(config, "inputs_to_logits_ratio", None)
+        rate = SAMPLING_RATE / ratio if ratio and abs(SAMPLING_RATE / ratio - measured) < 1 else measured
+        return layer, {
+            "frame_rate": rate,
+            "feature_size": alone[0].shape[1],
+            "min_samples": _min_samples(config),
+        }
+
+    def _drop_layers_after(self, layer: int, noise: np.ndarray, expected: Tensor) -> None:
+        """Spares the layers above: `hidden_states[layer]` is what enters layer number `layer`, so that one stays."""
+        owners: list[Any] = [getattr(self.model, "encoder", None), self.model]
+        for owner in owners:
+            layers = getattr(owner, "layers", None)
+            if isinstance(layers, nn.ModuleList) and layer + 1 < len(layers):
+                owner.layers = layers[: layer + 1]
+                if not _close(self._forward([noise], layer)[0][0], expected):
+                    owner.layers = layers
+                return
+
+    # Whisper
+
+    def _whisper_settings(
+        self, spec: str, config: Any, window: WindowRule | None, window_seconds: float | None
+    ) -> dict[str, Any]:
+        if window not in (None, "pad", "slice"):
+            raise ValueError(f"window={window!r} is not 'pad' or 'slice'")
+        self._hop_samples = self.extractor.hop_length * self.model.conv1.stride[0] * self.model.conv2.stride[0]
+        self._longest = config.max_source_positions * self._hop_samples
+        longest = self._longest / SAMPLING_RATE
+        if window_seconds is not None and window_seconds > longest:
+            raise ValueError(f"window_seconds={window_seconds}: the window of {spec} is {longest:g} s")
+        self._sliced = window == "slice"
+        return {
+            "frame_rate": SAMPLING_RATE / self._hop_samples,
+            "feature_size": config.d_model,
+            "min_samples": self._hop_samples,
+            "window": window or "pad",
+            "window_seconds": window_seconds or longest,
+        }
+
+    def _padded_length(self, num_samples: int) -> int:
+        """Samples to pad to: a function of the utterance's own length, so that batches cannot matter."""
+        if not self._fixed:
+            return num_samples
+        if not self._sliced:
+            return self._longest
+        seconds = math.ceil(num_samples / SAMPLING_RATE) + SLICE_PADDING_SECONDS
+        return min(seconds * SAMPLING_RATE, self._longest)
+
+    def _whisper(self, waveforms: list[np.ndarray], length: int) -> list[Tensor]:
+        """Whisper's encoder as far as the layer wanted, on waveforms padded to `length` samples.
+
+        The same as its forward, but that one insists on the full window and runs all layers.
+        """
+        encoder = self.model
+        mel = self.extractor(
+            waveforms,
+            sampling_rate=SAMPLING_RATE,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+            device=str(self.device),
+        ).input_features.to(self.device, encoder.conv1.weight.dtype)  # (batch, mel bins, frames at 100 Hz)
+        hidden = nn.functional.gelu(encoder.conv1(mel))
+        hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)  # (batch, frames, dim)
+        hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+        wanted = len(encoder.layers) if self.layer is None else self.layer
+        for layer in encoder.layers[:wanted]:
+            hidden = layer(hidden, None)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # a tuple before transformers 5.20
+        if wanted == len(encoder.layers):
+            hidden = encoder.layer_norm(hidden)
+        return [row[: len(waveform) // self._hop_samples] for row, waveform in zip(hidden, waveforms)]
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding; padding that leaks in changes features by far more than 0.5 % of their level."""
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).square().mean().sqrt() <= 5e-3 * one.square().mean().sqrt())
+
+
+def _resolve_layer(spec: str, layer: int | None, num_states: int) -> int | None:
+    if layer is None:
+        return None
+    if not -num_states <= layer < num_states:
+        raise ValueError(f"layer={layer}: {spec} has hidden states 0 to {num_states - 1}")
+    return layer % num_states
+
+
+def _source(spec: str) -> str:
+    """The folder or Hub id; a path that does not exist is an error here, not a failed download."""
+    if Path(spec).expanduser().is_dir():
+        return str(Path(spec).expanduser())
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:
+        raise ValueError(f"teacher {spec!r}: no such folder")
+    return spec
+
+
+def _load_encoder(source: str, revision: str | None) -> tuple[Any, PreTrainedModel]:
+    """Config and encoder (float32, eval); refuses checkpoints that lack parameters of the encoder."""
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"teacher {source!r} is not kaldi-mfcc, not module:factory, and no model could be found there: {error}"
+        ) from error
+    model_class: Any = AutoModel
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.endswith("Encoder") and type(config) in AutoModel._model_mapping:
+        # A folder that holds the encoder of an encoder-decoder model alone.
+        module = importlib.import_module(AutoModel._model_mapping[type(config)].__module__)
+        model_class = getattr(module, architecture, AutoModel)
+    model, report = model_class.from_pretrained(
+        source, revision=revision, dtype=torch.float32, output_loading_info=True
+    )
+    missing = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
+    if config.is_encoder_decoder and model_class is AutoModel:
+        model = model.get_encoder()
+        missing = {key for key in missing if not key.startswith("decoder.")}
+    missing = {key for key in missing if not key.endswith("masked_spec_embed")}  # used in training only
+    if missing:
+        raise ValueError(
+            f"teacher {source!r}: {len(missing)} parameters of {type(model).__name__} are not in the checkpoint, "
+            f"such as {min(missing)}"
+        )
+    return config, model.eval().requires_grad_(False)
+
+
+def _load_extractor(source: str, revision: str | None, model_type: str) -> Any:
+    try:
+        return AutoFeatureExtractor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        if model_type == "spear":
+            from spear_hf.feature_extraction_spear import SpearFeatureExtractor
+
+            return SpearFeatureExtractor()  # published checkpoints come without a preprocessor_config.json
+        raise ValueError(
+            f"teacher {source!r} has no feature extractor (preprocessor_config.json): {error}; if it is an audio "
+            "model, save the extractor of the model it was made from next to it"
+        ) from error
+
+
+def _min_samples(config: Any) -> int:
+    """Samples for a first frame: the receptive field of the convolutions, where the config has them."""
+    if config.model_type == "spear":
+        return 1360  # 9 frames of the filter bank, the least that its stem takes
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if isinstance(kernels, (list, tuple)) and isinstance(strides, (list, tuple)):
+        samples = 1
+        for kernel, stride in zip(reversed(kernels), reversed(strides)):
+            samples = (samples - 1) * stride + kernel
+        return samples
+    return SAMPLING_RATE // 10
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Hash of the parameters' float32 values, whatever their names, their order and the file format."""
+    digests = []
+    for parameter in model.parameters():
+        array = parameter.detach().cpu().float().contiguous().numpy()
+        digests.append(hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]

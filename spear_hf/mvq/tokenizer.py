@@ -1,0 +1,178 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Audio to tokens: a teacher and the quantiser trained on its features, in one object."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spear_hf.mvq.quantizer import PASSES, MultiCodebookQuantizer, QuantizerConfig
+from spear_hf.mvq.store import StoreInfo
+from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, Waveform, is_factory, load_teacher
+
+
+class MvqTokenizer:
+    """`tokenizer(audio)` -> codes (frames, num_codebooks); `tokenizer.decode(codes)` -> the teacher's features, about.
+
+    An utterance's codes do not depend on its batch, but for rounding in the teacher.
+    """
+
+    def __init__(self, teacher: Teacher, quantizer: MultiCodebookQuantizer, refine_iters: int = PASSES) -> None:
+        _check_pair(teacher, quantizer.config)
+        self.teacher = teacher
+        self.quantizer = quantizer.to(teacher.device).eval()
+        self.refine_iters = refine_iters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        teacher: str | Teacher | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        refine_iters: int = PASSES,
+    ) -> "MvqTokenizer":
+        """A tokenizer from a quantiser's folder or Hub id; the teacher is loaded as its config says.
+
+        `teacher`: another place of the same teacher (its folder has moved, or a copy is at hand), or one loaded.
+        A relative folder in the config is looked for from the working folder, then from that of the quantiser.
+        `dtype`: of the teacher's computation; by default what the quantiser was trained on.
+        ValueError if the teacher is not the one the quantiser was trained on.
+        """
+        quantizer = MultiCodebookQuantizer.from_pretrained(name_or_path, revision=revision)
+        if not isinstance(teacher, Teacher):
+            teacher = _load_recorded(quantizer.config, str(name_or_path), teacher, device, dtype)
+        return cls(teacher, quantizer, refine_iters=refine_iters)
+
+    @overload
+    def __call__(
+        self, audio: Waveform, sampling_rate: int = SAMPLING_RATE, ids: Sequence[str] | None = None
+    ) -> np.ndarray: ...
+
+    @overload
+    def __call__(
+        self, audio: Sequence[Waveform], sampling_rate: int = SAMPLING_RATE, ids: Sequence[str] | None = None
+    ) -> list[np.ndarray]: ...
+
+    def __call__(
+        self,
+        audio: Waveform | Sequence[Waveform],
+        sampling_rate: int = SAMPLING_RATE,
+        ids: Sequence[str] | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
+        """A mono waveform in [-1, 1] -> uint8 (frames, num_codebooks); a list of them -> a list.
+
+        `ids` name the utterances in errors. ValueError for another sampling rate, and for audio that is too short
+        for a frame, empty or not finite.
+        """
+        if sampling_rate != SAMPLING_RATE:
+            raise ValueError(
+                f"sampling_rate={sampling_rate}: the tokenizer takes {SAMPLING_RATE} Hz; resample the audio first, as "
+                "spear_hf.data.audio.load_audio does"
+            )
+        single = isinstance(audio, (np.ndarray, Tensor))
+        codes = self.teacher.extract([audio] if single else list(audio), ids=ids, transform=self._encode)  # type: ignore[list-item]
+        arrays = [rows.numpy() for rows in codes]
+        return arrays[0] if single else arrays
+
+    def decode(self, codes: np.ndarray | Tensor) -> Tensor:
+        """Codes (frames, num_codebooks) -> the features they stand for, float32 (frames, feature_size)."""
+        return self.quantizer.decode(torch.as_tensor(codes))
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the quantiser; the teacher stays where it is."""
+        self.quantizer.save_pretrained(save_directory)
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames a second."""
+        return self.teacher.frame_rate
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.quantizer.config.num_codebooks
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.config.codebook_size
+
+    def store_info(self) -> StoreInfo:
+        """What a token store says of this tokenizer's tokens."""
+        return StoreInfo(
+            num_codebooks=self.num_codebooks,
+            codebook_size=self.codebook_size,
+            frame_rate=self.frame_rate,
+            teacher=self.teacher.id,
+            layer=self.teacher.layer,
+            quantizer_id=self.quantizer.quantizer_id,
+            extraction={"refine_iters": self.refine_iters, "teacher": self.teacher.provenance()},
+        )
+
+    def _encode(self, features: Tensor) -> Tensor:
+        return self.quantizer.encode(features, refine_iters=self.refine_iters).cpu()
+
+
+def quantizer_metadata(teacher: Teacher) -> dict[str, Any]:
+    """Fields of QuantizerConfig which a quantiser of this teacher's features needs to become a tokenizer."""
+    return {
+        "teacher": teacher.id,
+        "teacher_layer": teacher.layer,
+        "teacher_revision": teacher.revision,
+        "frame_rate": teacher.frame_rate,
+        "provenance": {"teacher": teacher.provenance()},
+    }
+
+
+def _load_recorded(
+    config: QuantizerConfig,
+    source: str,
+    teacher: str | None,
+    device: str | torch.device,
+    dtype: torch.dtype | str | None,
+) -> Teacher:
+    """The teacher that the config names, or the one of the name given, with the settings of the config."""
+    recorded = config.provenance.get("teacher", {})
+    spec = teacher or config.teacher
+    if spec is None:
+        raise ValueError(f"{source}: its config names no teacher; say which: teacher=...")
+    beside = Path(source) / spec
+    if teacher is None and not Path(spec).exists() and beside.is_dir():
+        spec = str(beside)
+    on_hub = spec == config.teacher and not Path(spec).exists() and not is_factory(spec)
+    try:
+        return load_teacher(
+            spec,
+            layer=config.teacher_layer,
+            device=device,
+            dtype=dtype or recorded.get("dtype"),
+            revision=config.teacher_revision if on_hub else None,
+            window=recorded.get("window"),
+            window_seconds=recorded.get("window_seconds"),
+            options=recorded.get("options"),
+        )
+    except ValueError as error:
+        if teacher is not None:
+            raise
+        raise ValueError(f"{source}: {error} (a teacher that has moved can be given: teacher=...)") from error
+
+
+def _check_pair(teacher: Teacher, config: QuantizerConfig) -> None:
+    recorded = config.provenance.get("teacher", {})
+    for name, is_, was in (
+        ("feature_size", teacher.feature_size, config.feature_size),
+        ("frame_rate", teacher.frame_rate, config.frame_rate),
+        ("layer", teacher.layer, config.teacher_layer),
+        ("window", teacher.window, recorded.get("window", teacher.window)),
+        ("window_seconds", teacher.window_seconds, recorded.get("window_seconds", teacher.window_seconds)),
+        ("fingerprint of the parameters", teacher.fingerprint, recorded.get("fingerprint") or teacher.fingerprint),
+    ):
+        if is_ != was:
+            raise ValueError(
+                f"the quantiser was trained on features of {config.teacher} with {name} {was!r}, but teacher "
+                f"{teacher.id} has {is_!r}; give the teacher it was trained on"
+            )

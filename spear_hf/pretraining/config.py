@@ -1,0 +1,312 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The configuration of a pre-training run: one frozen dataclass per concern, composed into `PreTrainingConfig`.
+
+    config = load_config("tiny", ["max_steps=100", "optimizer.learning_rate=1e-3"])
+
+Shipped configurations lie in `configs/`; `spear-hf pretrain --config` takes their names or the path of a YAML file.
+"""
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..configuration_spear import SpearConfig
+from ..data.masking import MaskingConfig
+from .config_loading import apply_overrides, build
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which encoder is trained."""
+
+    size: Literal["base", "large", "xlarge"] | None = None
+    """A published architecture; null: `SpearConfig`'s defaults (base)."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of `SpearConfig` that differ from it. Targets are set in the section `targets` instead."""
+
+    init_from: str | None = None
+    """Folder or Hub id of a SPEAR checkpoint whose weights to start from (its architecture is used); null: random."""
+
+    def __post_init__(self) -> None:
+        known = set(SpearConfig.__dataclass_fields__)
+        for name in self.config:
+            if name not in known:
+                raise ValueError(f"config.{name} is not a field of SpearConfig.")
+        if "pretraining_targets" in self.config:
+            raise ValueError("config.pretraining_targets follows from the section `targets`; set it there.")
+        if self.init_from is not None and (self.size is not None or self.config):
+            raise ValueError("init_from brings its architecture: leave size and config out.")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """One teacher's tokens. Set exactly one of `store`, `tokenizer` and `teacher`."""
+
+    num_codebooks: int = 16
+    """Codebooks of the tokens. The store or tokenizer must agree."""
+
+    codebook_size: int = 256
+    """Entries of a codebook. The store or tokenizer must agree."""
+
+    weight: float = 1.0
+    """Weight of this teacher's loss (paper: speech 1, audio 0.1)."""
+
+    store: str | None = None
+    """Folder of a token store, as `spear-hf tokenize` writes it, with the tokens of every utterance."""
+
+    tokenizer: str | None = None
+    """Folder of a tokenizer, as `spear-hf quantize` writes it; the first start tokenises into OUTPUT/tokens."""
+
+    teacher: str | None = None
+    """A teacher (`kaldi-mfcc`, Hub id, folder): trains a quantiser on the data as well, into OUTPUT/tokenizers."""
+
+    layer: int | None = None
+    """The teacher's hidden layer; null: its last."""
+
+    quantizer_steps: int = 400
+    """Steps of each of the two phases of the quantiser's training (paper: 35,000)."""
+
+    quantizer_seconds: float = 1800.0
+    """At most so many seconds of audio, drawn at random, train the quantiser."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("store", "tokenizer", "teacher") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both set; set exactly one, null the other.")
+        if self.num_codebooks < 1 or self.codebook_size < 2:
+            raise ValueError(f"{self.num_codebooks} codebooks of {self.codebook_size} entries cannot be predicted.")
+        if self.weight < 0:
+            raise ValueError(f"weight must not be negative, not {self.weight}.")
+        if self.quantizer_steps < 1 or self.quantizer_seconds <= 0:
+            raise ValueError("quantizer_steps and quantizer_seconds must be positive.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is heard, and how it is cut into batches."""
+
+    manifest: str | None = None
+    """A manifest (.jsonl, .csv, .tsv) or a folder of audio. `bundled`: examples/data of a source checkout."""
+
+    split: str | None = None
+    """Split of the manifest to train on; null: all utterances. Ignored for data without splits (a folder of audio)."""
+
+    validation_split: str | None = None
+    """Split of the manifest to validate on; null: hold out `validation_fraction`."""
+
+    validation_fraction: float = 0.01
+    """Share of the utterances held out where there is no validation split, chosen by a hash of the id."""
+
+    validation_utterances: int = 1000
+    """At most so many utterances are validated on."""
+
+    min_seconds: float = 0.9
+    """Shorter utterances are left out (paper: 0.9)."""
+
+    max_seconds: float = 10.0
+    """Longer utterances are cropped at random in every epoch (paper: 10). A multiple of 0.04."""
+
+    batch_seconds: float = 600.0
+    """Seconds of audio, padding included, of one optimiser step over all ranks (paper: 4,800 to 6,400)."""
+
+    length_jitter: float = 0.05
+    """Batches hold utterances of like length, which is blurred by this share so that they differ between epochs."""
+
+    def __post_init__(self) -> None:
+        if not 0.085 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(f"0.085 <= min_seconds <= max_seconds must hold: {self.min_seconds}, {self.max_seconds}.")
+        if abs(self.max_seconds / 0.04 - round(self.max_seconds / 0.04)) > 1e-6:
+            raise ValueError(f"max_seconds must be a multiple of 0.04 (a 25 Hz token), not {self.max_seconds}.")
+        if self.batch_seconds < self.max_seconds:
+            raise ValueError(f"batch_seconds={self.batch_seconds} must hold a crop of {self.max_seconds} seconds.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1), not {self.validation_fraction}.")
+        if self.validation_utterances < 0 or not 0 <= self.length_jitter < 1:
+            raise ValueError("validation_utterances must not be negative, and length_jitter must lie in [0, 1).")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimiser."""
+
+    learning_rate: float = 5e-4
+    """Its highest rate."""
+
+    betas: tuple[float, ...] = (0.9, 0.98)
+    """Decay of the averages of gradients and of their squares."""
+
+    eps: float = 1e-8
+    """Added to the root of the averaged squares."""
+
+    weight_decay: float = 0.01
+    """Of matrices and kernels only: biases, norms, bypass scales and the mask embedding are not decayed."""
+
+    max_grad_norm: float = 5.0
+    """Gradients of a larger norm are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.eps <= 0 or self.max_grad_norm <= 0 or self.weight_decay < 0:
+            raise ValueError("learning_rate, eps and max_grad_norm must be positive, weight_decay not negative.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), not {list(self.betas)}.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over steps and hours. It never depends on `max_steps`: a run can be prolonged."""
+
+    name: Literal["cosine", "eden", "constant"] = "cosine"
+    """cosine: down to `final_ratio` at `decay_steps`; eden: by steps and hours of audio, never zero (the paper's)."""
+
+    warmup_steps: int = 500
+    """Linear warm-up over so many steps."""
+
+    warmup_start: float = 0.05
+    """Factor of the first update (paper, with Eden: 0.5)."""
+
+    decay_steps: int = 400_000
+    """Cosine: the step, warm-up included, at which the rate has fallen to `final_ratio`; constant from there on."""
+
+    final_ratio: float = 0.05
+    """Cosine: last rate over highest rate."""
+
+    eden_batches: float = 7500.0
+    """Eden: B, scale of the decay by steps."""
+
+    eden_hours: float = 25_000.0
+    """Eden: H, scale of the decay by hours of audio seen (paper: base 25,000; large and xlarge 75,000)."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"0 <= warmup_steps < decay_steps must hold: {self.warmup_steps}, {self.decay_steps}.")
+        if not 0 <= self.warmup_start <= 1 or not 0 <= self.final_ratio <= 1:
+            raise ValueError("warmup_start and final_ratio must lie between 0 and 1.")
+        if self.eden_batches <= 0 or self.eden_hours <= 0:
+            raise ValueError("eden_batches and eden_hours must be positive.")
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """What is kept. Free to change when resuming."""
+
+    keep: int = 3
+    """The newest so many checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, not {self.keep}.")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and measured. Free to change when resuming."""
+
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate besides metrics.jsonl."""
+
+    validate_every: int = 1000
+    """Validate after every so many steps and after the last; 0: never."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """What depends on the machine at hand. Free to change when resuming: no batch and no mask depends on it."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the forward pass; auto: bf16 where the device computes it natively, else fp32."""
+
+    batch_seconds_per_device: float | None = None
+    """Seconds, padding included, that fit on a device at once; more are accumulated. null: all of a rank's share."""
+
+    num_workers: int = 0
+    """Processes that prepare batches ahead; 0: the training process itself."""
+
+    cache_audio: bool = False
+    """Keep decoded audio in memory: 230 MB an hour and worker. For small corpora."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, not {self.num_workers}.")
+
+
+@dataclass(frozen=True)
+class PreTrainingConfig:
+    """A whole run."""
+
+    output_dir: str = "runs/pretrain"
+    """Folder of the run: checkpoints, metrics and the final model."""
+
+    max_steps: int = 400_000
+    """Optimiser steps of the run (paper: base 400,000; large and xlarge 500,000)."""
+
+    checkpoint_every: int = 1000
+    """Save after every so many steps, and after the last."""
+
+    seed: int = 0
+    """Of the initialisation, order, crops, masks and dropout."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    targets: dict[str, TargetConfig] = field(default_factory=lambda: {"speech": TargetConfig()})
+    """Teachers by name: `speech` (every utterance predicts its tokens) and `audio` (utterances of domain audio do)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.checkpoint_every < 1:
+            raise ValueError(
+                f"max_steps={self.max_steps} and checkpoint_every={self.checkpoint_every} must be positive."
+            )
+        if not self.targets or not set(self.targets) <= {"speech", "audio"}:
+            raise ValueError(f"targets must be speech, audio or both, not {sorted(self.targets)}.")
+        device = self.execution.batch_seconds_per_device
+        if device is not None and device < self.data.max_seconds:
+            raise ValueError(
+                f"execution.batch_seconds_per_device={device} must hold a crop of data.max_seconds="
+                f"{self.data.max_seconds}."
+            )
+
+
+# Keys that may differ from the run that is resumed: they change neither what is learnt from nor the updates.
+FREE_ON_RESUME = ("output_dir", "max_steps", "checkpoint_every", "checkpointing", "logging", "execution")
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = resources.files(__package__) / "configs"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_file: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> PreTrainingConfig:
+    """A shipped configuration by name, or a YAML file, with `a.b=value` overrides applied and everything checked."""
+    path = Path(name_or_file)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(name_or_file) in shipped_configs():
+        text = (resources.files(__package__) / "configs" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"{name_or_file} is neither a file nor a shipped configuration ({', '.join(shipped_configs())})."
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name_or_file} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name_or_file} must hold keys and values at its top, not a {type(values).__name__}.")
+    return build(PreTrainingConfig, apply_overrides(values, overrides))

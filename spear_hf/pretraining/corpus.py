@@ -1,0 +1,131 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The utterances a run trains and validates on: chosen from the manifest, measured, and fingerprinted."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..data.audio import SAMPLING_RATE, audio_duration
+from ..data.manifest import Utterance, read_manifest
+from ..data.seeding import keyed_generator
+from .config import DataConfig
+
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = "bundled"
+BUNDLED_MANIFEST = Path("examples") / "data" / "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Utterances and their lengths in samples (whole, before cropping)."""
+
+    training: list[Utterance]
+    training_lengths: np.ndarray
+    validation: list[Utterance]
+    validation_lengths: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training ids and lengths in their order: equal fingerprints give equal batches."""
+        digest = hashlib.blake2b(digest_size=16)
+        for utterance, length in zip(self.training, self.training_lengths):
+            digest.update(f"{utterance.id}\0{length}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def hours(self) -> float:
+        """Of training audio."""
+        return float(self.training_lengths.sum()) / SAMPLING_RATE / 3600
+
+
+def manifest_source(manifest: str | None) -> Path:
+    """The path that `data.manifest` means; `bundled` is looked for in the current folder and beside the package."""
+    if manifest is None:
+        raise ValueError(
+            "data.manifest is not set: name a manifest or a folder of audio with --set data.manifest=PATH."
+        )
+    if manifest != BUNDLED:
+        if not Path(manifest).exists():
+            raise ValueError(f"data.manifest={manifest} does not exist.")
+        return Path(manifest)
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (folder / BUNDLED_MANIFEST).is_file():
+            return folder / BUNDLED_MANIFEST
+    raise ValueError(
+        f"The bundled audio ({BUNDLED_MANIFEST}) is part of a source checkout and was found neither in the current "
+        "folder nor beside the package: run inside a checkout, or name your own audio with --set data.manifest=PATH."
+    )
+
+
+def load_corpus(config: DataConfig, seed: int) -> Corpus:
+    """Reads the manifest, selects training and validation utterances, and leaves out the ones that are too short."""
+    source = manifest_source(config.manifest)
+    utterances = read_manifest(source)
+    training, validation = _divide(utterances, config, seed, source)
+    kept = []
+    for group, name in ((training, "training"), (validation, "validation")):
+        lengths = _lengths(group)
+        long_enough = lengths >= config.min_seconds * SAMPLING_RATE
+        if dropped := int((~long_enough).sum()):
+            logger.info(
+                "%d of %d %s utterances are shorter than data.min_seconds=%g and left out.",
+                dropped,
+                len(group),
+                name,
+                config.min_seconds,
+            )
+        kept.append(([utt for utt, keep in zip(group, long_enough) if keep], lengths[long_enough]))
+    (training, training_lengths), (validation, validation_lengths) = kept
+    if not training:
+        raise ValueError(f"No utterance of {source} is left to train on: all are shorter than data.min_seconds.")
+    if len(validation) > config.validation_utterances:
+        rng = keyed_generator(seed, "validation utterances")
+        chosen = np.sort(rng.choice(len(validation), config.validation_utterances, replace=False))
+        validation, validation_lengths = [validation[place] for place in chosen], validation_lengths[chosen]
+    return Corpus(training, training_lengths, validation, validation_lengths)
+
+
+def _divide(
+    utterances: list[Utterance], config: DataConfig, seed: int, source: Path
+) -> tuple[list[Utterance], list[Utterance]]:
+    """Training and validation utterances, by split or by a hash of the id."""
+    splits = sorted({utterance.split for utterance in utterances if utterance.split is not None})
+    if not splits and (config.split or config.validation_split):
+        logger.info("%s has no splits: data.split and data.validation_split are not used.", source)
+    chosen = utterances
+    if splits and config.split is not None:
+        chosen = [utterance for utterance in utterances if utterance.split == config.split]
+        if not chosen:
+            raise ValueError(f"data.split={config.split} is not in {source}, which has {', '.join(splits)}.")
+    if splits and config.validation_split is not None:
+        held_out = [utterance for utterance in utterances if utterance.split == config.validation_split]
+        if not held_out:
+            raise ValueError(
+                f"data.validation_split={config.validation_split} is not in {source}, which has {', '.join(splits)}."
+            )
+        ids = {utterance.id for utterance in held_out}
+        return [utterance for utterance in chosen if utterance.id not in ids], held_out
+    draws = [keyed_generator(seed, utterance.id, "held out").random() for utterance in chosen]
+    return (
+        [utterance for utterance, draw in zip(chosen, draws) if draw >= config.validation_fraction],
+        [utterance for utterance, draw in zip(chosen, draws) if draw < config.validation_fraction],
+    )
+
+
+def _lengths(utterances: Sequence[Utterance]) -> np.ndarray:
+    """Samples at 16 kHz of each utterance, from the manifest or else from the audio file's header."""
+    return np.array(
+        [
+            utterance.num_samples
+            if utterance.num_samples is not None
+            else round(audio_duration(utterance.path) * SAMPLING_RATE)
+            for utterance in utterances
+        ],
+        dtype=np.int64,
+    )

@@ -1,0 +1,375 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The pre-training loop.
+
+    outcome = pretrain(load_config("tiny"), resume=False)
+
+Every draw (initialisation, order, crops, masks, dropout) is a function of the seed and of the step, epoch, rank or
+utterance, so a run that is killed and resumed repeats, on the same machine, what the uninterrupted one would have
+done. A step trains on the same utterances whatever the number of ranks; its loss is normalised by the number of target
+frames over all of them.
+"""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..data.audio import SAMPLING_RATE
+from ..data.collation import MicroBatch, StepDataset, loader_arguments
+from ..data.seeding import keyed_seed
+from ..feature_extraction_spear import SpearFeatureExtractor
+from ..modeling_spear import SpearForPreTraining
+from .checkpoints import CheckpointFolder, write_folder
+from .config import PreTrainingConfig
+from .corpus import Corpus, load_corpus
+from .metrics import JsonLines, StepClock, StepSums, memory_mb, ratio, teacher_metrics
+from .optimization import build_optimizer, set_learning_rate
+from .run_folder import RunFolder
+from .schedules import learning_rate_factor
+from .setup import build_dataset, build_model, build_sampler, cropped
+from .signals import StopRequest
+from .targets import prepare_stores
+from .validation import Unigram, Validator
+
+
+logger = logging.getLogger(__name__)
+
+# Steps with a loss or gradient that is not finite are skipped; so many in a row end the run.
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient was not finite in several steps in a row."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Steps done so far, by this process and the ones before it."""
+    final: Path | None
+    """The folder of the finished model; None if the run was interrupted."""
+    interrupted_by: str | None = None
+    """Name of the signal that ended it, after saving a checkpoint."""
+
+
+@dataclass
+class Progress:
+    """What changes from step to step besides weights and optimiser; stored in state.json of a checkpoint."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included. It is also the sampler's position."""
+    samples: int = 0
+    """Samples of audio seen, without padding."""
+    skipped_in_a_row: int = 0
+    """Steps without an update just before."""
+
+    @property
+    def hours(self) -> float:
+        """Hours of audio seen."""
+        return self.samples / SAMPLING_RATE / 3600
+
+
+def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
+    """Runs, or with `resume` continues, the training of `config` up to `max_steps`.
+
+    ValueError: something is wrong with the settings or the data. NonFiniteLossError: see there.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = RunFolder(config.output_dir)
+        folder.check(config, resume)
+        accelerator = make_accelerator(config, folder)
+        stack.callback(accelerator.end_training)
+        if not accelerator.is_main_process:
+            logging.getLogger("spear_hf").setLevel(logging.WARNING)
+        stack.enter_context(logging_redirect_tqdm(loggers=[logging.getLogger("spear_hf")]))
+
+        corpus = load_corpus(config.data, config.seed)
+        if accelerator.is_main_process:
+            folder.create(config)
+        with accelerator.main_process_first():  # the others find what the first has made
+            stores = prepare_stores(config, [*corpus.training, *corpus.validation], folder)
+
+        bare_model = build_model(config, {name: store.frame_rate for name, store in stores.items()})
+        extractor = SpearFeatureExtractor()
+        sampler = build_sampler(config, corpus)
+        steps = StepDataset(
+            build_dataset(config, corpus.training, stores, bare_model.config, extractor),
+            sampler,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.execution.batch_seconds_per_device,
+        )
+        validator = None
+        if config.logging.validate_every and corpus.validation:
+            unigrams = {
+                name: Unigram.of_tokens(store, [utt.id for utt in corpus.training if utt.id in store])
+                for name, store in stores.items()
+            }
+            validator = Validator(
+                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
+                cropped(corpus.validation_lengths, config),
+                unigrams,
+                config.execution.batch_seconds_per_device or config.data.batch_seconds,
+                accelerator,
+            )
+
+        optimizer = build_optimizer(bare_model, config.optimizer)
+        checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
+        saved = checkpoints.latest() if resume else None
+        progress = load_checkpoint(saved, bare_model, optimizer, corpus) if saved else Progress()
+        model, optimizer = accelerator.prepare(bare_model, optimizer)
+
+        metrics_file, evaluation_file = None, None
+        if accelerator.is_main_process:
+            metrics_file = stack.enter_context(JsonLines(folder.metrics, progress.step))
+            evaluation_file = stack.enter_context(JsonLines(folder.evaluation, progress.step))
+            accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
+        accelerator.wait_for_everyone()
+
+        def validate() -> None:
+            if validator is not None:
+                record = validator(bare_model)
+                if evaluation_file is not None:
+                    evaluation_file.write({"step": progress.step, **record})
+                    accelerator.log(numbers(record, "evaluation"), step=progress.step)
+                logger.info("Step %d, held-out audio: %s.", progress.step, summary(record))
+
+        def save() -> None:
+            if accelerator.is_main_process:
+                for file in (metrics_file, evaluation_file):
+                    assert file is not None
+                    file.sync()
+                path = checkpoints.save(
+                    progress.step, lambda into: write_checkpoint(into, bare_model, optimizer, progress, corpus)
+                )
+                logger.info("Saved %s.", path)
+            accelerator.wait_for_everyone()
+
+        logger.info(
+            "%d utterances (%.1f hours), %d steps an epoch; %.1f million parameters; steps %d to %d on %d x %s.",
+            len(corpus.training),
+            corpus.hours,
+            sampler.batches_per_epoch,
+            sum(parameter.numel() for parameter in bare_model.parameters()) / 1e6,
+            progress.step + 1,
+            config.max_steps,
+            accelerator.num_processes,
+            accelerator.device,
+        )
+        loader = DataLoader(
+            steps, sampler=range(progress.step, config.max_steps), **loader_arguments(config.execution.num_workers)
+        )
+        bar = stack.enter_context(
+            tqdm(
+                total=config.max_steps,
+                initial=progress.step,
+                unit="step",
+                disable=None if config.logging.progress and accelerator.is_main_process else True,
+            )
+        )
+        stop = stack.enter_context(StopRequest())
+        model.train()
+        clock = StepClock()
+        for batches in loader:
+            clock.data_arrived()
+            record, must_stop = train_step(
+                config, accelerator, model, bare_model, optimizer, batches, progress, stop.received is not None
+            )
+            record["epoch"] = progress.step / sampler.batches_per_epoch
+            record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE))
+            record["memory_mb"] = round(memory_mb(accelerator.device), 1)
+            if metrics_file is not None:
+                metrics_file.write(record)
+                accelerator.log(numbers(record, "training"), step=progress.step)
+            bar.update()
+            bar.set_postfix_str(summary(record), refresh=False)
+            if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise NonFiniteLossError(
+                    f"The loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
+                    f"{progress.step}; their utterances are under 'skipped' in {folder.metrics}. Look at these, or "
+                    "lower optimizer.learning_rate. --resume continues from the last checkpoint."
+                )
+            last = progress.step == config.max_steps
+            if config.logging.validate_every and (progress.step % config.logging.validate_every == 0 or last):
+                validate()
+            if progress.step % config.checkpoint_every == 0 or last or must_stop:
+                save()
+            if must_stop and not last:
+                name = stop.received.name if stop.received else "a signal to another rank"
+                return Outcome(progress.step, final=None, interrupted_by=name)
+            clock.restart()
+
+        if accelerator.is_main_process:
+            write_folder(folder.final, lambda into: write_final(into, bare_model, extractor))
+            logger.info("Finished at step %d: %s.", progress.step, folder.final)
+        accelerator.wait_for_everyone()
+        return Outcome(progress.step, final=folder.final)
+
+
+def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerator:
+    """Devices, ranks, precision and trackers."""
+    precision = config.execution.precision
+    if precision == "auto":
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(config.logging.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
+    )
+
+
+def train_step(
+    config: PreTrainingConfig,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    bare_model: SpearForPreTraining,
+    optimizer: Any,
+    batches: Sequence[MicroBatch],
+    progress: Progress,
+    stop_requested: bool,
+) -> tuple[dict[str, Any], bool]:
+    """One update from this rank's micro-batches: the metrics of the step, and whether any rank was told to stop.
+
+    A step whose loss or gradient is not finite on any rank makes no update on all; its utterances are recorded.
+    """
+    device, num_ranks = accelerator.device, accelerator.num_processes
+    torch.manual_seed(keyed_seed(config.seed, progress.step, accelerator.process_index, "dropout"))
+    learning_rate = config.optimizer.learning_rate * learning_rate_factor(
+        config.schedule, progress.step, progress.hours
+    )
+    set_learning_rate(optimizer, learning_rate)
+
+    items = torch.tensor([sum(batch.num_items for batch in batches)], device=device)
+    items = accelerator.reduce(items, "sum").clamp(min=1)
+    # Distributed training averages gradients over the ranks, where their sum is wanted.
+    normaliser = items[0] / num_ranks
+    sums = StepSums(list(bare_model.prediction_heads), device)
+    if stop_requested:
+        sums.request_stop()
+    suspects: list[str] = []
+    for place, batch in enumerate(batches):
+        last = place == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+            output = model(**inputs, num_items_in_batch=normaliser)
+            accelerator.backward(output.loss)
+        sums.add(batch, output.loss / num_ranks, output.statistics)
+        if not torch.isfinite(output.loss):
+            suspects += batch.ids
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
+
+    sums.vector = accelerator.reduce(sums.vector, "sum")
+    statistics, counts = sums.read()
+    finite = math.isfinite(counts["loss"]) and math.isfinite(grad_norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    progress.step += 1
+    progress.samples += round(counts["samples"])
+    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+
+    record: dict[str, Any] = {
+        "step": progress.step,
+        "loss": counts["loss"],
+        **teacher_metrics(sums.teachers, statistics),
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "utterances": round(counts["utterances"]),
+        "target_frames": round(counts["items"]),
+        "batch_seconds": counts["samples"] / SAMPLING_RATE,
+        "padding_share": 1.0 - (ratio(counts["samples"], counts["padded_samples"]) or 0.0),
+        "hours": progress.hours,
+    }
+    if not finite:
+        # A gradient can be at fault where all losses are finite: then any utterance may be.
+        here = suspects or [utterance for batch in batches for utterance in batch.ids]
+        record["skipped"] = gather_ids(accelerator, here)
+        logger.warning(
+            "Step %d: loss %s, gradient norm %s; no update. Utterances: %s.",
+            progress.step,
+            counts["loss"],
+            grad_norm,
+            ", ".join(record["skipped"]),
+        )
+    return record, counts["stop"] > 0
+
+
+def gather_ids(accelerator: Accelerator, ids: list[str]) -> list[str]:
+    """The ids of all ranks, in the order of the ranks."""
+    if accelerator.num_processes == 1:
+        return ids
+    gathered: list[list[str]] = [[] for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather_object(gathered, ids)
+    return [utterance for part in gathered for utterance in part]
+
+
+def write_checkpoint(
+    into: Path, model: SpearForPreTraining, optimizer: Any, progress: Progress, corpus: Corpus
+) -> None:
+    """The files of a checkpoint; see checkpoints.py. Called on one rank: all have the same weights."""
+    model.save_pretrained(into / "model")
+    torch.save(optimizer.state_dict(), into / "optimizer.pt")
+    state = {**vars(progress), "corpus": corpus.fingerprint}
+    (into / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(
+    path: Path, model: SpearForPreTraining, optimizer: torch.optim.Optimizer, corpus: Corpus
+) -> Progress:
+    """Puts a checkpoint's weights and optimiser state in place. ValueError if the data is not what it was."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.pop("corpus") != corpus.fingerprint:
+        raise ValueError(
+            f"The training utterances or their lengths differ from those of {path}, so the order of the rest of the "
+            "run would differ too: restore the manifest, or start a new run with model.init_from."
+        )
+    weights = SpearForPreTraining.from_pretrained(path / "model").state_dict()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    logger.info("Resuming from %s.", path)
+    return Progress(**state)
+
+
+def write_final(into: Path, model: SpearForPreTraining, extractor: SpearFeatureExtractor) -> None:
+    """The finished model with its heads, the encoder alone in `encoder/`, and the feature extractor for both."""
+    model.save_pretrained(into)
+    extractor.save_pretrained(into)
+    model.spear.save_pretrained(into / "encoder")
+    extractor.save_pretrained(into / "encoder")
+
+
+def numbers(record: dict[str, Any], group: str) -> dict[str, float]:
+    """What a tracker can draw of a record."""
+    return {
+        f"{group}/{name}": value for name, value in record.items() if isinstance(value, int | float) and name != "step"
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Loss and masked accuracy of each teacher, in a few words."""
+
+    def parts() -> Iterator[str]:
+        if "loss" in record:
+            yield f"loss {record['loss']:.3f}"
+        for name in ("speech", "audio"):
+            if record.get(f"{name}_masked_accuracy") is not None:
+                text = f"{name} masked accuracy {record[f'{name}_masked_accuracy']:.3f}"
+                if record.get(f"{name}_unigram_accuracy") is not None:
+                    text += f" (unigram {record[f'{name}_unigram_accuracy']:.3f})"
+                yield text
+
+    return ", ".join(parts())

@@ -1,0 +1,133 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""`spear-hf pretrain --dry-run`: how long the run will be and what it needs, without a step of it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..data.bucketing import split_batch
+from ..data.audio import SAMPLING_RATE
+from ..modeling_spear import SpearForPreTraining
+from ..mvq.store import TokenStore
+from .config import PreTrainingConfig
+from .corpus import load_corpus
+from .setup import build_model, build_sampler
+
+
+# float32 weights, gradients and the two averages of Adam.
+BYTES_PER_PARAMETER = 16
+STUDENT_RATE = 50.0  # assumed of tokens that do not exist yet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run amounts to."""
+
+    training_utterances: int
+    training_hours: float
+    validation_utterances: int
+    batches_per_epoch: int
+    padding_share: float
+    steps: int
+    epochs: float
+    hours_seen: float
+    num_ranks: int
+    micro_batches: int
+    """Forward passes per step and rank, at most."""
+    encoder_parameters: int
+    head_parameters: int
+    state_bytes: int
+    """Weights, gradients and optimiser state on each device."""
+    activation_bytes: int
+    """What autograd keeps in float32 for the largest micro-batch; bf16 takes about half."""
+
+    def __str__(self) -> str:
+        parameters = self.encoder_parameters + self.head_parameters
+        rows = {
+            "training": f"{self.training_utterances} utterances, {self.training_hours:.2f} hours",
+            "validation": f"{self.validation_utterances} utterances",
+            "batches per epoch": f"{self.batches_per_epoch}, {self.padding_share:.1%} padding",
+            "steps": f"{self.steps}: {self.epochs:.1f} epochs, {self.hours_seen:.1f} hours of audio",
+            "forward passes per step": f"{self.micro_batches} on each of {self.num_ranks} ranks",
+            "parameters": f"{parameters:,} ({self.encoder_parameters:,} encoder, {self.head_parameters:,} heads)",
+            "memory per device": f"about {(self.state_bytes + self.activation_bytes) / 1e9:.2f} GB in float32: "
+            f"{self.state_bytes / 1e9:.2f} weights, gradients and AdamW, {self.activation_bytes / 1e9:.2f} activations",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def plan_run(config: PreTrainingConfig) -> Plan:
+    """Reads the manifest and builds the model; token stores need not exist yet. Runs one forward pass on the CPU."""
+    corpus = load_corpus(config.data, config.seed)
+    sampler = build_sampler(config, corpus)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    limit = config.execution.batch_seconds_per_device
+    max_samples = None if limit is None else round(limit * SAMPLING_RATE)
+    parts = [part for batch in sampler.plan(0) for part in split_batch(batch, sampler.lengths, num_ranks, max_samples)]
+    largest = max(
+        (len(rows) * int(sampler.lengths[rows].max()), len(rows)) for part in parts for rows in part if len(rows)
+    )
+
+    rates = {
+        name: TokenStore.open(target.store).frame_rate if target.store else STUDENT_RATE
+        for name, target in config.targets.items()
+    }
+    model = build_model(config, rates)
+    encoder = sum(parameter.numel() for parameter in model.spear.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # One row of the largest micro-batch stands for all: they are of like length.
+    samples, rows_of_largest = largest
+    activations = activation_bytes(model, samples // rows_of_largest) * rows_of_largest
+    epochs = config.max_steps / sampler.batches_per_epoch
+    cropped_hours = float(sampler.lengths.sum()) / SAMPLING_RATE / 3600
+    return Plan(
+        training_utterances=len(corpus.training),
+        training_hours=corpus.hours,
+        validation_utterances=len(corpus.validation),
+        batches_per_epoch=sampler.batches_per_epoch,
+        padding_share=sampler.padding_share(),
+        steps=config.max_steps,
+        epochs=epochs,
+        hours_seen=epochs * cropped_hours,
+        num_ranks=num_ranks,
+        micro_batches=max(len(part) for part in parts),
+        encoder_parameters=encoder,
+        head_parameters=parameters - encoder,
+        state_bytes=BYTES_PER_PARAMETER * parameters,
+        activation_bytes=activations,
+    )
+
+
+def activation_bytes(model: SpearForPreTraining, num_samples: int) -> int:
+    """Bytes that autograd keeps for one utterance of `num_samples`, parameters left out, counted in a forward pass."""
+    config = model.config
+    frames = num_samples // 160
+    targets: Mapping[str, dict] = config.pretraining_targets or {}
+    output_frames = int(model._get_feat_extract_output_lengths(frames))
+    labels = {
+        f"{name}_labels": torch.zeros(1, output_frames, target["num_codebooks"], dtype=torch.long)
+        for name, target in targets.items()
+    }
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        # The output holds the graph, so no storage is freed and its address used again while counting.
+        output = model(
+            torch.zeros(1, frames, config.num_mel_bins),
+            attention_mask=torch.ones(1, frames, dtype=torch.long),
+            mask_time_indices=torch.zeros(1, frames, dtype=torch.bool),
+            **labels,
+        )
+    assert output.loss is not None
+    return sum(kept.values())

@@ -1,0 +1,79 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The folder of a run: what may be started in it, what may go on in it.
+
+OUTPUT/
+    config.yaml         every setting of the run
+    metrics.jsonl       one object per step
+    evaluation.jsonl    one object per validation
+    tensorboard/        what the trackers write
+    tokenizers/  tokens/   quantisers and tokens that the run made itself
+    checkpoints/        see checkpoints.py
+    final/              the model at the end: AutoModel, AutoModelForPreTraining, AutoFeatureExtractor
+        encoder/        the encoder alone, without the heads of pre-training
+"""
+
+import logging
+from pathlib import Path
+
+import yaml
+
+from .config import FREE_ON_RESUME, PreTrainingConfig
+from .config_loading import build, changed_keys, to_plain
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Paths of a run, and the checks before it starts."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.path = Path(output_dir)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluation = self.path / "evaluation.jsonl"
+        self.trackers = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizers = self.path / "tokenizers"
+        self.tokens = self.path / "tokens"
+        self.final = self.path / "final"
+
+    def check(self, config: PreTrainingConfig, resume: bool) -> None:
+        """ValueError where starting would overwrite something, or resuming would continue another training."""
+        if not resume:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ValueError(
+                    f"{self.path} is not empty: continue its run with --resume, or choose another folder with "
+                    "--set output_dir=PATH."
+                )
+            return
+        if not self.config.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"{self.path} is not the folder of a run (it has no config.yaml): nothing to resume.")
+            logger.warning("%s does not exist yet: the run starts from the beginning.", self.path)
+            return
+        earlier = to_plain(build(PreTrainingConfig, yaml.safe_load(self.config.read_text(encoding="utf-8"))))
+        changed = changed_keys(earlier, to_plain(config))
+        refused = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME]
+        if refused:
+            now = to_plain(config)
+            details = ", ".join(f"{key} ({_look_up(earlier, key)} -> {_look_up(now, key)})" for key in refused)
+            raise ValueError(
+                f"The run in {self.path} was started with another configuration: {details}. Undo the change, or "
+                f"start a new run in another folder. Free to change are {', '.join(FREE_ON_RESUME)}."
+            )
+        if altered := [key for key in changed if key != "output_dir"]:
+            logger.warning("Resuming with changed settings: %s.", ", ".join(altered))
+
+    def create(self, config: PreTrainingConfig) -> None:
+        """Makes the folder and writes config.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.config.with_name(self.config.name + ".partial")
+        partial.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+        partial.rename(self.config)
+
+
+def _look_up(values: dict, key: str) -> object:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None  # type: ignore[assignment]
+    return values

@@ -1,0 +1,96 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a configuration stands for: the model, and the datasets with their batches."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_spear import SpearConfig
+from ..data.bucketing import BucketingSampler
+from ..data.audio import SAMPLING_RATE
+from ..data.collation import PreTrainingDataset, Tokens
+from ..data.manifest import Utterance
+from ..data.seeding import keyed_seed
+from ..feature_extraction_spear import SpearFeatureExtractor
+from ..modeling_spear import SpearForPreTraining
+from ..mvq.alignment import label_ratio
+from .config import ModelConfig, PreTrainingConfig, TargetConfig
+from .corpus import Corpus
+
+
+def pretraining_targets(
+    targets: Mapping[str, TargetConfig], token_rates: Mapping[str, float], frame_rate: float
+) -> dict[str, dict[str, Any]]:
+    """`SpearConfig.pretraining_targets`: codebooks at the student's rate, several times a faster teacher's."""
+    return {
+        name: {
+            "num_codebooks": target.num_codebooks * label_ratio(token_rates[name], frame_rate)[0],
+            "codebook_size": target.codebook_size,
+            "weight": target.weight,
+        }
+        for name, target in targets.items()
+    }
+
+
+def model_config(config: ModelConfig) -> SpearConfig:
+    """The architecture, still with the default targets."""
+    if config.init_from is not None:
+        loaded = SpearConfig.from_pretrained(config.init_from)
+        assert isinstance(loaded, SpearConfig)
+        return loaded
+    make = SpearConfig if config.size is None else getattr(SpearConfig, config.size)
+    try:
+        return make(**config.config)
+    except TypeError as error:
+        raise ValueError(f"model.config does not go with model.size={config.size}: {error}") from None
+
+
+def build_model(config: PreTrainingConfig, token_rates: Mapping[str, float]) -> SpearForPreTraining:
+    """The model to train: initialised from the seed, or from a checkpoint (heads that do not fit start anew)."""
+    architecture = model_config(config.model)
+    frame_rate = SAMPLING_RATE / architecture.inputs_to_logits_ratio
+    architecture.pretraining_targets = pretraining_targets(config.targets, token_rates, frame_rate)
+    torch.manual_seed(keyed_seed(config.seed, "initialisation"))
+    if config.model.init_from is None:
+        return SpearForPreTraining(architecture)
+    return SpearForPreTraining.from_pretrained(
+        config.model.init_from, config=architecture, ignore_mismatched_sizes=True
+    )
+
+
+def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> BucketingSampler:
+    """The order of the training utterances."""
+    return BucketingSampler(
+        cropped(corpus.training_lengths, config),
+        round(config.data.batch_seconds * SAMPLING_RATE),
+        jitter=config.data.length_jitter,
+        seed=config.seed,
+    )
+
+
+def cropped(lengths: np.ndarray, config: PreTrainingConfig) -> np.ndarray:
+    """Samples after cropping to `data.max_seconds`."""
+    return np.minimum(lengths, round(config.data.max_seconds * SAMPLING_RATE))
+
+
+def build_dataset(
+    config: PreTrainingConfig,
+    utterances: list[Utterance],
+    stores: Mapping[str, Tokens],
+    architecture: SpearConfig,
+    feature_extractor: SpearFeatureExtractor,
+) -> PreTrainingDataset:
+    """Batches of `utterances`, masked as the configuration says."""
+    return PreTrainingDataset(
+        utterances,
+        stores,
+        architecture,
+        feature_extractor,
+        dataclasses.replace(config.masking),
+        seed=config.seed,
+        max_seconds=config.data.max_seconds,
+        cache_audio=config.execution.cache_audio,
+    )

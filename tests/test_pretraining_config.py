@@ -1,0 +1,121 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Every shipped configuration loads; unknown keys, wrong types and impossible values are refused by name."""
+
+import ast
+import inspect
+
+import pytest
+import yaml
+
+from spear_hf.pretraining import config as config_module
+from spear_hf.pretraining.config import PreTrainingConfig, load_config, shipped_configs
+from spear_hf.pretraining.config_loading import build, changed_keys, to_plain
+from spear_hf.pretraining.setup import build_model
+
+
+def test_the_shipped_names():
+    assert shipped_configs() == ["base-speech", "base-speech-audio", "tiny"]
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_loads_and_survives_yaml(name):
+    config = load_config(name)
+    assert build(PreTrainingConfig, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
+    assert set(config.targets) == ({"speech", "audio"} if name.endswith("audio") else {"speech"})
+
+
+def test_tiny_has_two_to_three_million_parameters():
+    model = build_model(load_config("tiny"), {"speech": 50.0})
+    assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
+    assert model.config.pretraining_targets == {"speech": {"num_codebooks": 4, "codebook_size": 256, "weight": 1.0}}
+
+
+def test_a_student_at_25_hz_predicts_two_tokens_a_frame():
+    overrides = ["model.config.output_downsampling_factor=2", "targets.audio.num_codebooks=8"]
+    model = build_model(load_config("tiny", overrides), {"speech": 50.0, "audio": 25.0})
+    targets = model.config.pretraining_targets
+    assert (targets["speech"]["num_codebooks"], targets["audio"]["num_codebooks"]) == (8, 8)
+
+
+def test_masking_of_the_shipped_configs_is_the_papers():
+    speech, both = load_config("base-speech").masking, load_config("base-speech-audio").masking
+    assert (speech.time_probability, speech.feature_span) == (0.5, 15)
+    assert (both.time_probability, both.feature_span) == (0.65, 20)
+
+
+def test_overrides_at_the_top_and_below():
+    config = load_config(
+        "tiny",
+        ["output_dir=out", "max_steps=50", "checkpoint_every=25", "optimizer.learning_rate=1e-3", "data.split=null",
+         "model.config.hidden_size=32", "targets.speech.teacher=null", "targets.speech.store=a=b",
+         "optimizer.betas=[0.9, 0.95]"],
+    )  # fmt: skip
+    assert (config.output_dir, config.max_steps, config.checkpoint_every) == ("out", 50, 25)
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.data.split is None
+    assert config.model.config["hidden_size"] == 32
+    assert config.targets["speech"].store == "a=b"
+
+
+def test_a_target_can_be_removed():
+    assert set(load_config("base-speech-audio", ["targets.audio=null"]).targets) == {"speech"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_step=3", "Unknown key max_step: did you mean max_steps"),
+        ("optimizer.learning_rat=3", "did you mean optimizer.learning_rate"),
+        ("data.zzz=3", "Unknown key data.zzz: known here: manifest"),
+        ("targets.speech.codebooks=3", "did you mean targets.speech.num_codebooks"),
+        ("model.config.hiden_size=3", "config.hiden_size is not a field of SpearConfig"),
+        ("max_steps=ten", "max_steps='ten' is a str, but must be int"),
+        ("max_steps=1.5", "max_steps=1.5 is a float, but must be int"),
+        ("seed=true", "seed=True is a bool"),
+        ("execution.cache_audio=1", "execution.cache_audio=1 is a int, but must be bool"),
+        ("schedule.name=linear", "must be one of 'cosine', 'eden', 'constant'"),
+        ("optimizer.betas=[0.9]", "optimizer: betas must be two numbers"),
+        ("data=3", "must be a mapping"),
+        ("max_steps.x=3", "holds a value, not a section"),
+        ("data.max_seconds=9.99", "multiple of 0.04"),
+        ("data.batch_seconds=2", "batch_seconds=2.0 must hold a crop of 6.0 seconds"),
+        ("execution.batch_seconds_per_device=2", "must hold a crop"),
+        ("masking.time_span=0", "masking: time_span must be at least 1"),
+        ("targets.speech.store=x", "store and teacher are both set"),
+        ("targets.music.store=x", "targets must be speech, audio or both"),
+        ("max_steps", "must have the form key=value"),
+        ("max_steps=[1", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace(".", r"\.")):
+        load_config("tiny", [override])
+
+
+def test_unknown_names_and_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"neither a file nor a shipped configuration \(base-speech"):
+        load_config("tinny")
+    path = tmp_path / "mine.yaml"
+    path.write_text("max_steps: 5\nmodel:\n  size: large\n")
+    assert load_config(path).model.size == "large"
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="keys and values"):
+        load_config(path)
+
+
+def test_changed_keys_are_dotted_names():
+    before, after = to_plain(load_config("tiny")), to_plain(load_config("tiny", ["seed=1", "data.split=x"]))
+    assert changed_keys(before, after) == ["data.split", "seed"]
+
+
+def test_every_field_is_explained():
+    tree = ast.parse(inspect.getsource(config_module))
+    for definition in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for place, node in enumerate(definition.body):
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in (
+                "ModelConfig", "DataConfig", "MaskingConfig", "OptimizerConfig", "ScheduleConfig",
+                "CheckpointingConfig", "LoggingConfig", "ExecutionConfig",
+            ):  # fmt: skip
+                following = definition.body[place + 1]
+                assert isinstance(following, ast.Expr), f"{definition.name}.{ast.unparse(node.target)}"

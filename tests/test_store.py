@@ -1,0 +1,340 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The token store: what goes in comes out, and nothing half-written, doubled or foreign is taken for a store."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import zlib
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spear_hf.mvq.store import (
+    FORMAT_VERSION,
+    QuarantinedAudio,
+    StoreInfo,
+    TokenRow,
+    TokenStore,
+    TokenStoreWriter,
+    waveform_checksum,
+    write_atomically,
+)
+
+
+INFO = StoreInfo(
+    num_codebooks=4,
+    codebook_size=256,
+    frame_rate=50.0,
+    teacher="kaldi-mfcc",
+    layer=None,
+    quantizer_id="0123456789abcdef",
+    extraction={"refine_iters": 5, "teacher": {"id": "kaldi-mfcc", "fingerprint": "", "dtype": "float32"}},
+)
+
+
+def make_rows(number: int) -> list[TokenRow]:
+    rng = np.random.default_rng(7)
+    return [
+        TokenRow(
+            id=f"speaker/{index:03d}.wav",
+            codes=rng.integers(0, 256, (int(rng.integers(1, 90)), 4), dtype=np.uint8),
+            num_samples=16000 + index,
+            audio_checksum=index or None,
+        )
+        for index in range(number)
+    ]
+
+
+def write(folder, rows, info=INFO, shard_utterances=80):
+    with TokenStoreWriter(folder, info, shard_utterances=shard_utterances) as writer:
+        for row in rows:
+            writer.add(row.id, row.codes, row.num_samples, row.audio_checksum)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    rows = make_rows(200)
+    write(tmp_path / "store", rows)
+    return tmp_path / "store", rows
+
+
+def test_round_trip(stored):
+    folder, rows = stored
+    store = TokenStore.open(folder)
+    assert store.ids == [row.id for row in rows]
+    assert len(store) == 200
+    assert "speaker/003.wav" in store
+    assert "missing" not in store
+    for row in [*rows, rows[0]]:
+        assert np.array_equal(store[row.id], row.codes)
+        assert store[row.id].dtype == np.uint8
+        assert store.num_frames(row.id) == len(row.codes)
+        assert store.num_samples(row.id) == row.num_samples
+    assert (store.num_codebooks, store.codebook_size, store.frame_rate) == (4, 256, 50.0)
+    assert (store.teacher, store.layer, store.quantizer_id) == ("kaldi-mfcc", None, "0123456789abcdef")
+    with pytest.raises(KeyError, match="is not in"):
+        store["missing"]
+
+
+def test_metadata_on_disk(stored):
+    folder, _ = stored
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["format_version"] == FORMAT_VERSION
+    assert metadata["complete"] is True
+    assert [shard["num_utterances"] for shard in metadata["shards"]] == [80, 80, 40]
+    assert not list(folder.glob(".*")), "no temporary files stay"
+
+
+def test_plain_datasets_reads_it(stored, tmp_path):
+    folder, rows = stored
+    cache = str(tmp_path / "cache")
+    for dataset in (
+        datasets.load_dataset(str(folder), split="train", cache_dir=cache),
+        datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=cache),
+    ):
+        assert len(dataset) == len(rows)
+        item = dataset[123]
+        codes = np.frombuffer(item["codes"], np.uint8).reshape(item["num_frames"], 4)
+        assert item["id"] == rows[123].id
+        assert np.array_equal(codes, rows[123].codes)
+        assert item["checksum"] == zlib.crc32(item["codes"])
+
+
+def test_bytes_are_a_function_of_the_content(stored, tmp_path):
+    folder, rows = stored
+    write(tmp_path / "again", rows)
+    assert contents(folder) == contents(tmp_path / "again")
+
+
+def test_store_travels_to_other_processes(stored):
+    folder, rows = stored
+    store = TokenStore.open(folder)
+    store[rows[0].id]
+    again = pickle.loads(pickle.dumps(store))
+    assert np.array_equal(again[rows[199].id], rows[199].codes)
+
+
+def _write_and_die(folder, rows, after):
+    """Kills itself when `after` utterances have been handed over."""
+    with TokenStoreWriter(folder, INFO, shard_utterances=80) as writer:
+        for number, row in enumerate(rows):
+            if number == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            writer.add(row.id, row.codes, row.num_samples, row.audio_checksum)
+
+
+def test_killed_and_resumed_equals_uninterrupted(stored, tmp_path):
+    folder, rows = stored
+    target = tmp_path / "resumed"
+    context = multiprocessing.get_context("fork")
+    for after in (30, 100, 199):
+        process = context.Process(target=_write_and_die, args=(target, rows, after))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="is not complete"):
+        TokenStore.open(target)
+    assert TokenStore.open(target, allow_incomplete=True).ids == [row.id for row in rows[:160]]
+    with TokenStoreWriter(target, INFO, shard_utterances=80) as writer:
+        added = [writer.add(row.id, row.codes, row.num_samples, row.audio_checksum) for row in rows]
+        assert rows[0].id in writer
+    assert added == [False] * 160 + [True] * 40
+    assert contents(target) == contents(folder)
+
+
+def test_error_in_the_with_block_leaves_the_store_incomplete(tmp_path):
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    writer.add("a", np.zeros((3, 4), np.uint8), 1600)
+    with pytest.raises(RuntimeError), writer:
+        raise RuntimeError("stop")
+    with pytest.raises(ValueError, match="is not complete"):
+        TokenStore.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("quantizer_id", "other"), ("num_codebooks", 8), ("frame_rate", 25.0), ("teacher", "other"), ("layer", 3)],
+)
+def test_other_tokens_are_refused(stored, field, value):
+    folder, _ = stored
+    other = StoreInfo(**{**INFO.__dict__, field: value})
+    with pytest.raises(ValueError, match=f"holds other tokens.*{field}"):
+        TokenStoreWriter(folder, other)
+
+
+def test_other_extraction_is_refused_but_a_moved_teacher_is_not(tmp_path):
+    def info(**changes):
+        teacher = {"id": "/old/place", "revision": None, "fingerprint": "abc", "dtype": "float32", **changes}
+        return StoreInfo(4, 256, 50.0, teacher["id"], 3, "q", {"refine_iters": 5, "teacher": teacher})
+
+    rows = make_rows(3)
+    write(tmp_path / "s", rows, info=info())
+    write(tmp_path / "s", rows, info=info(id="/new/place"))
+    for changed in ({"fingerprint": "xyz"}, {"dtype": "bfloat16"}, {"window": "slice"}):
+        with pytest.raises(ValueError, match="holds other tokens"):
+            TokenStoreWriter(tmp_path / "s", info(**changed))
+
+
+def test_shards_stand_for_fixed_utterances(tmp_path):
+    rows = make_rows(6)
+    bad = QuarantinedAudio("bad", "bad.wav", "not finite")
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    writer.write_shard(1, rows[3:])
+    assert not writer.has_shard(0, [row.id for row in rows[:3]] + ["bad"])
+    with pytest.raises(ValueError, match="shards \\[0\\] have not been written"):
+        writer.finish()
+    writer.write_shard(0, rows[:3], [bad])
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    first = [row.id for row in rows[:3]]
+    assert writer.has_shard(0, ["bad", *first])
+    assert not writer.has_shard(0, [*first, "bad", "new"]), "the list has grown: to be written anew"
+    with pytest.raises(ValueError, match="another list of utterances"):
+        writer.has_shard(0, [*first, "other"])
+    with pytest.raises(ValueError, match="longer list"):
+        writer.finish(num_shards=1)
+    writer.finish(num_shards=2)
+    assert writer.quarantined == [bad]
+    assert json.loads((tmp_path / "s" / "quarantine.jsonl").read_text()) == {
+        "id": "bad",
+        "path": "bad.wav",
+        "error": "not finite",
+    }
+    assert len(TokenStore.open(tmp_path / "s")) == 6
+
+
+def test_grown_store_replaces_nothing_and_drops_an_old_quarantine(tmp_path):
+    rows = make_rows(5)
+    with TokenStoreWriter(tmp_path / "s", INFO, shard_utterances=2) as writer:
+        writer.add(rows[0].id, rows[0].codes, 1)
+        writer.add_bad("bad", "bad.wav", "broken")
+    (tmp_path / "s" / "quarantine.jsonl").write_text("stale")
+    with TokenStoreWriter(tmp_path / "s", INFO, shard_utterances=2) as writer:
+        assert not writer.add_bad("bad", "bad.wav", "broken")
+        for row in rows:
+            writer.add(row.id, row.codes, 1)
+    assert TokenStore.open(tmp_path / "s").ids == [row.id for row in rows]
+    assert "stale" not in (tmp_path / "s" / "quarantine.jsonl").read_text()
+
+
+def test_unknown_version_is_refused(stored):
+    folder, _ = stored
+    metadata = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps({**metadata, "format_version": 99}))
+    for use in (TokenStore.open, lambda path: TokenStoreWriter(path, INFO)):
+        with pytest.raises(ValueError, match="format version 99"):
+            use(folder)
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a token store"):
+        TokenStore.open(tmp_path)
+    (tmp_path / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        TokenStore.open(tmp_path)
+    (tmp_path / "metadata.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="lacks num_codebooks"):
+        TokenStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_truncated_shard_is_refused(stored, keep):
+    folder, _ = stored
+    shard = folder / "tokens-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    for use in (TokenStore.open, lambda path: TokenStoreWriter(path, INFO)):
+        with pytest.raises(ValueError, match=r"tokens-00001\.parquet is truncated"):
+            use(folder)
+
+
+def test_flipped_byte_is_found_by_the_checksum(stored):
+    folder, rows = stored
+    shard = folder / "tokens-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    place = content.index(rows[5].codes.tobytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    store = TokenStore.open(folder)
+    assert np.array_equal(store[rows[4].id], rows[4].codes)
+    with pytest.raises(ValueError, match=r"speaker/005\.wav are damaged"):
+        store[rows[5].id]
+
+
+def test_missing_foreign_and_doubled_shards_are_refused(stored, tmp_path):
+    folder, rows = stored
+    shard = folder / "tokens-00001.parquet"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        TokenStore.open(folder)
+    shard.write_bytes((folder / "tokens-00000.parquet").read_bytes())
+    with pytest.raises(ValueError, match="occurs twice"):
+        TokenStore.open(folder)
+    shard.write_bytes((folder / "tokens-00002.parquet").read_bytes())
+    with pytest.raises(ValueError, match="has 40 utterances"):
+        TokenStore.open(folder)
+    write(tmp_path / "other", rows, info=StoreInfo(**{**INFO.__dict__, "quantizer_id": "other"}))
+    shard.write_bytes((tmp_path / "other" / shard.name).read_bytes())
+    with pytest.raises(ValueError, match=r"does not belong to this store.*quantizer_id"):
+        TokenStore.open(folder)
+    pq.write_table(pa.table({"id": ["a"]}), shard)
+    with pytest.raises(ValueError, match="was not written by spear_hf"):
+        TokenStore.open(folder)
+    shard.write_bytes(content)
+    assert len(TokenStore.open(folder)) == 200
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((3, 4), np.int64), "not uint8"),
+        (np.zeros((3, 5), np.uint8), r"\(3, 5\)"),
+        (np.zeros((0, 4), np.uint8), r"\(0, 4\)"),
+        (np.full((3, 4), 16, np.uint8), "code 16 is beyond"),
+    ],
+)
+def test_bad_codes_are_refused(tmp_path, codes, message):
+    writer = TokenStoreWriter(tmp_path / "s", StoreInfo(**{**INFO.__dict__, "codebook_size": 16}), shard_utterances=1)
+    with pytest.raises(ValueError, match=message):
+        writer.add("a", codes, 1)
+
+
+def test_doubled_id_is_refused(tmp_path):
+    row = make_rows(1)[0]
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    writer.add(row.id, row.codes, 1)
+    writer.add(row.id, row.codes, 1)
+    with pytest.raises(ValueError, match="occurs twice"):
+        writer.finish()
+
+
+def test_bad_info_is_refused():
+    with pytest.raises(ValueError, match="codebook_size=512"):
+        StoreInfo(**{**INFO.__dict__, "codebook_size": 512})
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_waveform_checksum_ignores_the_precision_given():
+    waveform = np.linspace(-1, 1, 100, dtype=np.float32)
+    assert waveform_checksum(waveform) == waveform_checksum(waveform.astype(np.float64))
+    assert waveform_checksum(waveform) != waveform_checksum(-waveform)

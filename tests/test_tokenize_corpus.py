@@ -1,0 +1,184 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""A corpus into a token store: shards that follow from the list alone, and bad audio set aside."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from spear_hf.data.manifest import Utterance, read_manifest
+from spear_hf.mvq import tokenize_corpus as module
+from spear_hf.mvq.corpus import computed, decoded_batches
+from spear_hf.mvq.quantizer import MultiCodebookQuantizer
+from spear_hf.mvq.store import TokenStore, waveform_checksum
+from spear_hf.mvq.teachers import load_teacher
+from spear_hf.mvq.tokenize_corpus import plan_shards, tokenize_corpus
+from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    teacher = load_teacher("kaldi-mfcc")
+    torch.manual_seed(0)
+    return MvqTokenizer(teacher, MultiCodebookQuantizer(39, 16, 4, **quantizer_metadata(teacher)))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """17 good files and 3 bad ones: no audio, silence of 5 ms, and one that is not a number."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for index in range(17):
+        waveform = 0.1 * rng.standard_normal(int(rng.integers(4000, 16000)))
+        soundfile.write(folder / f"good{index:02d}.wav", waveform, 16000)
+    (folder / "bad0.wav").write_bytes(b"this is no audio")
+    soundfile.write(folder / "bad1.wav", np.zeros(80), 16000)
+    soundfile.write(folder / "bad2.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
+    return folder
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run(tokenizer, corpus, output, **settings):
+    return tokenize_corpus(tokenizer, read_manifest(corpus), output, shard_utterances=6, progress=False, **settings)
+
+
+@pytest.fixture(scope="module")
+def store(tokenizer, corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("store") / "tokens"
+    return output, run(tokenizer, corpus, output)
+
+
+def test_every_good_file_is_there_with_its_codes(tokenizer, corpus, store):
+    output, summary = store
+    opened = TokenStore.open(output)
+    assert (summary.utterances, summary.already_there, len(summary.bad)) == (17, 0, 3)
+    assert opened.ids == [f"good{index:02d}.wav" for index in range(17)], "in the order of the list"
+    assert opened.info == tokenizer.store_info()
+    total = 0
+    for id in opened:
+        waveform, _ = soundfile.read(corpus / id, dtype="float32")
+        assert np.array_equal(opened[id], tokenizer(waveform))
+        assert opened.num_samples(id) == len(waveform)
+        total += len(opened[id])
+    assert summary.frames == total
+
+
+def test_bad_files_are_set_aside_with_the_reason(store):
+    output, _ = store
+    rows = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["bad0.wav", "bad1.wav", "bad2.wav"]
+    for row, reason in zip(rows, ("cannot be decoded", "80 samples are too short", "not finite")):
+        assert reason in row["error"]
+        assert row["id"] in row["error"]
+        assert row["path"].endswith(row["id"])
+
+
+def test_finished_store_is_left_alone(tokenizer, corpus, store):
+    output, _ = store
+    before = contents(output)
+    again = run(tokenizer, corpus, output)
+    assert (again.utterances, again.already_there, len(again.bad)) == (0, 20, 3)
+    assert contents(output) == before
+
+
+def test_interrupted_run_ends_with_the_same_bytes(tokenizer, corpus, store, tmp_path, monkeypatch):
+    output, _ = store
+    real = module.decoded_batches
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        yield from real(*arguments)
+
+    monkeypatch.setattr(module, "decoded_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, corpus, tmp_path / "tokens")
+    assert len(list((tmp_path / "tokens").glob("tokens-*.parquet"))) == 2
+    summary = run(tokenizer, corpus, tmp_path / "tokens")
+    assert summary.already_there == 12
+    assert contents(tmp_path / "tokens") == contents(output)
+
+
+def test_grown_list_gives_the_bytes_of_a_fresh_run(tokenizer, corpus, store, tmp_path):
+    output, _ = store
+    utterances = read_manifest(corpus)
+    settings = {"shard_utterances": 6, "progress": False}
+    tokenize_corpus(tokenizer, utterances[:9], tmp_path / "tokens", **settings)
+    tokenize_corpus(tokenizer, utterances, tmp_path / "tokens", **settings)
+    assert contents(tmp_path / "tokens") == contents(output)
+    with pytest.raises(ValueError, match="longer list"):
+        tokenize_corpus(tokenizer, utterances[:12], tmp_path / "tokens", **settings)
+    with pytest.raises(ValueError, match="another list"):
+        tokenize_corpus(tokenizer, utterances[::-1], tmp_path / "tokens", **settings)
+
+
+def test_other_tokens_are_refused(tokenizer, corpus, store):
+    output, _ = store
+    other = MvqTokenizer(tokenizer.teacher, tokenizer.quantizer, refine_iters=1)
+    with pytest.raises(ValueError, match="refine_iters"):
+        run(other, corpus, output)
+    with pytest.raises(ValueError, match="list of utterances is empty"):
+        tokenize_corpus(tokenizer, [], output)
+
+
+def test_a_refusal_of_the_teacher_costs_one_utterance(corpus):
+    """Features that are not finite show only when they are computed, with a batch of others."""
+    batch = next(iter(decoded_batches(read_manifest(corpus), load_teacher("kaldi-mfcc"), 1000.0)))
+
+    def compute(waveforms, ids):
+        if "good03.wav" in ids:
+            raise ValueError("features are not finite")
+        return [f"{id} {len(waveform)}" for waveform, id in zip(waveforms, ids)]
+
+    results = {item.utterance.id: (item, result) for item, result in computed(batch, compute)}
+    assert len(results) == 20
+    assert results["good03.wav"][1] is None
+    assert results["good03.wav"][0].error == "features are not finite"
+    for id, (item, result) in results.items():
+        if item.error is None:
+            assert result == f"{id} {len(item.waveform)}"
+    assert sum(item.error is not None for item, _ in results.values()) == 4
+
+
+def test_batches_are_of_like_length_and_within_their_seconds(corpus):
+    utterances = read_manifest(corpus)
+    teacher = load_teacher("kaldi-mfcc")
+    for order in (utterances, utterances[::-1]):
+        batches = list(decoded_batches(order, teacher, 3.0))
+        lengths = [len(item.waveform) for batch in batches for item in batch if item.waveform is not None]
+        assert lengths == sorted(lengths, reverse=True)
+        for batch in batches:
+            longest = max((len(item.waveform) for item in batch if item.waveform is not None), default=0)
+            assert len(batch) * longest <= 3 * 16000
+        ids = [[item.utterance.id for item in batch] for batch in batches]
+        assert sorted(sum(ids, [])) == sorted(utterance.id for utterance in utterances)
+        if order is utterances:
+            first = ids
+    assert ids == first
+
+
+def test_shards_are_bounded_by_hours_too():
+    hour = 3600 * 16000
+    utterances = [
+        Utterance(id=str(n), path=corpus_path, num_samples=10 * hour) for n, corpus_path in enumerate("abcdef")
+    ]
+    assert [len(shard) for shard in plan_shards(utterances)] == [3, 3]
+    assert [len(shard) for shard in plan_shards(utterances, 2)] == [2, 2, 2]
+    with pytest.raises(ValueError, match="at least 1"):
+        plan_shards(utterances, 0)
+
+
+def test_audio_is_identified_by_its_samples(corpus, store):
+    import pyarrow.parquet as pq
+
+    output, _ = store
+    row = pq.read_table(output / "tokens-00000.parquet").to_pylist()[0]
+    waveform, _ = soundfile.read(corpus / row["id"], dtype="float32")
+    assert row["audio_checksum"] == waveform_checksum(waveform)
