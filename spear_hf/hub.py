@@ -160,7 +160,7 @@ def _send(
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision != constants.DEFAULT_REVISION:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        found = api.repo_info(repo_id, revision=revision)
+        found = api.model_info(repo_id, revision=revision)
         if private and found.private is False:
             raise PublishError(f"{repo_id} exists and is public: make it private in its settings, or choose another.")
         old = [sibling.rfilename for sibling in found.siblings or () if is_replaced(sibling.rfilename)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -33,42 +33,49 @@ def check_loads(staged: Path, source: Path) -> SpearPreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the load reports are read here, not shown
     try:
-        model, report = AutoModel.from_pretrained(staged, dtype=torch.float32, output_loading_info=True)
-        _check_report(report, "AutoModel", source, ("missing_keys", "mismatched_keys"))
-        cls = next((cls for cls in MODEL_CLASSES.values() if [cls.__name__] == model.config.architectures), None)
+        model = _load(AutoModel, staged, source, allowed=("unexpected_keys",))
+        architectures = model.config.architectures
+        cls = next((cls for cls in MODEL_CLASSES.values() if [cls.__name__] == architectures), None)
         if cls is None:
             known = ", ".join(cls.__name__ for cls in MODEL_CLASSES.values())
-            raise ValueError(
-                f"{source}: config.json has architectures {model.config.architectures}, not one of {known}."
-            )
-        extractor = SpearFeatureExtractor.from_pretrained(staged)
-        if cls is not type(model):
-            model, report = cls.from_pretrained(staged, dtype=torch.float32, output_loading_info=True)
-        _check_report(report, cls.__name__, source, ("missing_keys", "mismatched_keys", "unexpected_keys"))
-        second = torch.zeros(extractor.sampling_rate)
-        with torch.inference_mode():
-            features = extractor(second, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-            states = model.base_model(**features).last_hidden_state
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        if str(error).startswith(str(source)):
-            raise
-        raise ValueError(f"{source} does not load and run, so it is not published: {error}") from error
+            raise ValueError(f"{source}: config.json has architectures {architectures}, not one of {known}.")
+        model = _load(cls, staged, source)
     finally:
         transformers_logging.set_verbosity(verbosity)
     bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-    if bad or not torch.isfinite(states).all():
-        raise ValueError(f"{source}: weights or outputs are not finite ({', '.join(bad[:3]) or 'outputs'}).")
+    if bad:
+        raise ValueError(
+            f"{source}: {len(bad)} weights are not finite, such as {bad[0]}: publish an earlier checkpoint."
+        )
+    extractor = SpearFeatureExtractor.from_pretrained(staged)
+    if extractor.feature_size != model.config.num_mel_bins:
+        raise ValueError(
+            f"{source}: the preprocessor makes {extractor.feature_size} mel bins and the model takes "
+            f"{model.config.num_mel_bins}; save the feature extractor of this model there."
+        )
+    second = torch.zeros(extractor.sampling_rate)
+    with torch.inference_mode():
+        features = extractor(second, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        states = model.base_model(**features).last_hidden_state
+    if not torch.isfinite(states).all():
+        raise ValueError(f"{source}: the outputs for a second of silence are not finite: publish another checkpoint.")
     return model
 
 
-def _check_report(report: dict[str, Any], reader: str, source: Path, kinds: tuple[str, ...]) -> None:
-    for kind in kinds:
-        if keys := sorted(map(str, report[kind])):
+def _load(reader: Any, staged: Path, source: Path, allowed: tuple[str, ...] = ()) -> SpearPreTrainedModel:
+    """What `reader` loads, in float32; ValueError if it cannot, or if weights and configuration do not match."""
+    try:
+        model, report = reader.from_pretrained(staged, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{source} does not load with {reader.__name__}, so it is not published: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if kind not in allowed and (keys := sorted(map(str, report[kind]))):
             names = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ValueError(
-                f"{source}: {reader} finds {kind.replace('_', ' ')} in the weights: {names}. Weights and config.json do "
-                "not belong together; save_pretrained the model again."
+                f"{source}: {reader.__name__} finds {kind.replace('_', ' ')} in the weights: {names}. Weights and "
+                "config.json do not belong together; save_pretrained the model again."
             )
+    return model
 
 
 def check_card(card: Path) -> list[str]:

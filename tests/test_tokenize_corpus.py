@@ -2,6 +2,8 @@
 """A corpus into a token store: shards that follow from the list alone, and bad audio set aside."""
 
 import json
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,7 @@ def test_grown_list_gives_the_bytes_of_a_fresh_run(tokenizer, corpus, store, tmp
         tokenize_corpus(tokenizer, utterances[:12], tmp_path / "tokens", **settings)
     with pytest.raises(ValueError, match="another list"):
         tokenize_corpus(tokenizer, utterances[::-1], tmp_path / "tokens", **settings)
+    assert contents(tmp_path / "tokens") == contents(output), "what is refused leaves the store as it was"
 
 
 def test_other_tokens_are_refused(tokenizer, corpus, store):
@@ -158,7 +161,7 @@ def test_batches_are_of_like_length_and_within_their_seconds(corpus):
             longest = max((len(item.waveform) for item in batch if item.waveform is not None), default=0)
             assert len(batch) * longest <= 3 * 16000
         ids = [[item.utterance.id for item in batch] for batch in batches]
-        assert sorted(sum(ids, [])) == sorted(utterance.id for utterance in utterances)
+        assert sorted(chain.from_iterable(ids)) == sorted(utterance.id for utterance in utterances)
         if order is utterances:
             first = ids
     assert ids == first
@@ -166,9 +169,7 @@ def test_batches_are_of_like_length_and_within_their_seconds(corpus):
 
 def test_shards_are_bounded_by_hours_too():
     hour = 3600 * 16000
-    utterances = [
-        Utterance(id=str(n), path=corpus_path, num_samples=10 * hour) for n, corpus_path in enumerate("abcdef")
-    ]
+    utterances = [Utterance(id=name, path=Path(name), num_samples=10 * hour) for name in "abcdef"]
     assert [len(shard) for shard in plan_shards(utterances)] == [3, 3]
     assert [len(shard) for shard in plan_shards(utterances, 2)] == [2, 2, 2]
     with pytest.raises(ValueError, match="at least 1"):

@@ -99,10 +99,8 @@ def test_list_of_any_lengths(mfcc_folder):
 def test_long_audio_is_tokenised_in_windows(tmp_path):
     make_quantizer(load_teacher("kaldi-mfcc", window_seconds=4.0)).save_pretrained(tmp_path / "windowed")
     make_quantizer(load_teacher("kaldi-mfcc")).save_pretrained(tmp_path / "whole")
-    windowed, whole = (
-        MvqTokenizer.from_pretrained(tmp_path / "windowed"),
-        MvqTokenizer.from_pretrained(tmp_path / "whole"),
-    )
+    windowed = MvqTokenizer.from_pretrained(tmp_path / "windowed")
+    whole = MvqTokenizer.from_pretrained(tmp_path / "whole")
     assert windowed.teacher.window_seconds == 4.0, "the rule travels with the quantiser"
     assert (windowed(noise(13.0)) != whole(noise(13.0))).mean() < 0.005
 

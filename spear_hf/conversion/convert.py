@@ -15,7 +15,15 @@ from ..modeling_spear import SpearForPreTraining, SpearModel
 from .checks import bit_equal, check_activations, check_forward, check_tensors
 from .errors import ConversionError
 from .icefall import read_icefall
-from .layouts import BASE, Checkpoint, build_model, check_same_architecture, published_format, read_checkpoint
+from .layouts import (
+    BASE,
+    LEFT_OVER_REASON,
+    Checkpoint,
+    build_model,
+    check_same_architecture,
+    published_format,
+    read_checkpoint,
+)
 from .names import LEFT_OVER_VALUE
 from .reading import CONFIG, LEFT_OVER_FILE, WEIGHTS, Source, read_folder, read_source
 from .writing import check_output, whole_folder
@@ -116,8 +124,12 @@ def _without_heads(checkpoint: Checkpoint) -> Checkpoint:
 def _write_ours(folder: Path, model: SpearModel | SpearForPreTraining, checkpoint: Checkpoint) -> None:
     model.save_pretrained(folder)
     SpearFeatureExtractor(feature_size=checkpoint.config.num_mel_bins).save_pretrained(folder)
-    if any((tensor != LEFT_OVER_VALUE).any() for tensor in checkpoint.left_over.values()):
+    if _unusual_left_over(checkpoint):
         save_file(checkpoint.left_over, folder / LEFT_OVER_FILE, metadata={"format": "pt"})
+
+
+def _unusual_left_over(checkpoint: Checkpoint) -> bool:
+    return any(bool((tensor != LEFT_OVER_VALUE).any()) for tensor in checkpoint.left_over.values())
 
 
 def _check_written(folder: Path, checkpoint: Checkpoint) -> None:
@@ -148,11 +160,20 @@ def _report_account(source: Source, checkpoint: Checkpoint, to: str, report: Cal
         report(f"note     {note}")
     if source.unread:
         report(f"not read {', '.join(source.unread)}")
-    report(f"tensors  {len(checkpoint.renamed)} renamed or kept, {len(checkpoint.dropped)} dropped")
+    aside = len(checkpoint.left_over) if to == "published" or _unusual_left_over(checkpoint) else 0
+    counts = [
+        f"{len(checkpoint.renamed)} renamed",
+        f"{aside} kept aside",
+        f"{len(checkpoint.dropped) - aside} dropped",
+    ]
+    report(f"tensors  {', '.join(counts)}")
     reasons = defaultdict(list)
     for name, reason in checkpoint.dropped.items():
         reasons[reason].append(name)
     for reason, names in reasons.items():
-        report(f"dropped  {reason}:")
+        if reason == LEFT_OVER_REASON and aside:
+            report(f"aside    {reason}, but kept for the {'way back' if to == 'spear_hf' else 'published code'}:")
+        else:
+            report(f"dropped  {reason}:")
         for name in names:
             report(f"           {name}")

@@ -175,6 +175,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise ConversionError(f"{path} is missing; download it again.") from None
+        raise ConversionError(f"{path} is missing.") from None
     except safetensors.SafetensorError as error:
         raise ConversionError(f"{path} is cut off or damaged ({error}); download it again.") from error

@@ -70,8 +70,8 @@ class TargetConfig:
     quantizer_steps: int = 400
     """Steps of each of the two phases of the quantiser's training (paper: 35,000)."""
 
-    quantizer_seconds: float = 1800.0
-    """At most so many seconds of audio, drawn at random, train the quantiser."""
+    quantizer_frames: int = 200_000
+    """At most so many frames, drawn at random, train the quantiser."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("store", "tokenizer", "teacher") if getattr(self, name) is not None]
@@ -81,8 +81,8 @@ class TargetConfig:
             raise ValueError(f"{self.num_codebooks} codebooks of {self.codebook_size} entries cannot be predicted.")
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, not {self.weight}.")
-        if self.quantizer_steps < 1 or self.quantizer_seconds <= 0:
-            raise ValueError("quantizer_steps and quantizer_seconds must be positive.")
+        if self.quantizer_steps < 1 or self.quantizer_frames < 1:
+            raise ValueError("quantizer_steps and quantizer_frames must be positive.")
 
 
 @dataclass(frozen=True)

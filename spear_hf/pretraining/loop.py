@@ -100,7 +100,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         if accelerator.is_main_process:
             folder.create(config)
         with accelerator.main_process_first():  # the others find what the first has made
-            stores = prepare_stores(config, [*corpus.training, *corpus.validation], folder)
+            stores = prepare_stores(config, corpus, folder, device=str(accelerator.device))
 
         bare_model = build_model(config, {name: store.frame_rate for name, store in stores.items()})
         extractor = SpearFeatureExtractor()

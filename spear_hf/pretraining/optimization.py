@@ -14,7 +14,8 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
     The latter are the biases, the norms' scales, the bypass scales, the downsampling weights and the mask embedding.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in parameters:
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 else kept).append(parameter)

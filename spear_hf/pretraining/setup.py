@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..configuration_spear import SpearConfig
-from ..data.bucketing import BucketingSampler
 from ..data.audio import SAMPLING_RATE
+from ..data.bucketing import BucketingSampler
 from ..data.collation import PreTrainingDataset, Tokens
 from ..data.manifest import Utterance
 from ..data.seeding import keyed_seed

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 
 from ..data.collation import needs_target
 from ..data.manifest import Utterance
+from ..mvq.quantize import train_tokenizer
+from ..mvq.quantizer_files import CONFIG_NAME
 from ..mvq.store import TokenStore
+from ..mvq.teachers import load_teacher
 from ..mvq.tokenize_corpus import tokenize_corpus
 from ..mvq.tokenizer import MvqTokenizer
+from ..mvq.training import QuantizerTrainingConfig
 from .config import PreTrainingConfig, TargetConfig
+from .corpus import Corpus
 from .run_folder import RunFolder
 
 
@@ -17,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_stores(
-    config: PreTrainingConfig, utterances: Sequence[Utterance], folder: RunFolder, device: str = "cpu"
+    config: PreTrainingConfig, corpus: Corpus, folder: RunFolder, device: str = "cpu"
 ) -> dict[str, TokenStore]:
     """Opens, and where the configuration asks for it first makes, the token store of every target.
 
@@ -31,15 +36,17 @@ def prepare_stores(
             continue
         if target.tokenizer is None and target.teacher is None:
             raise ValueError(
-                f"targets.{name} has no tokens: name a token store with --set targets.{name}.store=PATH, or a tokenizer "
-                f"with --set targets.{name}.tokenizer=PATH."
+                f"targets.{name} has no tokens: name a token store with --set targets.{name}.store=PATH, or a "
+                f"tokenizer with --set targets.{name}.tokenizer=PATH."
             )
-        needed = [utterance for utterance in utterances if needs_target(name, utterance.domain)]
-        if not needed:
-            raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")
-        stores[name] = _existing_store(folder, name, needed) or _make_store(
-            config.seed, name, target, needed, folder, device
+        training, validation = (
+            [utterance for utterance in group if needs_target(name, utterance.domain)]
+            for group in (corpus.training, corpus.validation)
         )
+        if not training:
+            raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")
+        store = _existing_store(folder, name, [*training, *validation])
+        stores[name] = store or _make_store(config.seed, name, target, training, validation, folder, device)
     return stores
 
 
@@ -53,18 +60,43 @@ def _existing_store(folder: RunFolder, name: str, needed: Sequence[Utterance]) -
 
 
 def _make_store(
-    seed: int, name: str, target: TargetConfig, needed: Sequence[Utterance], folder: RunFolder, device: str
+    seed: int,
+    name: str,
+    target: TargetConfig,
+    training: Sequence[Utterance],
+    validation: Sequence[Utterance],
+    folder: RunFolder,
+    device: str,
 ) -> TokenStore:
-    if target.tokenizer is not None:
-        tokenizer = MvqTokenizer.from_pretrained(target.tokenizer, device=device)
-    else:
-        tokenizer = _trained_tokenizer(seed, name, target, needed, folder, device)
+    """Tokenises; without a tokenizer it first trains one, on the training utterances alone."""
+    needed = [*training, *validation]
+    source = target.tokenizer
+    if source is None:
+        assert target.teacher is not None
+        trained = folder.tokenizers / name
+        if not (trained / CONFIG_NAME).exists():  # it is written last
+            logger.info("Training a quantiser on %s into %s.", target.teacher, trained)
+            train_tokenizer(
+                load_teacher(target.teacher, layer=target.layer, device=device),
+                training,
+                trained,
+                QuantizerTrainingConfig(
+                    num_codebooks=target.num_codebooks,
+                    codebook_size=target.codebook_size,
+                    steps=target.quantizer_steps,
+                    seed=seed,
+                ),
+                num_frames=target.quantizer_frames,
+                progress=False,
+            )
+        source = str(trained)
+    tokenizer = MvqTokenizer.from_pretrained(source, device=device)
     logger.info("Tokenising %d utterances with %s into %s.", len(needed), tokenizer.teacher.id, folder.tokens / name)
-    summary = tokenize_corpus(tokenizer, needed, folder.tokens / name)
+    summary = tokenize_corpus(tokenizer, needed, folder.tokens / name, progress=False)
     if summary.bad:
         shown = "; ".join(f"{item.id}: {item.error}" for item in summary.bad[:5])
         raise ValueError(
-            f"{len(summary.bad)} utterances cannot be tokenised ({shown}). Take them out of the manifest and start again "
-            "in a new folder."
+            f"{len(summary.bad)} utterances cannot be tokenised ({shown}). Take them out of the manifest and start "
+            "again in a new folder."
         )
     return TokenStore.open(folder.tokens / name)

@@ -102,6 +102,7 @@ class Validator:
             for place, name in enumerate(teachers):
                 labels = batch[f"{name}_labels"]
                 masked = model._masked_output_frames(batch["mask_time_indices"], labels.shape[1])
+                assert masked is not None
                 baseline[place] += self.unigrams[name].sums(labels, masked)
         model.train(was_training)
         statistics = self.accelerator.reduce(statistics, "sum").double().cpu()

@@ -1,0 +1,269 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Linear probes: how well a frozen representation, pooled over time, is told apart by a linear classifier.
+
+    train_x = pooled_features(model, extractor, train)                      # (layers, utterances, 2 * dim)
+    result = linear_probe(train_x[3], train_labels, test_x[3], test_labels)
+    result.accuracy, result.low, result.high
+
+Features are the mean and standard deviation over an utterance's frames, standardised by the training set. The
+classifier is multinomial logistic regression; its penalty is chosen on the training set alone, by cross-validation in
+which a group (a speaker, an instrument) is never on both sides. Any array of (utterances, features) can be probed, so
+that baselines (log-mel, another model, a model with random weights) go the same way.
+"""
+
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from transformers import PreTrainedModel, SequenceFeatureExtractor
+
+from ..data.audio import SAMPLING_RATE, load_audio
+from ..data.manifest import Utterance
+from ..data.seeding import keyed_generator
+from ..feature_extraction_spear import SpearFeatureExtractor
+from .embedding import embed_files
+
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C: the smaller, the stronger the penalty
+FOLDS = 5
+MAX_ITERATIONS = 500
+RESAMPLES = 5000
+LEVEL = 0.95  # of the intervals
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pooled_features(
+    model: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    utterances: Sequence[Utterance],
+    batch_seconds: float = 120.0,
+) -> np.ndarray:
+    """Pooled hidden states of the frozen `model`, float32 (layers, utterances, 2 * dim), in the utterances' order.
+
+    Entry 0 is what enters the first layer (the stem's output), entry k the output of layer k. ValueError naming the
+    file if one cannot be embedded.
+    """
+    rows: dict[str, np.ndarray] = {}
+    files = embed_files(
+        utterances, model, feature_extractor, layer="all", pool="mean+std", batch_seconds=batch_seconds
+    )
+    for file in files:
+        if file.embedding is None:
+            raise ValueError(f"{file.id}: {file.error}")
+        rows[file.id] = file.embedding
+    return np.stack([rows[utterance.id] for utterance in utterances], axis=1)
+
+
+def log_mel_features(feature_extractor: SpearFeatureExtractor, utterances: Sequence[Utterance]) -> np.ndarray:
+    """The pooled filter bank, which is the input of the model: float32 (1, utterances, 2 * num_mel_bins)."""
+    rows = []
+    for utterance in utterances:
+        waveform = load_audio(utterance.path)
+        frames = feature_extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_features"][0]
+        rows.append(np.concatenate([frames.mean(axis=0), frames.std(axis=0)]))
+    return np.stack(rows)[None]
+
+
+def concatenated(features: np.ndarray) -> np.ndarray:
+    """(layers, utterances, dim) -> (utterances, layers * dim): all layers as one feature set."""
+    return features.transpose(1, 0, 2).reshape(features.shape[1], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The probe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Accuracy on the test set, its bootstrap interval, and what two results are compared with."""
+
+    accuracy: float
+    low: float
+    """Lower end of the interval (95 %, percentiles)."""
+    high: float
+    penalty: float
+    """scikit-learn's C, chosen by cross-validation."""
+    validation_accuracy: float | None
+    """Of the cross-validation, on the training set; None where a class has too few examples for one."""
+    predictions: np.ndarray
+    """Labels given to the test utterances, (utterances,)."""
+    correct: np.ndarray
+    """Whether they are right, bool (utterances,)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, without what is per utterance, for JSON."""
+        return {
+            "accuracy": self.accuracy,
+            "low": self.low,
+            "high": self.high,
+            "penalty": self.penalty,
+            "validation_accuracy": self.validation_accuracy,
+            "test_utterances": len(self.correct),
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of one feature set minus that of another on the same test utterances."""
+
+    mean: float
+    low: float
+    """Lower end of the interval (95 %, percentiles)."""
+    high: float
+    share_above_zero: float
+    """Of the bootstrap's samples."""
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+def linear_probe(
+    train_x: np.ndarray,
+    train_y: Sequence[Hashable],
+    test_x: np.ndarray,
+    test_y: Sequence[Hashable],
+    groups: Sequence[Hashable] | None = None,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+) -> ProbeResult:
+    """Multinomial logistic regression on standardised features (utterances, features).
+
+    `groups` of the training utterances (speakers, instruments, recordings) are kept whole by the folds of the
+    cross-validation: name them where the test set has other ones, or the penalty comes out too weak. Where a class has
+    a single example or group there is no cross-validation, and the middle one of `penalties` is taken.
+    """
+    train_x, test_x = _checked(train_x, train_y, "training"), _checked(test_x, test_y, "test")
+    labels, targets = np.asarray(train_y), np.asarray(test_y)
+    if train_x.shape[1] != test_x.shape[1]:
+        raise ValueError(f"Training features have {train_x.shape[1]} columns, test features {test_x.shape[1]}.")
+    if groups is not None and len(groups) != len(labels):
+        raise ValueError(f"There are {len(groups)} groups for {len(labels)} training utterances.")
+    if unknown := sorted(set(targets.tolist()) - set(labels.tolist())):
+        raise ValueError(f"Test labels that no training utterance has: {', '.join(map(str, unknown[:10]))}.")
+    scores = _validation_scores(train_x, labels, groups, penalties, seed)
+    best = len(penalties) // 2 if scores is None else int(np.argmax(scores))
+    predictions = _fit_predict(train_x, labels, test_x, [penalties[best]])[0]
+    correct = predictions == targets
+    low, high = bootstrap_interval(correct, seed)
+    return ProbeResult(
+        accuracy=float(correct.mean()),
+        low=low,
+        high=high,
+        penalty=float(penalties[best]),
+        validation_accuracy=None if scores is None else float(scores[best]),
+        predictions=predictions,
+        correct=correct,
+    )
+
+
+def _checked(features: np.ndarray, labels: Sequence[Hashable], name: str) -> np.ndarray:
+    features = np.asarray(features, dtype=np.float64)
+    if features.ndim != 2 or len(features) != len(labels) or len(features) == 0:
+        raise ValueError(
+            f"The {name} features have shape {features.shape} and there are {len(labels)} labels: (utterances, features) "
+            "and a label for each is needed. Choose a layer of pooled_features, or `concatenated` ones."
+        )
+    if not np.isfinite(features).all():
+        raise ValueError(f"The {name} features hold NaN or infinity.")
+    return features
+
+
+def _validation_scores(
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[Hashable] | None,
+    penalties: Sequence[float],
+    seed: int,
+) -> np.ndarray | None:
+    """Mean accuracy over the folds for every penalty; None where no folds can be made."""
+    counts = [
+        len({groups[place] for place in np.flatnonzero(labels == label)})
+        if groups is not None
+        else (labels == label).sum()
+        for label in np.unique(labels)
+    ]
+    folds = min(FOLDS, *counts)
+    if folds < 2:
+        return None
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splitter = kind(folds, shuffle=True, random_state=seed)
+    scores = []
+    for inside, outside in splitter.split(features, labels, None if groups is None else np.asarray(groups)):
+        predictions = _fit_predict(features[inside], labels[inside], features[outside], penalties)
+        scores.append([(row == labels[outside]).mean() for row in predictions])
+    return np.mean(scores, axis=0)
+
+
+def _fit_predict(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, penalties: Sequence[float]
+) -> list[np.ndarray]:
+    """Predicted labels of `test_x` for every penalty.
+
+    The weights of a regression with an L2 penalty lie in the span of the training rows, so it is solved in coordinates
+    of that span: the same solution, at the cost of as many columns as there are utterances.
+    """
+    scale = train_x.std(axis=0)
+    scale[scale < 1e-8] = 1.0  # a channel that is constant in training says nothing
+    mean = train_x.mean(axis=0)
+    train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
+    if train_x.shape[1] > train_x.shape[0]:
+        _, values, directions = np.linalg.svd(train_x, full_matrices=False)
+        directions = directions[values > 1e-9 * values[0]] if values[0] > 0 else directions
+        train_x, test_x = train_x @ directions.T, test_x @ directions.T
+    predictions = []
+    for penalty in penalties:
+        classifier = LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS)
+        with warnings.catch_warnings():
+            # With hardly any penalty separable classes never converge; the accuracy has long settled by then.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            classifier.fit(train_x, train_y)
+        predictions.append(classifier.predict(test_x))
+    return predictions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Uncertainty
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` (utterances,), utterances drawn with replacement."""
+    low, high = np.quantile(_resampled_means(values, seed, resamples), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(
+    first: ProbeResult, second: ProbeResult, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Difference:
+    """By how much `first` is better, with the interval of a paired bootstrap: both are drawn on the same utterances."""
+    if len(first.correct) != len(second.correct):
+        raise ValueError(
+            f"The results are of {len(first.correct)} and {len(second.correct)} test utterances: a paired comparison "
+            "needs the same ones in the same order."
+        )
+    gains = first.correct.astype(np.float64) - second.correct
+    means = _resampled_means(gains, seed, resamples)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(float(gains.mean()), float(low), float(high), float((means > 0).mean()))
+
+
+def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """(resamples,): means of samples of the same size, drawn with replacement."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values must have the shape (utterances,), not {values.shape}.")
+    rng = keyed_generator(seed, len(values), "bootstrap")
+    return values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
