@@ -8,6 +8,7 @@ else stays behind, and pickles are refused.
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,8 @@ _PICKLED_WEIGHTS = re.compile(r"pytorch_model.*\.(bin|bin\.index\.json)")
 _PICKLED = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 # Pickles that Trainer leaves beside a model: not weights, not published, and no reason to refuse the folder.
 _TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
+# What `_registered_for_auto_classes` sets is seen by every thread.
+_SAVING = threading.Lock()
 
 
 def is_replaced(name: str) -> bool:
@@ -185,16 +188,17 @@ def _write_settings(staged: Path, config: SpearConfig, with_code: bool) -> None:
     if not (staged / TOKENIZER).is_file():
         # There is no processor to load then: left out, AutoProcessor finds the feature extractor.
         del auto_map["AutoProcessor"]
-    if with_code:
-        config.auto_map = dict(auto_map)
-        with _registered_for_auto_classes():
+    with _SAVING:
+        if with_code:
+            config.auto_map = dict(auto_map)
+            with _registered_for_auto_classes():
+                config.save_pretrained(staged)
+                extractor.save_pretrained(staged)
+                for cls in (SpearModel, SpearProcessor):
+                    custom_object_save(cls, staged)
+        else:
             config.save_pretrained(staged)
             extractor.save_pretrained(staged)
-            for cls in (SpearModel, SpearProcessor):
-                custom_object_save(cls, staged)
-    else:
-        config.save_pretrained(staged)
-        extractor.save_pretrained(staged)
     if (staged / PROCESSOR).is_file():
         # Edited, as saving the processor would write the tokenizer anew as well.
         processor = _read_json(staged / PROCESSOR, staged)

@@ -107,9 +107,7 @@ class HubServer:
         self.log: list[Request] = []
         self.lock = threading.Lock()
         self._parts: dict[tuple[str, int], bytes] = {}
-        self._uploads: dict[str, int] = {}
-        self._drop_upload: dict[str, int] = {}
-        self._drop_commit: set[str] = set()
+        self._drops: dict[tuple[str, str], list[int]] = {}
         self._listeners = [self._listener(HubHandler), self._listener(StorageHandler)]
         self.endpoint, self.storage_endpoint = (
             f"http://127.0.0.1:{listener.server_address[1]}" for listener in self._listeners
@@ -130,18 +128,23 @@ class HubServer:
             listener.shutdown()
             listener.server_close()
 
-    def drop_upload(self, repo: str, from_nth: int) -> None:
-        """From the n-th upload to the storage on (1 is the first), read half of the body and hang up."""
-        self._drop_upload[repo] = from_nth
+    def drop(self, repo: str, what: str, after: int = 0, times: int = 1) -> None:
+        """Hang up on `times` requests of a repository once `after` of them were answered.
 
-    def drop_commit(self, repo: str) -> None:
-        """Hang up on commits instead of taking them."""
-        self._drop_commit.add(repo)
+        `what` is "upload" or "download", cut off in the middle of a large file's body, or "commit", cut off after the
+        commit was read and before it is taken.
+        """
+        self._drops[repo, what] = [after, times]
 
-    def heal(self, repo: str) -> None:
-        """Drop nothing of this repository any more."""
-        self._drop_upload.pop(repo, None)
-        self._drop_commit.discard(repo)
+    def is_dropped(self, repo: str, what: str) -> bool:
+        """Whether to hang up now; counts."""
+        with self.lock:
+            left = self._drops.get((repo, what), [0, 0])
+            if left[0] > 0:
+                left[0] -= 1
+                return False
+            left[1] -= 1
+            return left[1] >= 0
 
     def requests(self, method: str, pattern: str) -> list[Request]:
         """The answered requests so far of this method whose path matches the pattern."""
@@ -332,7 +335,7 @@ class HubHandler(Handler):
     def make_commit(self, repo: str, revision: str) -> None:
         """All of the operations, or none."""
         lines = [json.loads(line) for line in self.body().splitlines()]
-        if repo in self.hub._drop_commit:
+        if self.hub.is_dropped(repo, "commit"):
             return self.hang_up()
         if not (found := self.repo(repo, write=True)) or not (commit := self.commit_of(found, revision)):
             return None
@@ -450,10 +453,7 @@ class StorageHandler(Handler):
         super().dispatch()
 
     def put(self, oid: str) -> None:
-        repo = self.query["repo"]
-        with self.hub.lock:
-            number = self.hub._uploads[repo] = self.hub._uploads.get(repo, 0) + 1
-        if number >= self.hub._drop_upload.get(repo, number + 1):
+        if self.hub.is_dropped(self.query["repo"], "upload"):
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             return self.hang_up()
         content = self.body()
@@ -466,7 +466,14 @@ class StorageHandler(Handler):
         self.send(200, ETag=f'"{hashlib.md5(content).hexdigest()}"')
 
     def get(self, oid: str) -> None:
-        self.send_range(self.hub.storage[oid], Content_Type="application/octet-stream", ETag=f'"{oid}"')
+        content = self.hub.storage[oid]
+        if self.hub.is_dropped(self.query["repo"], "download"):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            return self.hang_up()
+        self.send_range(content, Content_Type="application/octet-stream", ETag=f'"{oid}"')
 
     routes = [("PUT", "/(?P<oid>[0-9a-f]{64})", put), ("GET", "/(?P<oid>[0-9a-f]{64})", get)]  # noqa: RUF012
 

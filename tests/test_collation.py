@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretraining_corpus import small_config, write_manifest
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForPreTraining
 from spear_hf.data.audio import load_audio
@@ -24,6 +23,8 @@ from spear_hf.data.manifest import Utterance
 from spear_hf.data.masking import MaskingConfig
 from spear_hf.mvq.store import StoreInfo, TokenStore, TokenStoreWriter
 from spear_hf.pretraining.corpus import Corpus, load_corpus
+
+from .pretraining_corpus import small_config, write_manifest
 
 
 TARGETS = {
@@ -58,6 +59,9 @@ def prepared(tmp_path_factory) -> Prepared:
 
 
 def make_dataset(prepared: Prepared, names=("speech", "audio"), factor: int = 1, **arguments) -> PreTrainingDataset:
+    targets = {name: dict(TARGETS[name]) for name in names}
+    if "speech" in targets:
+        targets["speech"]["num_codebooks"] *= factor  # tokens of 50 Hz: two in a frame of 25 Hz
     config = SpearConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -129,17 +133,16 @@ def test_without_a_domain_an_utterance_counts_as_speech(prepared):
 
 def test_labels_of_a_crop_are_the_tokens_of_its_place(prepared):
     dataset = make_dataset(prepared)
-    longest = int(np.argmax(prepared.corpus.training_lengths))
+    audio = [index for index, utterance in enumerate(prepared.corpus.training) if utterance.domain == "audio"]
+    longest = max(audio, key=lambda index: prepared.corpus.training_lengths[index])
     utterance = prepared.corpus.training[longest]
-    assert utterance.domain == "audio"
     waveform = load_audio(utterance.path)
     starts = set()
     for epoch in range(6):
         example = dataset.example(longest, epoch)
         assert len(example.waveform) == 19200
-        (start,) = [
-            place for place in range(0, len(waveform) - 19199, 640) if np.array_equal(waveform[place : place + 19200], example.waveform)
-        ][:1]  # fmt: skip
+        places = range(0, len(waveform) - 19199, 640)
+        start = next(p for p in places if np.array_equal(waveform[p : p + 19200], example.waveform))
         starts.add(start)
         frames = np.arange(encoder_frames(120, dataset.config))
         assert np.array_equal(example.labels["speech"][:, 0], (start // 320 + frames) % 16)
@@ -164,9 +167,7 @@ def test_missing_utterances_are_listed(prepared):
     stranger = Utterance(id="stranger", path=Path("nowhere.wav"), domain="audio")
     config = make_dataset(prepared).config
     utterances = [*prepared.corpus.training, stranger]
-    with pytest.raises(
-        ValueError, match=r"1 of 17 utterances have no speech tokens in the store: stranger\. Tokenise"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 17 utterances have no speech tokens in the store: stranger\."):
         check_tokens(utterances, prepared.stores, config)
     speech_only = make_dataset(prepared, ["speech"]).config
     with pytest.raises(ValueError, match=r"\['audio', 'speech'\] do not match the config's targets \['speech'\]"):
@@ -186,7 +187,7 @@ def test_tokens_of_other_audio_are_refused_by_name(prepared, tmp_path):
         for utterance in prepared.corpus.training:
             writer.add(utterance.id, np.zeros((20, 2), np.uint8), 6400)
     wrong = Prepared(prepared.corpus, {"speech": TokenStore.open(tmp_path / "short")})
-    with pytest.raises(ValueError, match=f"speech tokens of utterance {prepared.corpus.training[2].id}: 20 tokens"):
+    with pytest.raises(ValueError, match=f"speech tokens of utterance {prepared.corpus.training[2].id}: "):
         make_dataset(wrong, ["speech"]).example(2, 0)
 
 

@@ -116,7 +116,9 @@ def plot_masked_accuracy(evaluation: Sequence[Mapping[str, Any]], teacher: str =
     ):
         values = [100 * record[f"{teacher}_{kind}_accuracy"] for record in records]
         line = "--" if kind == "unigram" else "-"
-        axes.plot(steps, values, color=colour, marker=marker, linestyle=line, linewidth=2, mec="white", ms=7, label=label)
+        axes.plot(
+            steps, values, color=colour, marker=marker, linestyle=line, linewidth=2, mec="white", ms=7, label=label
+        )
     axes.set_title(f"Prediction of the {teacher} tokens of held-out audio")
     axes.set_xlabel("Optimiser step")
     axes.set_ylabel("Tokens predicted correctly (%)")
@@ -142,7 +144,15 @@ def plot_probe_layers(
         layers = np.arange(len(results))
         values = np.array([[result[key] for key in ("accuracy", "low", "high")] for result in results]).T * 100
         errors = np.stack([values[0] - values[1], values[2] - values[0]])
-        line = {"color": colour, "marker": marker, "linewidth": 2, "elinewidth": 1.2, "capsize": 3, "mec": "white", "ms": 7}
+        line = {
+            "color": colour,
+            "marker": marker,
+            "linewidth": 2,
+            "elinewidth": 1.2,
+            "capsize": 3,
+            "mec": "white",
+            "ms": 7,
+        }
         axes.errorbar(layers + shift, values[0], yerr=errors, label=name, **line)
         axes.set_xticks(layers, ["stem", *(str(layer) for layer in layers[1:])])
     for (name, result), colour in zip(constants.items(), (GREY, GREEN)):

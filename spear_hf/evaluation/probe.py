@@ -171,8 +171,8 @@ def _checked(features: np.ndarray, labels: Sequence[Hashable], name: str) -> np.
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or len(features) != len(labels) or len(features) == 0:
         raise ValueError(
-            f"The {name} features have shape {features.shape} and there are {len(labels)} labels: (utterances, features) "
-            "and a label for each is needed. Choose a layer of pooled_features, or `concatenated` ones."
+            f"The {name} features have shape {features.shape} and there are {len(labels)} labels: (utterances, "
+            "features) and a label for each are needed. Choose a layer of pooled_features, or `concatenated` ones."
         )
     if not np.isfinite(features).all():
         raise ValueError(f"The {name} features hold NaN or infinity.")
@@ -187,19 +187,14 @@ def _validation_scores(
     seed: int,
 ) -> np.ndarray | None:
     """Mean accuracy over the folds for every penalty; None where no folds can be made."""
-    counts = [
-        len({groups[place] for place in np.flatnonzero(labels == label)})
-        if groups is not None
-        else (labels == label).sum()
-        for label in np.unique(labels)
-    ]
-    folds = min(FOLDS, *counts)
+    units = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    folds = min(FOLDS, *(len(np.unique(units[labels == label])) for label in np.unique(labels)))
     if folds < 2:
         return None
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = kind(folds, shuffle=True, random_state=seed)
     scores = []
-    for inside, outside in splitter.split(features, labels, None if groups is None else np.asarray(groups)):
+    for inside, outside in splitter.split(features, labels, units):
         predictions = _fit_predict(features[inside], labels[inside], features[outside], penalties)
         scores.append([(row == labels[outside]).mean() for row in predictions])
     return np.mean(scores, axis=0)
@@ -248,7 +243,7 @@ def bootstrap_interval(
 def paired_difference(
     first: ProbeResult, second: ProbeResult, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> Difference:
-    """By how much `first` is better, with the interval of a paired bootstrap: both are drawn on the same utterances."""
+    """By how much `first` is better, with the interval of a paired bootstrap: both drawn on the same utterances."""
     if len(first.correct) != len(second.correct):
         raise ValueError(
             f"The results are of {len(first.correct)} and {len(second.correct)} test utterances: a paired comparison "

@@ -16,7 +16,7 @@ INTERRUPTED = 75
 
 
 def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = False, dry_run: bool = False) -> int:
-    """Trains, or with `dry_run` prints the plan. Exit code 0: finished; 75: saved and stopped by a signal; 1: error."""
+    """Trains, or with `dry_run` prints the plan. Exit code 0: finished; 75: stopped by a signal; 1: error."""
     package_logger = logging.getLogger("spear_hf")
     package_logger.setLevel(logging.INFO)
     package_logger.addHandler(logging.StreamHandler())

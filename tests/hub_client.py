@@ -1,0 +1,147 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""What test_hub.py runs in processes of their own, as huggingface_hub reads its environment once.
+
+    python hub_client.py ROLE FOLDER
+
+FOLDER/task.json says what to do; what came of it is written to FOLDER/ROLE.json, and tensors to
+FOLDER/ROLE.safetensors.
+"""
+
+import json
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def published(task: dict, folder: Path) -> tuple[dict, dict]:
+    """Runs `spear-hf publish` with each list of arguments, and beside it one that the server hangs up on.
+
+    This one takes a while, as the client tries again and again; it has a file of its own, dropped.json.
+    """
+    from huggingface_hub import HfApi
+
+    from spear_hf.cli import app
+    from spear_hf.hub import PublishError, publish
+
+    def dropped() -> None:
+        source, repo_id, token = task["dropped"]
+        results = {}
+        try:
+            publish(source, repo_id, token=token)
+        except PublishError as error:
+            results["error"] = str(error)
+        results["files"] = HfApi(token=token).list_repo_files(repo_id)
+        results["commit"] = publish(source, repo_id, token=token).commit
+        write(folder / "dropped.json", results)
+
+    threading.Thread(target=dropped).start()
+    codes = {}
+    for name, arguments in task["calls"].items():
+        if name == "without token":
+            del os.environ["HF_TOKEN"]
+        try:
+            app(["publish", *arguments])
+        except SystemExit as end:
+            codes[name] = end.code
+    return codes, {}
+
+
+def loaded(task: dict, folder: Path) -> tuple[dict, dict]:
+    """Loads each of (revision, name) with AutoModel, with the package and without trust_remote_code."""
+    from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoProcessor
+
+    import spear_hf
+
+    inputs = load_file(task["inputs"])
+    results, tensors = {}, {}
+    with torch.no_grad():
+        for revision, name in task["revisions"]:
+            model = AutoModel.from_pretrained(task["encoder"], revision=revision)
+            assert type(model) is spear_hf.SpearModel
+            tensors[name] = model(inputs["input_features"]).last_hidden_state
+        extractor = AutoFeatureExtractor.from_pretrained(task["encoder"])
+        tensors["features"] = extractor(inputs["waveform"], sampling_rate=16000, return_tensors="pt")["input_features"]
+        # This repository has code, which is not run where the package is installed.
+        model = AutoModelForCTC.from_pretrained(task["ctc"])
+        assert type(model) is spear_hf.SpearForCTC
+        tensors["logits"] = model(inputs["input_features"]).logits
+        results["processor"] = type(AutoProcessor.from_pretrained(task["ctc"])).__module__
+    if task.get("wrong_token"):
+        try:
+            AutoModel.from_pretrained(
+                task["ctc"], revision="main", token=task["wrong_token"], cache_dir=folder / "empty"
+            )
+        except OSError as error:
+            results["wrong_token"] = str(error)
+    return results, tensors
+
+
+def without_package(task: dict, folder: Path) -> tuple[dict, dict]:
+    """Everything that a repository with code offers, where spear_hf cannot be imported."""
+    try:
+        import spear_hf
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise RuntimeError(f"spear_hf is there ({spear_hf.__file__}): this environment proves nothing")
+    import transformers
+    from huggingface_hub import hf_hub_download
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoProcessor
+
+    ctc, inputs, trust = task["ctc"], load_file(task["inputs"]), {"trust_remote_code": True}
+    waveform = inputs["waveform"].numpy()
+    results, tensors = {"config": type(AutoConfig.from_pretrained(ctc, **trust)).__name__}, {}
+    with torch.no_grad():
+        features = AutoFeatureExtractor.from_pretrained(ctc, **trust)(
+            waveform, sampling_rate=16000, return_tensors="pt"
+        )
+        tensors["features"] = features["input_features"]
+        tensors["hidden_states"] = AutoModel.from_pretrained(ctc, **trust)(**features).last_hidden_state
+        model = AutoModelForCTC.from_pretrained(ctc, **trust)
+        tensors["logits"] = model(**features).logits
+        processor = AutoProcessor.from_pretrained(ctc, **trust)
+        tensors["processed"] = processor(audio=waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
+        results["labels"] = processor(text="ab b")["input_ids"]
+        results["text"] = processor.batch_decode(tensors["logits"].argmax(-1))[0]
+        saved = folder / "saved"
+        model.save_pretrained(saved)
+        processor.save_pretrained(saved)
+        results["saved"] = sorted(path.name for path in saved.iterdir())
+        tensors["saved_logits"] = AutoModelForCTC.from_pretrained(saved, **trust)(**features).logits
+        results["heads"] = {
+            name: type(getattr(transformers, name).from_pretrained(ctc, **trust)).__name__ for name in task["heads"]
+        }
+        # An encoder without tokenizer.
+        results["no_processor"] = type(AutoProcessor.from_pretrained(task["with_code"], **trust)).__name__
+        card = Path(hf_hub_download(task["with_code"], "README.md")).read_text(encoding="utf-8")
+        usage: dict = {}
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], usage)
+        results["card"] = list(usage["outputs"].last_hidden_state.shape)
+    return results, tensors
+
+
+def write(path: Path, results: dict) -> None:
+    """The file appears whole, as it is waited for."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results), encoding="utf-8")
+    partial.rename(path)
+
+
+def main() -> None:
+    role, folder = sys.argv[1], Path(sys.argv[2])
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(task["threads"])
+    run = {"publish": published, "load": loaded, "offline": loaded, "without_package": without_package}[role]
+    results, tensors = run(task, folder)
+    if tensors:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{role}.safetensors")
+    write(folder / f"{role}.json", results)
+
+
+if __name__ == "__main__":
+    main()

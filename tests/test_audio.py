@@ -1,0 +1,129 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Decoding: formats, rates, channels, and files that are no audio."""
+
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from spear_hf.data.audio import AudioError, audio_duration, load_audio
+
+
+@pytest.fixture(scope="module")
+def speech(golden):
+    """3.25 s at 16 kHz."""
+    return golden["0.waveform"].numpy()
+
+
+def tone(rate: int, seconds: float = 1.0, frequency: float = 440.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tolerance"),
+    [
+        ("a.wav", {"subtype": "FLOAT"}, 0.0),
+        ("a.wav", {"subtype": "PCM_16"}, 1 / 32768),
+        ("a.flac", {"subtype": "PCM_24"}, 1e-6),
+        ("a.aiff", {"subtype": "PCM_16"}, 1 / 32768),
+        ("a.w64", {"subtype": "FLOAT"}, 0.0),
+        ("a.caf", {"subtype": "PCM_32"}, 1e-6),
+    ],
+)
+def test_lossless_formats(tmp_path, speech, name, options, tolerance):
+    soundfile.write(tmp_path / name, speech, 16000, **options)
+    waveform = load_audio(tmp_path / name)
+    assert waveform.dtype == np.float32
+    assert waveform.shape == speech.shape
+    assert np.abs(waveform - speech).max() <= tolerance
+    assert audio_duration(tmp_path / name) == len(speech) / 16000
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "OGG", "subtype": "VORBIS"}, {"format": "OGG", "subtype": "OPUS"}, {"format": "MP3"}]
+)
+def test_lossy_formats(tmp_path, options):
+    path = tmp_path / f"tone.{options['format'].lower()}"
+    soundfile.write(path, tone(16000), 16000, **options)
+    waveform = load_audio(str(path))
+    assert abs(len(waveform) - 16000) <= 1152  # MP3 has whole frames
+    spectrum = np.abs(np.fft.rfft(waveform[:16000]))
+    assert abs(int(spectrum.argmax()) - 440) <= 1
+    assert audio_duration(path) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000, 96000, 44101])
+def test_resampling(tmp_path, rate):
+    soundfile.write(tmp_path / "tone.wav", tone(rate), rate, subtype="FLOAT")
+    waveform = load_audio(tmp_path / "tone.wav")
+    assert len(waveform) == 16000
+    inner = slice(200, -200)  # the filters see zeros beyond the ends
+    assert np.abs(waveform[inner] - tone(16000)[inner]).max() < 1e-3
+    assert audio_duration(tmp_path / "tone.wav") == 1.0
+
+
+def test_other_target_rate(tmp_path):
+    soundfile.write(tmp_path / "tone.wav", tone(16000), 16000)
+    assert load_audio(tmp_path / "tone.wav", sampling_rate=8000).shape == (8000,)
+
+
+def test_channels_are_averaged(tmp_path, speech):
+    soundfile.write(tmp_path / "a.wav", np.stack([speech, np.zeros_like(speech)], axis=1), 16000, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(tmp_path / "a.wav"), speech / 2, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"bad\.wav cannot be decoded"),
+        (b"not audio at all " * 100, r"bad\.wav cannot be decoded: Format not recognised"),
+        (b"RIFF\x24\x00\x00\x00WAVEfmt ", r"bad\.wav cannot be decoded"),
+    ],
+)
+def test_no_audio(tmp_path, content, message):
+    path = tmp_path / "bad.wav"
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=message):
+        load_audio(path)
+    with pytest.raises(AudioError, match=r"bad\.wav cannot be read"):
+        audio_duration(path)
+
+
+def test_damaged_flac(tmp_path, speech):
+    path = tmp_path / "half.flac"
+    soundfile.write(path, speech, 16000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioError, match=r"half.flac cannot be decoded"):
+        load_audio(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    for function in (load_audio, audio_duration):
+        with pytest.raises(AudioError, match=r"none.wav .*no such file"):
+            function(tmp_path / "none.wav")
+        with pytest.raises(AudioError, match="it is a folder"):
+            function(tmp_path)
+
+
+def test_empty_and_not_finite(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    with pytest.raises(AudioError, match=r"empty.wav is empty"):
+        load_audio(tmp_path / "empty.wav")
+    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan, 0.5]), 16000, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"nan.wav is not finite: sample 1 is nan"):
+        load_audio(tmp_path / "nan.wav")
+
+
+def test_without_torchaudio(tmp_path, monkeypatch):
+    """It is asked for only by files of another rate, and the error says what to install."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    soundfile.write(tmp_path / "right.wav", tone(16000), 16000)
+    soundfile.write(tmp_path / "other.wav", tone(8000), 8000)
+    assert load_audio(tmp_path / "right.wav").shape == (16000,)
+    version = torch.__version__.split("+")[0]
+    with pytest.raises(ImportError, match=rf"pip install torch=={version} torchaudio=={version}"):
+        load_audio(tmp_path / "other.wav")

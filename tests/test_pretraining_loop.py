@@ -1,0 +1,361 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Whole runs in processes of their own: they learn, and survive signals, kills, torn checkpoints and bad settings.
+
+The processes come from a fork server that has imported everything once: an interpreter of its own for each would spend
+most of the time on imports.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
+from typer.testing import CliRunner
+
+from spear_hf.cli import app
+from spear_hf.data.audio import load_audio
+from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
+from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
+
+from .pretraining_corpus import SMALL, write_manifest
+
+
+STEPS = 12
+
+
+def child(overrides: list[str], resume: bool, environment: Mapping[str, str], log: Path) -> None:
+    """Runs in the process that a test starts."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.stderr = log.open("a", buffering=1, encoding="utf-8")
+    sys.exit(run_pretraining("tiny", overrides, resume=resume))
+
+
+class Runs:
+    """Starts runs on the same clips and tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = write_manifest(folder)
+        self.store: Path | None = None
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["spear_hf.pretraining.command", "tests.test_pretraining_loop"])
+
+    def overrides(self, output: Path, *more: str) -> list[str]:
+        tokens = [f"targets.speech.store={self.store}", "targets.speech.teacher=null"] if self.store else []
+        run = [f"output_dir={output}", f"max_steps={STEPS}", "checkpoint_every=4", f"data.manifest={self.manifest}"]
+        return [*SMALL, *run, *tokens, *more]
+
+    def start(self, output: Path, *more: str, resume: bool = False, **environment: str) -> BaseProcess:
+        log = self.folder / f"{output.name}{environment.get('RANK', '')}.log"
+        arguments = (self.overrides(output, *more), resume, environment, log)
+        process = self.context.Process(target=child, args=arguments)
+        process.start()
+        return process
+
+    def run(self, output: Path, *more: str, resume: bool = False) -> int:
+        process = self.start(output, *more, resume=resume)
+        process.join(120)
+        assert process.exitcode is not None, (self.folder / f"{output.name}.log").read_text()
+        return process.exitcode
+
+    def log(self, output: Path) -> str:
+        return (self.folder / f"{output.name}.log").read_text(encoding="utf-8")
+
+
+def metrics(output: Path) -> list[dict]:
+    """The metrics of a run without the fields that no two runs share."""
+    records = read_json_lines(output / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIMING_FIELDS} for record in records]
+
+
+def assert_same_run(output: Path, reference: Path) -> None:
+    """Weights, optimiser state, metrics and evaluations, bit for bit."""
+    assert metrics(output) == metrics(reference)
+    assert read_json_lines(output / "evaluation.jsonl") == read_json_lines(reference / "evaluation.jsonl")
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in ("final/model.safetensors", f"{last}/optimizer.pt", f"{last}/state.json"):
+        assert (output / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 60) -> None:
+    """Returns as soon as the condition holds; fails if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def has_steps(output: Path, count: int) -> Callable[[], bool]:
+    path = output / "metrics.jsonl"
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def finished(runs) -> Path:
+    """An uninterrupted run, which trains its quantiser and makes its tokens; the other runs use its tokens."""
+    output = runs.folder / "finished"
+    assert runs.run(output) == 0, runs.log(output)
+    first = output.with_name("reference")
+    runs.store = output / "tokens" / "speech"
+    assert runs.run(first) == 0, runs.log(first)
+    assert metrics(first) == metrics(output)
+    return first
+
+
+def test_every_step_is_recorded(finished):
+    records = read_json_lines(finished / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record in records:
+        assert record["loss"] == pytest.approx(
+            0.5 * (record["speech_masked_loss"] * record["masked_share"] + record["speech_unmasked_loss"] * (1 - record["masked_share"]))
+        ) if "masked_share" in record else record["loss"] > 0  # fmt: skip
+        assert 0 <= record["speech_masked_accuracy"] <= 1
+        assert 0 <= record["padding_share"] < 0.2
+        assert record["batch_seconds"] <= 5
+        assert record["grad_norm"] > 0
+        assert {*TIMING_FIELDS, "learning_rate", "hours", "epoch", "target_frames", "utterances"} <= set(record)
+    assert records[-1]["hours"] == pytest.approx(sum(record["batch_seconds"] for record in records) / 3600)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_held_out_audio_is_compared_with_the_unigram(finished):
+    records = read_json_lines(finished / "evaluation.jsonl")
+    assert [record["step"] for record in records] == [10, STEPS]
+    for record in records:
+        assert 1 / 16 < record["speech_unigram_accuracy"] < 1
+        assert 0 < record["speech_unigram_loss"] < math.log(16) + 1
+        assert record["speech_masked_loss"] > 0
+
+
+def test_trackers_get_the_same_numbers(finished):
+    events = EventAccumulator(str(finished / "tensorboard" / "spear-hf"))
+    events.Reload()
+    losses = [record["loss"] for record in metrics(finished)]
+    assert [event.value for event in events.Scalars("training/loss")] == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("evaluation/speech_masked_accuracy")] == [10, STEPS]
+
+
+def test_the_end_loads_with_the_auto_classes(finished):
+    extractor = AutoFeatureExtractor.from_pretrained(finished / "final")
+    with_heads = AutoModelForPreTraining.from_pretrained(finished / "final").eval()
+    waveform = load_audio(
+        Path(write_manifest(finished).read_text().splitlines()[0].split('"path": "')[1].split('"')[0])
+    )
+    inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")
+    with torch.no_grad():
+        expected = with_heads(**inputs).last_hidden_state
+        for folder in ("final", "final/encoder"):
+            model = AutoModel.from_pretrained(finished / folder).eval()
+            assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+def test_a_checkpoint_is_a_model_folder(finished):
+    model = AutoModelForPreTraining.from_pretrained(finished / "checkpoints" / f"step-{STEPS:08d}" / "model")
+    for name, tensor in load_file(finished / "final" / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_the_config_is_kept(finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["max_steps"] == STEPS
+    assert config["model"]["config"]["hidden_size"] == 32
+
+
+def test_killed_and_resumed_equals_uninterrupted(runs, finished):
+    output = runs.folder / "killed"
+    process = runs.start(output)
+    wait_for(has_steps(output, 6), process)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    steps = [record["step"] for record in metrics(output)]
+    assert 6 <= len(steps) < STEPS, "the run was over before it was killed"
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # torn in the middle of a line
+    assert runs.run(output, "execution.num_workers=1", "logging.validate_every=10", resume=True) == 0, runs.log(output)
+    assert "Resuming from" in runs.log(output)
+    assert_same_run(output, finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step(runs, finished, number):
+    output = runs.folder / f"stopped-{number}"
+    process = runs.start(output, "checkpoint_every=1000")
+    wait_for(has_steps(output, 2), process)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == INTERRUPTED, runs.log(output)
+    last = metrics(output)[-1]["step"]
+    assert last < STEPS
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert f"Stopped by {signal.Signals(number).name} after step {last}" in runs.log(output)
+    assert not (output / "final").exists()
+    if number == signal.SIGTERM:
+        assert runs.run(output, "checkpoint_every=4", resume=True) == 0, runs.log(output)
+        assert_same_run(output, finished)
+
+
+def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before(runs, finished):
+    output = runs.folder / "torn"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "final")
+    os.truncate(output / "checkpoints" / f"step-{STEPS:08d}" / "optimizer.pt", 1000)
+    assert runs.run(output, resume=True) == 0, runs.log(output)
+    assert "step-00000008" in runs.log(output)
+    assert f"Checkpoint of step {STEPS} is not used" in runs.log(output)
+    assert_same_run(output, finished)
+
+
+def test_a_finished_run_can_be_prolonged(runs, finished):
+    output = runs.folder / "prolonged"
+    assert runs.run(output, "max_steps=5") == 0, runs.log(output)
+    assert runs.run(output, resume=True) == 0, runs.log(output)
+    # Its evaluations are other ones: the shorter run validated at its own end, too.
+    assert metrics(output) == metrics(finished)
+    assert (output / "final/model.safetensors").read_bytes() == (finished / "final/model.safetensors").read_bytes()
+
+
+def test_two_ranks_train_on_the_same_batches_as_one(runs, finished):
+    output = runs.folder / "ranks"
+    settings = ["model.config.hidden_dropout=0.0", "optimizer.learning_rate=1e-4"]
+    alone = output.with_name("alone")
+    assert runs.run(alone, *settings) == 0, runs.log(alone)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731", "ACCELERATE_USE_CPU": "true"}
+    processes = [runs.start(output, *settings, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for one, both in zip(metrics(alone), metrics(output), strict=True):
+        assert one["target_frames"] == both["target_frames"]
+        assert one["utterances"] == both["utterances"]
+        for name in ("loss", "speech_masked_accuracy", "grad_norm", "hours"):
+            assert both[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_gradient_accumulation_does_not_change_the_step(runs, finished):
+    output = runs.folder / "accumulated"
+    settings = ["model.config.hidden_dropout=0.0", "optimizer.learning_rate=1e-4"]
+    assert runs.run(output, *settings, "execution.batch_seconds_per_device=1.5") == 0, runs.log(output)
+    alone = output.with_name("alone-2")
+    assert runs.run(alone, *settings, "max_steps=4") == 0, runs.log(alone)
+    for one, accumulated in zip(metrics(alone), metrics(output)[:4], strict=True):
+        assert accumulated["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert accumulated["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_diverging_run_skips_names_and_stops(runs, finished):
+    output = runs.folder / "diverged"
+    assert runs.run(output, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0") == 1
+    assert "not finite in 3 steps in a row" in runs.log(output)
+    records = metrics(output)
+    assert [("skipped" in record) for record in records[-3:]] == [True] * 3
+    assert records[-1]["loss"] is None
+    ids = {json.loads(line)["id"] for line in runs.manifest.read_text().splitlines()}
+    assert set(records[-1]["skipped"]) <= ids
+    assert len(records[-1]["skipped"]) == records[-1]["utterances"]
+
+
+def call(runs: Runs, output: Path, *more: str, flags: tuple[str, ...] = ()) -> tuple[int, str]:
+    """The command in this process: for what ends before any training."""
+    result = CliRunner().invoke(app, ["pretrain", "--config", "tiny", "--set", *runs.overrides(output, *more), *flags])
+    return result.exit_code, result.output
+
+
+def test_a_run_is_never_overwritten(runs, finished):
+    code, output = call(runs, finished)
+    assert code == 1
+    assert "is not empty: continue its run with --resume" in output
+
+
+def test_resuming_with_another_configuration_is_refused_by_name(runs, finished):
+    code, output = call(runs, finished, "seed=3", "optimizer.weight_decay=0.5", flags=("--resume",))
+    assert code == 1
+    assert "optimizer.weight_decay (0.01 -> 0.5), seed (0 -> 3)" in output
+
+
+def test_resuming_with_other_data_is_refused(runs, finished):
+    output = runs.folder / "other-data"
+    shutil.copytree(finished, output)
+    lines = runs.manifest.read_text().splitlines(keepends=True)
+    try:
+        runs.manifest.write_text("".join(lines[1:]))
+        code, message = call(runs, output, flags=("--resume",))
+    finally:
+        runs.manifest.write_text("".join(lines))
+    assert code == 1
+    assert "differ from those of" in message
+
+
+def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, output = call(runs, tmp_path, flags=("--resume",))
+    assert code == 1
+    assert "is not the folder of a run" in output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("targets.speech.num_codebooks=4", "The speech tokens have 2 codebooks of 16"),
+        ("targets.speech.store=null", "targets.speech has no tokens"),
+        ("data.manifest=nowhere.jsonl", "data.manifest=nowhere.jsonl does not exist"),
+        ("data.split=train", "data.split=train is not in"),
+        ("data.min_seconds=1.19", "No utterance of .* is left to train on"),
+        ("model.size=large", "hidden_size"),
+    ],
+)
+def test_wrong_settings_are_errors_before_the_first_step(runs, finished, tmp_path, override, message):
+    code, output = call(runs, tmp_path / "run", override)
+    assert code == 1
+    assert __import__("re").search(message, output), output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
+    code, output = call(runs, tmp_path / "run", flags=("--dry-run",))
+    assert code == 0
+    assert "16 utterances" in output
+    assert "12: " in output
+    assert "batches per epoch" in output
+    assert "GB in float32" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_set_takes_several_values_and_may_be_repeated(tmp_path):
+    arguments = ["--set", "max_steps=3", "seed=abc", "--set", f"output_dir={tmp_path}", "--dry-run"]
+    result = CliRunner().invoke(app, ["pretrain", "--config", "tiny", *arguments])
+    assert result.exit_code == 1
+    assert "seed='abc' is a str, but must be int" in result.output
+    result = CliRunner().invoke(app, ["pretrain", "--config", "tiny", "stray"])
+    assert "'stray' must have the form key=value" in result.output
+
+
+def test_a_folder_of_audio_needs_no_manifest(runs, finished, tmp_path):
+    for line in runs.manifest.read_text().splitlines()[:6]:
+        path = Path(json.loads(line)["path"])
+        shutil.copyfile(path, tmp_path / path.name)
+    code, output = call(runs, tmp_path / "run", f"data.manifest={tmp_path}", "data.validation_fraction=0.3", flags=("--dry-run",))  # fmt: skip
+    assert code == 0
+    training, validation = (int(line.split()[1]) for line in output.splitlines()[:2])
+    assert training + validation == 6
