@@ -67,6 +67,149 @@ def embed(
 
 
 @app.command()
+def quantize(
+    teacher: Annotated[str, typer.Option(help="kaldi-mfcc, module:factory, or folder or Hub id of an audio encoder.")],
+    codebooks: Annotated[int, typer.Option(help="Codes per frame (paper: 16 for speech, 8 for audio).")],
+    data: Annotated[Path, typer.Option(help="Folder of audio, or manifest (.jsonl, .csv, .tsv).")],
+    output: Annotated[Path, typer.Option(help="Folder of the quantiser, which must not hold one yet.")],
+    layer: Annotated[int | None, typer.Option(help="Hidden state of the teacher; default: the last.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Of the manifest; may be repeated. Default: all.")] = None,
+    codebook_size: Annotated[int, typer.Option(help="Codes of each codebook.")] = 256,
+    normalize: Annotated[bool, typer.Option(help="Standardise every channel (paper: speech yes, audio no).")] = True,
+    steps: Annotated[int, typer.Option(help="Training steps of each of the two phases.")] = 35_000,
+    batch_size: Annotated[int, typer.Option(help="Frames a training step.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Of the first phase; the second starts at half.")] = 0.005,
+    frames: Annotated[int, typer.Option(help="Frames sampled over the data to train on.")] = 200_000,
+    heldout_frames: Annotated[int, typer.Option(help="Frames of held-out utterances for the report.")] = 10_000,
+    max_hours: Annotated[float | None, typer.Option(help="Sample from so many hours, drawn by the seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and of training.")] = 0,
+    window: Annotated[str | None, typer.Option(help="Whisper: pad (default) or slice, see hub_teacher.py.")] = None,
+    window_seconds: Annotated[float | None, typer.Option(help="Longer audio goes in windows; default 30.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a teacher from the Hub.")] = None,
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Argument of module:factory; may be repeated.")
+    ] = None,
+    batch_seconds: Annotated[float | None, typer.Option(help="Of audio in a batch; default 120, GPU 600.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the teacher: float32, bfloat16 or float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a quantiser in OUTPUT.")] = False,
+) -> None:
+    """Train a multi-codebook quantiser on a teacher's features of your audio: audio to tokens, in one folder.
+
+    OUTPUT gets the quantiser, report.json (held-out error, use of the codebooks), metrics.jsonl and quantizer.png.
+    """
+    from .mvq.commands import run_quantize
+
+    code = run_quantize(
+        data,
+        output,
+        teacher,
+        split=split or (),
+        layer=layer,
+        revision=revision,
+        window=window,
+        window_seconds=window_seconds,
+        teacher_options=teacher_option or (),
+        frames=frames,
+        heldout_frames=heldout_frames,
+        max_hours=max_hours,
+        batch_seconds=batch_seconds,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        num_codebooks=codebooks,
+        codebook_size=codebook_size,
+        normalize=normalize,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def tokenize(
+    tokenizer: Annotated[str, typer.Option(help="Folder or Hub id of a quantiser, as `spear-hf quantize` writes it.")],
+    data: Annotated[Path, typer.Option(help="Folder of audio, or manifest (.jsonl, .csv, .tsv).")],
+    output: Annotated[Path, typer.Option(help="Folder of the token store; an interrupted one is completed.")],
+    split: Annotated[list[str] | None, typer.Option(help="Of the manifest; may be repeated. Default: all.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the teacher is now, if it has moved.")] = None,
+    refine_iters: Annotated[int, typer.Option(help="Refinement passes of the codes.")] = 5,
+    shard_utterances: Annotated[int, typer.Option(help="Utterances in a shard: what an interruption costs.")] = 1000,
+    batch_seconds: Annotated[float | None, typer.Option(help="Of audio in a batch; default 120, GPU 600.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Of the teacher; default: as the quantiser was trained.")] = None,
+) -> None:
+    """Turn audio into tokens, in a token store: parquet shards that `datasets.load_dataset` reads.
+
+    Bad audio is skipped and listed, on stderr and in OUTPUT/quarantine.jsonl; the exit code is then 1.
+    """
+    from .mvq.commands import run_tokenize
+
+    code = run_tokenize(
+        data,
+        output,
+        tokenizer,
+        split=split or (),
+        teacher=teacher,
+        refine_iters=refine_iters,
+        shard_utterances=shard_utterances,
+        batch_seconds=batch_seconds,
+        device=device,
+        dtype=dtype,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id (published or ours), or an icefall checkpoint, .pt.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Format to write: spear_hf or published.")] = "spear_hf",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEACHER",
+            help="icefall: codebook_loss_net or codebook_loss_heads.N = speech, audio or drop; may be repeated. "
+            "Default: codebook_loss_net=speech, codebook_loss_heads.0=speech, codebook_loss_heads.1=audio.",
+        ),
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option(help="icefall: attention heads, if of unusual size.")] = None,
+    unmasked_dim: Annotated[int | None, typer.Option(help="icefall: encoder_unmasked_dim of the training.")] = None,
+    activations: Annotated[Path | None, typer.Option(help="What the original computes, to compare with.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest error of these activations.")] = 1e-5,
+    force: Annotated[bool, typer.Option(help="Replace an earlier conversion.")] = False,
+) -> None:
+    """Convert a published or icefall checkpoint to ours, or ours to the published format.
+
+    What becomes of every tensor and a parity check are printed first; after a mismatch nothing is written.
+    """
+    from .conversion.command import run_conversion
+    from .conversion.convert import convert as convert_checkpoint
+    from .conversion.icefall import parse_heads
+
+    def conversion() -> None:
+        convert_checkpoint(
+            source,
+            output,
+            to=to,
+            revision=revision,
+            heads=parse_heads(head or ()),
+            num_heads=num_heads,
+            unmasked_dim=unmasked_dim,
+            activations=activations,
+            tolerance=tolerance,
+            force=force,
+        )
+
+    raise typer.Exit(run_conversion(conversion))
+
+
+@app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder, as save_pretrained writes it.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub, made if need be.")],

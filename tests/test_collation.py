@@ -70,13 +70,7 @@ def make_dataset(prepared: Prepared, names=("speech", "audio"), factor: int = 1,
         downsampling_factors=[1],
         conv_kernel_sizes=[7],
         output_downsampling_factor=factor,
-        pretraining_targets={
-            name: {
-                **TARGETS[name],
-                "num_codebooks": TARGETS[name]["num_codebooks"] * (factor if name == "speech" else 1),
-            }
-            for name in names
-        },
+        pretraining_targets=targets,
     )
     settings = {"masking": MaskingConfig(), "max_seconds": 1.2, **arguments}
     return PreTrainingDataset(

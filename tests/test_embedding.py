@@ -109,7 +109,7 @@ def test_formats_hold_the_same(tmp_path, audio, golden_folder):
         np.testing.assert_array_equal(np.array(row["embedding"], np.float32).reshape(row["shape"]), value)
         assert (row["num_frames"], row["frame_rate"]) == (value.shape[1], 50.0)
     settings = [
-        json.loads(table.schema.metadata[b"spear_hf"]),
+        json.loads(pq.read_metadata(tmp_path / "out.parquet").metadata[b"spear_hf"]),
         json.loads(zipfile.ZipFile(tmp_path / "out.npz").comment),
     ]
     assert settings[0] == settings[1]

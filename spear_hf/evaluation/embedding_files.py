@@ -4,7 +4,7 @@
 OUT.safetensors  one float32 tensor per utterance, named by its id; settings and errors in the metadata
 OUT.npz          one float32 array per utterance, named by its id; settings and errors in the zip archive's comment
 OUT.parquet      columns id, path, num_frames, frame_rate, shape, embedding (row-major); settings and errors in the
-                 metadata, under "spear_hf"
+                 file's metadata, under "spear_hf"
 
 Utterances come in the order they were computed, by length. The memory needed does not grow with their number.
 """
@@ -30,7 +30,7 @@ _MAX_ZIP_COMMENT = 65535
 
 
 class EmbeddingWriter(ABC):
-    """Writes to an open temporary file; `add` any number of utterances, then `finish`."""
+    """Writes to an open temporary file: `add` any number of utterances, `finish` if all went well, always `close`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -41,7 +41,11 @@ class EmbeddingWriter(ABC):
 
     @abstractmethod
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Completes the file; `metadata` is kept as JSON."""
+        """Writes what is left; `metadata` is kept as JSON."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of everything but the file itself."""
 
 
 class SafetensorsWriter(EmbeddingWriter):
@@ -49,7 +53,7 @@ class SafetensorsWriter(EmbeddingWriter):
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
-        self.data = tempfile.TemporaryFile(dir=Path(file.name).parent)  # noqa: SIM115 (closed by finish)
+        self.data = tempfile.TemporaryFile(dir=Path(file.name).parent)  # noqa: SIM115 (see close)
         self.header: dict[str, Any] = {}
 
     def add(self, id: str, path: str, values: np.ndarray, frame_rate: float | None) -> None:
@@ -64,6 +68,8 @@ class SafetensorsWriter(EmbeddingWriter):
         self.file.write(struct.pack("<Q", len(header)) + header)
         self.data.seek(0)
         shutil.copyfileobj(self.data, self.file, 1 << 22)
+
+    def close(self) -> None:
         self.data.close()
 
 
@@ -81,6 +87,8 @@ class NpzWriter(EmbeddingWriter):
         if len(comment) > _MAX_ZIP_COMMENT:  # then the errors are in the file beside this one only
             comment = json.dumps({**metadata, "errors": None}).encode()
         self.archive.comment = comment
+
+    def close(self) -> None:
         self.archive.close()
 
 
@@ -134,6 +142,8 @@ class ParquetWriter(EmbeddingWriter):
     def finish(self, metadata: dict[str, Any]) -> None:
         self._write_group()
         self.writer.add_key_value_metadata({"spear_hf": json.dumps(metadata)})
+
+    def close(self) -> None:
         self.writer.close()
 
 
@@ -160,7 +170,8 @@ def embedding_writer(output: Path) -> Iterator[EmbeddingWriter]:
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            yield WRITERS[output.suffix](file)
+            with contextlib.closing(WRITERS[output.suffix](file)) as writer:
+                yield writer
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, output)

@@ -1,0 +1,397 @@
+#!/usr/bin/env python3
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The whole way on the bundled audio, on a CPU in minutes: tokens, pre-training, embeddings, a probe, a model card.
+
+    make demo                                           # this script, in a virtual environment
+    python examples/demo.py --output runs/demo          # the same; run again after Ctrl-C, it goes on
+    python examples/demo.py --output runs/demo --force  # from the beginning
+
+Each stage is what a user would do on audio of their own, and prints the command that does it:
+
+    quantize   OUTPUT/tokenizer     a multi-codebook quantiser of the features of a teacher (MFCC: nothing to download)
+    tokenize   OUTPUT/tokens        the tokens of the training and held-out clips
+    pretrain   OUTPUT/pretraining   a small SPEAR learns to predict the tokens of masked frames
+    embed      OUTPUT/embeddings.safetensors   the held-out clips, by the model that AutoModel loads
+    probe      OUTPUT/probe.json    a linear classifier of instrument families on the frozen encoder, against the same
+                                    encoder before training and against log-mel
+    report     OUTPUT/report.json, OUTPUT/plots, and the model's card: OUTPUT/pretraining/final/README.md
+
+A finished stage leaves OUTPUT/stages/NAME.json and is passed over the next time. The exit code is 0 if the trained model
+beats both baselines clearly, 1 if it does not or something failed, 75 or 130 if it was interrupted.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import spear_hf
+from spear_hf.data.manifest import Utterance, read_manifest
+from spear_hf.evaluation.card import model_card, write_card
+from spear_hf.evaluation.embedding import embed_to_file, load_encoder
+from spear_hf.evaluation.probe import (
+    ProbeResult,
+    concatenated,
+    linear_probe,
+    log_mel_features,
+    paired_difference,
+    pooled_features,
+)
+from spear_hf.mvq.commands import run_quantize, run_tokenize
+from spear_hf.mvq.store import TokenStore
+from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
+from spear_hf.pretraining.config import load_config
+from spear_hf.pretraining.metrics import read_json_lines
+from spear_hf.pretraining.setup import build_model
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "examples" / "data"
+CARD_TEMPLATE = ROOT / "model_cards" / "template.md"
+TEACHER = "kaldi-mfcc"
+TASK = "instrument_family"
+# What "clearly" means: masked accuracy this many times the unigram's, and a probe gain whose 95 % interval is above 0.
+CLEARLY = 2.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the results depend on. A folder holds results of one of these only."""
+
+    config: str = "tiny"
+    """Shipped configuration or YAML file of the pre-training; its target says codebooks and their size."""
+    overrides: tuple[str, ...] = ()
+    """Of the configuration, as --set takes them."""
+    quantizer_steps: int = 150
+    """Steps of each of the two phases of the quantiser's training."""
+    clips: dict[str, int] = field(default_factory=dict)
+    """Split -> clips to use of it; all of them where it is not named."""
+
+
+FULL = Settings()
+# A few seconds of everything: shows that the parts fit together, learns nothing.
+SMOKE = Settings(
+    overrides=("max_steps=4", "schedule.warmup_steps=1", "schedule.decay_steps=4", "logging.validate_every=2"),
+    quantizer_steps=5,
+    clips={"pretrain": 24, "heldout": 6, "probe_train": 60, "probe_test": 30},
+)
+
+
+class Interrupted(Exception):
+    """The pre-training was told to stop and has saved a checkpoint."""
+
+
+class StageError(RuntimeError):
+    """A stage that did not do its work; what is wrong has been printed."""
+
+
+class Demo:
+    """A demo's folder, with the stages that have been done in it."""
+
+    def __init__(self, output: Path, settings: Settings) -> None:
+        self.output = output
+        self.settings = settings
+        self.manifest = DATA / "manifest.jsonl" if not settings.clips else output / "manifest.jsonl"
+        self.tokenizer = output / "tokenizer"
+        self.tokens = output / "tokens"
+        self.pretraining = output / "pretraining"
+        self.final = self.pretraining / "final"
+        self.embeddings = output / "embeddings.safetensors"
+        self.probe = output / "probe.json"
+        self.plots = output / "plots"
+        self.report = output / "report.json"
+
+    def prepare(self, force: bool) -> None:
+        """Makes the folder, or checks that it is of these settings; with `force` it begins anew."""
+        marker = self.output / "settings.json"
+        wanted = json.loads(json.dumps(asdict(self.settings)))
+        if force and self.output.exists():
+            if any(self.output.iterdir()) and not marker.is_file():
+                raise ValueError(f"{self.output} is not the folder of a demo (no settings.json): --force keeps it.")
+            shutil.rmtree(self.output)
+        if marker.is_file():
+            if json.loads(marker.read_text(encoding="utf-8")) != wanted:
+                raise ValueError(f"{self.output} holds a demo with other settings: choose another --output, or --force.")
+            return
+        if self.output.exists() and any(self.output.iterdir()):
+            raise ValueError(f"{self.output} is not empty and not the folder of a demo: choose another --output.")
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.settings.clips:
+            self._write_manifest()
+        write_json(marker, wanted)
+
+    def _write_manifest(self) -> None:
+        """A part of the bundled manifest: the first clips of every class or domain of each split in turn."""
+        lines = (DATA / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+        kept: list[dict] = []
+        for split, count in self.settings.clips.items():
+            rows = [row for row in map(json.loads, lines) if row["split"] == split and row["probe"] in (None, TASK)]
+            kinds: dict[str, list[dict]] = {}
+            for row in rows:
+                kinds.setdefault(row["label"] or row["domain"], []).append(row)
+            for kind in kinds.values():
+                stride = max(1, len(kind) * len(kinds) // count)
+                kept += kind[::stride][: count // len(kinds)]
+        for row in kept:
+            row["path"] = os.path.relpath(DATA / row["path"], self.output)
+        self.manifest.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def utterances(self, *splits: str, task: str | None = None) -> list[Utterance]:
+        """Of the manifest, in its order."""
+        return [utt for utt in read_manifest(self.manifest, split=splits) if task is None or utt.probe == task]
+
+    # ------------------------------------------------------------------------------------------------------ stages
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What is known of a stage: complete, seconds, cpu_seconds, peak_memory_mb, runs."""
+        path = self.output / "stages" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def run(self, name: str, work: Callable[[], None]) -> None:
+        """Runs a stage unless it is complete, and records what it cost, over all its runs if it was interrupted."""
+        before = self.record(name)
+        if before.get("complete"):
+            say(f"{name}: done before, in {before['seconds']:.0f} s")
+            return
+        say(f"{name}")
+        start, cpu_start, complete = time.perf_counter(), time.process_time(), False
+        try:
+            work()
+            complete = True
+        finally:
+            write_json(
+                self.output / "stages" / f"{name}.json",
+                {
+                    "complete": complete,
+                    "seconds": round(before.get("seconds", 0.0) + time.perf_counter() - start, 2),
+                    "cpu_seconds": round(before.get("cpu_seconds", 0.0) + time.process_time() - cpu_start, 2),
+                    "peak_memory_mb": round(max(before.get("peak_memory_mb", 0.0), peak_memory_mb()), 1),
+                    "runs": before.get("runs", 0) + 1,
+                },
+            )
+
+    def quantize(self) -> None:
+        target = load_config(self.settings.config, self.settings.overrides).targets["speech"]
+        show(
+            f"spear-hf quantize --teacher {TEACHER} --data {shown(self.manifest)} --split pretrain "
+            f"--codebooks {target.num_codebooks} --codebook-size {target.codebook_size} "
+            f"--steps {self.settings.quantizer_steps} --output {shown(self.tokenizer)}"
+        )
+        code = run_quantize(
+            self.manifest,
+            self.tokenizer,
+            TEACHER,
+            split=["pretrain"],
+            device="cpu",
+            overwrite=True,
+            num_codebooks=target.num_codebooks,
+            codebook_size=target.codebook_size,
+            steps=self.settings.quantizer_steps,
+        )
+        check(code)
+
+    def tokenize(self) -> None:
+        show(
+            f"spear-hf tokenize --tokenizer {shown(self.tokenizer)} --data {shown(self.manifest)} --split pretrain "
+            f"--split heldout --output {shown(self.tokens)}"
+        )
+        check(
+            run_tokenize(
+                self.manifest, self.tokens, str(self.tokenizer), split=["pretrain", "heldout"], device="cpu"
+            )
+        )
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of the configuration: this run's data, tokens and folder."""
+        return [
+            *self.settings.overrides,
+            f"output_dir={self.pretraining}",
+            f"data.manifest={self.manifest}",
+            "targets.speech.teacher=null",
+            f"targets.speech.store={self.tokens}",
+        ]
+
+    def pretrain(self) -> None:
+        resume = self.pretraining.is_dir()
+        options = [override.replace(str(ROOT) + os.sep, "") for override in self.overrides]
+        show(f"spear-hf pretrain --config {self.settings.config} --set {' '.join(options)}{' --resume' * resume}")
+        code = run_pretraining(self.settings.config, self.overrides, resume=resume)
+        if code == INTERRUPTED:
+            raise Interrupted
+        check(code)
+
+    def embed(self) -> None:
+        show(f"spear-hf embed --model {shown(self.final / 'encoder')} --output {shown(self.embeddings)} HELD-OUT CLIPS")
+        clips = [utterance.path for utterance in self.utterances("heldout")]
+        bad = embed_to_file(clips, self.final / "encoder", self.embeddings, device="cpu")
+        for result in bad:
+            print(result.error, file=sys.stderr)
+        check(len(bad))
+
+    def probes(self) -> None:
+        train, test = (self.utterances(split, task=TASK) for split in ("probe_train", "probe_test"))
+        print(f"Linear probes of {TASK}: {len(train)} clips to train on, {len(test)} to test on.")
+        encoder, extractor = load_encoder(self.final / "encoder", device="cpu")
+        config = load_config(self.settings.config, self.overrides)
+        untrained = build_model(config, {"speech": TokenStore.open(self.tokens).frame_rate}).spear
+        labels = [utterance.label for utterance in train], [utterance.label for utterance in test]
+        # Notes of one instrument stay on one side of the cross-validation: the test set has other instruments.
+        instruments = [utterance.id.rsplit("-", 1)[0] for utterance in train]
+
+        def result(train_x: np.ndarray, test_x: np.ndarray) -> ProbeResult:
+            return linear_probe(train_x, labels[0], test_x, labels[1], groups=instruments, seed=config.seed)
+
+        results: dict[str, ProbeResult] = {}
+        per_layer: dict[str, list[dict]] = {}
+        for name, model in (("pretrained", encoder), ("random", untrained)):
+            train_x, test_x = (pooled_features(model, extractor, clips) for clips in (train, test))
+            results[name] = result(concatenated(train_x), concatenated(test_x))
+            per_layer[name] = [result(*layers).to_dict() for layers in zip(train_x, test_x)]
+        results["log_mel"] = result(log_mel_features(extractor, train)[0], log_mel_features(extractor, test)[0])
+        write_json(
+            self.probe,
+            {
+                "task": TASK,
+                "classes": len(set(labels[0])),
+                "train_utterances": len(train),
+                "test_utterances": len(test),
+                "test_split": "probe_test",
+                "features": "mean and standard deviation over time, all layers concatenated",
+                **{name: value.to_dict() for name, value in results.items()},
+                "pretrained_minus_random": paired_difference(results["pretrained"], results["random"]).to_dict(),
+                "pretrained_minus_log_mel": paired_difference(results["pretrained"], results["log_mel"]).to_dict(),
+                "per_layer": per_layer,
+            },
+        )
+
+    def write_plots(self) -> None:
+        from spear_hf.evaluation import plots
+
+        metrics = read_json_lines(self.pretraining / "metrics.jsonl")
+        evaluation = read_json_lines(self.pretraining / "evaluation.jsonl")
+        probe = json.loads(self.probe.read_text(encoding="utf-8"))
+        per_layer = {"pre-trained": probe["per_layer"]["pretrained"], "random weights": probe["per_layer"]["random"]}
+        title = f"Linear probe of {TASK} by layer, with 95 % intervals"
+        for name, figure in (
+            ("loss", plots.plot_losses(metrics, evaluation)),
+            ("masked_accuracy", plots.plot_masked_accuracy(evaluation)),
+            ("probe_layers", plots.plot_probe_layers(per_layer, {"log-mel": probe["log_mel"]}, title)),
+            ("tokens", self._token_figure()),
+        ):
+            plots.save_figure(figure, self.plots / f"{name}.png")
+
+    def _token_figure(self) -> Any:
+        """A held-out clip, masked as in training, with its tokens and those the model predicts."""
+        from spear_hf import SpearForPreTraining
+        from spear_hf.data.audio import load_audio
+        from spear_hf.data.masking import sample_masks
+        from spear_hf.evaluation.plots import plot_tokens
+        from spear_hf.mvq.alignment import align_labels
+
+        config = load_config(self.settings.config, self.overrides)
+        model = SpearForPreTraining.from_pretrained(self.final).eval()
+        extractor = load_encoder(self.final / "encoder", device="cpu")[1]
+        clip = next(utterance for utterance in self.utterances("heldout") if utterance.domain == "speech")
+        inputs = extractor(load_audio(clip.path)[: 16000 * 4], sampling_rate=16000, return_tensors="pt")
+        features = inputs["input_features"][0]
+        masked, bins = sample_masks(len(features), features.shape[1], config.masking, config.seed, 0, clip.id)
+        with torch.inference_mode():
+            states = model(
+                **inputs,
+                mask_time_indices=torch.from_numpy(masked)[None],
+                mask_feature_indices=torch.from_numpy(bins)[None],
+            ).last_hidden_state
+            logits = model.prediction_heads["speech"](states[0])
+        store = TokenStore.open(self.tokens)
+        predicted = logits.unflatten(-1, (-1, store.codebook_size)).argmax(dim=-1).numpy()
+        tokens = store[clip.id][: len(predicted)]
+        targets = align_labels(tokens, store.frame_rate, len(predicted), store.frame_rate)
+        return plot_tokens(
+            features.numpy(), targets, store.codebook_size, f"Held-out clip {clip.id}", predicted, masked
+        )
+
+    def write_report(self) -> None:
+        config = load_config(self.settings.config, self.overrides)
+        last = read_json_lines(self.pretraining / "evaluation.jsonl")[-1]
+        steps = read_json_lines(self.pretraining / "metrics.jsonl")
+        probe = json.loads(self.probe.read_text(encoding="utf-8"))
+        encoder, _ = load_encoder(self.final / "encoder", device="cpu")
+        store = TokenStore.open(self.tokens)
+        training, heldout = self.utterances("pretrain"), self.utterances("heldout")
+        stages = {name: self.record(name) for name in STAGES if name != "report"}
+        report = {
+            "format_version": 1,
+            "masked_accuracy": last["speech_masked_accuracy"],
+            "unigram_accuracy": last["speech_unigram_accuracy"],
+            "unmasked_accuracy": last["speech_unmasked_accuracy"],
+            "masked_loss": last["speech_masked_loss"],
+            "unigram_loss": last["speech_unigram_loss"],
+            "probe": probe,
+            "wall_seconds": None,
+            "cpu_seconds": None,
+            "peak_memory_mb": None,
+            "seed": config.seed,
+            "settings": asdict(self.settings),
+            "model": {
+                "name": "SPEAR demo",
+                "license": "apache-2.0",
+                "encoder_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+                "hidden_size": encoder.config.hidden_size,
+                "num_hidden_layers": encoder.config.num_hidden_layers,
+                "num_mel_bins": encoder.config.num_mel_bins,
+                "frame_rate": 16000 / encoder.config.inputs_to_logits_ratio,
+            },
+            "data": {
+                "name": "spear_hf bundled audio",
+                "training_split": "pretrain",
+                "training_utterances": len(training),
+                "training_hours": hours(training),
+                "heldout_utterances": len(heldout),
+                "heldout_hours": hours(heldout),
+            },
+            "tokens": {
+                "teacher": store.teacher,
+                "num_codebooks": store.num_codebooks,
+                "codebook_size": store.codebook_size,
+                "frame_rate": store.frame_rate,
+                "quantizer_id": store.quantizer_id,
+            },
+            "training": {
+                "config": self.settings.config,
+                "steps": steps[-1]["step"],
+                "epochs": steps[-1]["epoch"],
+                "hours_seen": steps[-1]["hours"],
+                "batch_seconds": config.data.batch_seconds,
+                "optimizer": config.optimizer.name,
+                "learning_rate": config.optimizer.learning_rate,
+            },
+            "stages": stages,
+            "versions": versions(),
+        }
+        report["claims"] = claims(report)
+        # What the report itself took is counted up to here; drawing and writing it is the stage's own work.
+        now = {**stages, "report": {"seconds": time.perf_counter() - self.report_start}}
+        report["wall_seconds"] = round(sum(stage["seconds"] for stage in now.values()) + import_seconds(), 1)
+        report["cpu_seconds"] = round(sum(stage["cpu_seconds"] for stage in stages.values()), 1)
+        report["peak_memory_mb"] = max(peak_memory_mb(), *(stage["peak_memory_mb"] for stage in stages.values()))
+        write_json(self.report, report)
+
+    def write_all(self) -> None:
+        self.report_start = time.perf_counter()
+        self.write_plots()
+        self.write_report()
+        write_card(self.report, CARD_TEMPLATE, self.final)
