@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Build ``examples/data``: half an hour of real 16 kHz speech and audio that may be redistributed.
 
 The recordings come from packages of Debian 12 (bookworm); nothing is installed, the packages are only downloaded with

@@ -14,14 +14,14 @@ Each stage is what a user would do on audio of their own, and prints the command
     embed      OUTPUT/embeddings.safetensors   the held-out clips, by the model that AutoModel loads
     probe      OUTPUT/probe.json    a linear classifier of instrument families on the frozen encoder, against the same
                                     encoder before training and against log-mel
-    report     OUTPUT/report.json, OUTPUT/plots, and the model's card: OUTPUT/pretraining/final/README.md
+    plot       OUTPUT/plots         loss, masked accuracy, probe by layer, a spectrogram with its tokens
 
-A finished stage leaves OUTPUT/stages/NAME.json and is passed over the next time. The exit code is 0 if the trained model
-beats both baselines clearly, 1 if it does not or something failed, 75 or 130 if it was interrupted.
+and at the end OUTPUT/report.json and the model's card, OUTPUT/pretraining/final/README.md. A finished stage leaves
+OUTPUT/stages/NAME.json and is passed over the next time. The exit code is 0 if the trained model beats both baselines
+clearly, 1 if it does not or something failed, 75 or 130 if it was interrupted.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -29,7 +29,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ import torch
 
 import spear_hf
 from spear_hf.data.manifest import Utterance, read_manifest
-from spear_hf.evaluation.card import model_card, write_card
+from spear_hf.evaluation.card import write_card
 from spear_hf.evaluation.embedding import embed_to_file, load_encoder
 from spear_hf.evaluation.probe import (
     ProbeResult,
@@ -71,10 +71,10 @@ CLEARLY = 2.0
 class Settings:
     """What the results depend on. A folder holds results of one of these only."""
 
-    config: str = "tiny"
-    """Shipped configuration or YAML file of the pre-training; its target says codebooks and their size."""
+    config: str = "examples/configs/demo.yaml"
+    """Of the pre-training, relative to the repository; its target says how many codebooks, of what size."""
     overrides: tuple[str, ...] = ()
-    """Of the configuration, as --set takes them."""
+    """Settings of it to change, as --set takes them."""
     quantizer_steps: int = 150
     """Steps of each of the two phases of the quantiser's training."""
     clips: dict[str, int] = field(default_factory=dict)
@@ -104,6 +104,7 @@ class Demo:
     def __init__(self, output: Path, settings: Settings) -> None:
         self.output = output
         self.settings = settings
+        self.earlier = {"seconds": 0.0, "cpu_seconds": 0.0}  # what earlier, interrupted runs of the demo took
         self.manifest = DATA / "manifest.jsonl" if not settings.clips else output / "manifest.jsonl"
         self.tokenizer = output / "tokenizer"
         self.tokens = output / "tokens"
@@ -113,6 +114,7 @@ class Demo:
         self.probe = output / "probe.json"
         self.plots = output / "plots"
         self.report = output / "report.json"
+        self.config = load_config(ROOT / settings.config, self.overrides)
 
     def prepare(self, force: bool) -> None:
         """Makes the folder, or checks that it is of these settings; with `force` it begins anew."""
@@ -124,7 +126,9 @@ class Demo:
             shutil.rmtree(self.output)
         if marker.is_file():
             if json.loads(marker.read_text(encoding="utf-8")) != wanted:
-                raise ValueError(f"{self.output} holds a demo with other settings: choose another --output, or --force.")
+                raise ValueError(
+                    f"{self.output} holds a demo with other settings: choose another --output, or --force."
+                )
             return
         if self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty and not the folder of a demo: choose another --output.")
@@ -160,16 +164,28 @@ class Demo:
         path = self.output / "stages" / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def run(self, name: str, work: Callable[[], None]) -> None:
+    def run(self) -> dict[str, Any]:
+        """All that is still to be done; the report."""
+        records = [self.record(name) for name in STAGES]
+        if self.report.is_file() and all(record.get("complete") for record in records):
+            print(f"{shown(self.output)} holds a finished demo; --force makes a new one.")
+        else:
+            self.earlier = {key: sum(record.get(key, 0.0) for record in records) for key in self.earlier}
+            for name, work in STAGES.items():
+                self._run_stage(name, work)
+            self.write_report()
+        return json.loads(self.report.read_text(encoding="utf-8"))
+
+    def _run_stage(self, name: str, work: Callable[["Demo"], None]) -> None:
         """Runs a stage unless it is complete, and records what it cost, over all its runs if it was interrupted."""
         before = self.record(name)
         if before.get("complete"):
-            say(f"{name}: done before, in {before['seconds']:.0f} s")
+            print(f"\n== {name}: done before, in {before['seconds']:.0f} s", flush=True)
             return
-        say(f"{name}")
+        print(f"\n== {name}", flush=True)
         start, cpu_start, complete = time.perf_counter(), time.process_time(), False
         try:
-            work()
+            work(self)
             complete = True
         finally:
             write_json(
@@ -184,7 +200,7 @@ class Demo:
             )
 
     def quantize(self) -> None:
-        target = load_config(self.settings.config, self.settings.overrides).targets["speech"]
+        target = self.config.targets["speech"]
         show(
             f"spear-hf quantize --teacher {TEACHER} --data {shown(self.manifest)} --split pretrain "
             f"--codebooks {target.num_codebooks} --codebook-size {target.codebook_size} "
@@ -209,9 +225,7 @@ class Demo:
             f"--split heldout --output {shown(self.tokens)}"
         )
         check(
-            run_tokenize(
-                self.manifest, self.tokens, str(self.tokenizer), split=["pretrain", "heldout"], device="cpu"
-            )
+            run_tokenize(self.manifest, self.tokens, str(self.tokenizer), split=["pretrain", "heldout"], device="cpu")
         )
 
     @property
@@ -219,25 +233,26 @@ class Demo:
         """Of the configuration: this run's data, tokens and folder."""
         return [
             *self.settings.overrides,
-            f"output_dir={self.pretraining}",
-            f"data.manifest={self.manifest}",
-            "targets.speech.teacher=null",
-            f"targets.speech.store={self.tokens}",
+            f"output_dir={self.pretraining.resolve()}",
+            f"data.manifest={self.manifest.resolve()}",
+            f"targets.speech.store={self.tokens.resolve()}",
         ]
 
     def pretrain(self) -> None:
         resume = self.pretraining.is_dir()
-        options = [override.replace(str(ROOT) + os.sep, "") for override in self.overrides]
-        show(f"spear-hf pretrain --config {self.settings.config} --set {' '.join(options)}{' --resume' * resume}")
-        code = run_pretraining(self.settings.config, self.overrides, resume=resume)
+        config = ROOT / self.settings.config
+        options = " ".join(self.overrides).replace(f"={Path.cwd()}{os.sep}", "=")
+        show(f"spear-hf pretrain --config {shown(config)} --set {options}{' --resume' * resume}")
+        code = run_pretraining(str(config), self.overrides, resume=resume)
         if code == INTERRUPTED:
             raise Interrupted
         check(code)
 
     def embed(self) -> None:
-        show(f"spear-hf embed --model {shown(self.final / 'encoder')} --output {shown(self.embeddings)} HELD-OUT CLIPS")
+        encoder = self.final / "encoder"
+        show(f"spear-hf embed --model {shown(encoder)} --output {shown(self.embeddings)} HELD-OUT-CLIPS")
         clips = [utterance.path for utterance in self.utterances("heldout")]
-        bad = embed_to_file(clips, self.final / "encoder", self.embeddings, device="cpu")
+        bad = embed_to_file(clips, encoder, self.embeddings, device="cpu")
         for result in bad:
             print(result.error, file=sys.stderr)
         check(len(bad))
@@ -246,14 +261,13 @@ class Demo:
         train, test = (self.utterances(split, task=TASK) for split in ("probe_train", "probe_test"))
         print(f"Linear probes of {TASK}: {len(train)} clips to train on, {len(test)} to test on.")
         encoder, extractor = load_encoder(self.final / "encoder", device="cpu")
-        config = load_config(self.settings.config, self.overrides)
-        untrained = build_model(config, {"speech": TokenStore.open(self.tokens).frame_rate}).spear
+        untrained = build_model(self.config, {"speech": TokenStore.open(self.tokens).frame_rate}).spear
         labels = [utterance.label for utterance in train], [utterance.label for utterance in test]
         # Notes of one instrument stay on one side of the cross-validation: the test set has other instruments.
         instruments = [utterance.id.rsplit("-", 1)[0] for utterance in train]
 
         def result(train_x: np.ndarray, test_x: np.ndarray) -> ProbeResult:
-            return linear_probe(train_x, labels[0], test_x, labels[1], groups=instruments, seed=config.seed)
+            return linear_probe(train_x, labels[0], test_x, labels[1], groups=instruments, seed=self.config.seed)
 
         results: dict[str, ProbeResult] = {}
         per_layer: dict[str, list[dict]] = {}
@@ -302,13 +316,14 @@ class Demo:
         from spear_hf.evaluation.plots import plot_tokens
         from spear_hf.mvq.alignment import align_labels
 
-        config = load_config(self.settings.config, self.overrides)
         model = SpearForPreTraining.from_pretrained(self.final).eval()
         extractor = load_encoder(self.final / "encoder", device="cpu")[1]
         clip = next(utterance for utterance in self.utterances("heldout") if utterance.domain == "speech")
         inputs = extractor(load_audio(clip.path)[: 16000 * 4], sampling_rate=16000, return_tensors="pt")
         features = inputs["input_features"][0]
-        masked, bins = sample_masks(len(features), features.shape[1], config.masking, config.seed, 0, clip.id)
+        masked, bins = sample_masks(
+            len(features), features.shape[1], self.config.masking, self.config.seed, 0, clip.id
+        )
         with torch.inference_mode():
             states = model(
                 **inputs,
@@ -325,14 +340,13 @@ class Demo:
         )
 
     def write_report(self) -> None:
-        config = load_config(self.settings.config, self.overrides)
         last = read_json_lines(self.pretraining / "evaluation.jsonl")[-1]
         steps = read_json_lines(self.pretraining / "metrics.jsonl")
         probe = json.loads(self.probe.read_text(encoding="utf-8"))
         encoder, _ = load_encoder(self.final / "encoder", device="cpu")
         store = TokenStore.open(self.tokens)
         training, heldout = self.utterances("pretrain"), self.utterances("heldout")
-        stages = {name: self.record(name) for name in STAGES if name != "report"}
+        stages = {name: self.record(name) for name in STAGES}
         report = {
             "format_version": 1,
             "masked_accuracy": last["speech_masked_accuracy"],
@@ -341,10 +355,10 @@ class Demo:
             "masked_loss": last["speech_masked_loss"],
             "unigram_loss": last["speech_unigram_loss"],
             "probe": probe,
-            "wall_seconds": None,
-            "cpu_seconds": None,
-            "peak_memory_mb": None,
-            "seed": config.seed,
+            "wall_seconds": round(self.earlier["seconds"] + time.time() - psutil.Process().create_time(), 1),
+            "cpu_seconds": round(self.earlier["cpu_seconds"] + time.process_time(), 1),
+            "peak_memory_mb": max(peak_memory_mb(), *(stage["peak_memory_mb"] for stage in stages.values())),
+            "seed": self.config.seed,
             "settings": asdict(self.settings),
             "model": {
                 "name": "SPEAR demo",
@@ -375,23 +389,151 @@ class Demo:
                 "steps": steps[-1]["step"],
                 "epochs": steps[-1]["epoch"],
                 "hours_seen": steps[-1]["hours"],
-                "batch_seconds": config.data.batch_seconds,
-                "optimizer": config.optimizer.name,
-                "learning_rate": config.optimizer.learning_rate,
+                "batch_seconds": self.config.data.batch_seconds,
+                "optimizer": self.config.optimizer.name,
+                "learning_rate": self.config.optimizer.learning_rate,
             },
             "stages": stages,
             "versions": versions(),
         }
         report["claims"] = claims(report)
-        # What the report itself took is counted up to here; drawing and writing it is the stage's own work.
-        now = {**stages, "report": {"seconds": time.perf_counter() - self.report_start}}
-        report["wall_seconds"] = round(sum(stage["seconds"] for stage in now.values()) + import_seconds(), 1)
-        report["cpu_seconds"] = round(sum(stage["cpu_seconds"] for stage in stages.values()), 1)
-        report["peak_memory_mb"] = max(peak_memory_mb(), *(stage["peak_memory_mb"] for stage in stages.values()))
         write_json(self.report, report)
-
-    def write_all(self) -> None:
-        self.report_start = time.perf_counter()
-        self.write_plots()
-        self.write_report()
         write_card(self.report, CARD_TEMPLATE, self.final)
+
+
+STAGES: dict[str, Callable[[Demo], None]] = {
+    "quantize": Demo.quantize,
+    "tokenize": Demo.tokenize,
+    "pretrain": Demo.pretrain,
+    "embed": Demo.embed,
+    "probe": Demo.probes,
+    "plot": Demo.write_plots,
+}
+
+
+def claims(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the demo is to show, and whether it does."""
+    masked, unigram = report["masked_accuracy"], report["unigram_accuracy"]
+    gain = report["probe"]["pretrained_minus_random"]
+    return [
+        {
+            "claim": f"tokens of masked frames are predicted at least {CLEARLY:g} times as well as by the unigram",
+            "holds": masked >= CLEARLY * unigram,
+            "shown_by": f"{masked:.3f} against {unigram:.3f}",
+        },
+        {
+            "claim": "the probe gains on random weights, with the 95 % interval of the paired difference above 0",
+            "holds": gain["low"] > 0,
+            "shown_by": f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})",
+        },
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def show(command: str) -> None:
+    """The command line that does what comes."""
+    print(f"$ {command}", flush=True)
+
+
+def shown(path: Path) -> str:
+    """As the user would write it."""
+    return os.path.relpath(path)
+
+
+def check(code: int) -> None:
+    """StageError unless the exit code is 0."""
+    if code:
+        raise StageError(f"exit code {code}")
+
+
+def hours(utterances: list[Utterance]) -> float:
+    return sum(utterance.num_samples or 0 for utterance in utterances) / 16000 / 3600
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MB of 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def versions() -> dict[str, Any]:
+    import sklearn
+    import transformers
+
+    return {
+        "spear_hf": spear_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "scikit_learn": sklearn.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": psutil.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    probe = report["probe"]
+
+    def interval(name: str) -> str:
+        return "{accuracy:6.1%}  ({low:.1%} to {high:.1%})".format(**probe[name])
+
+    lines = [
+        "held-out audio, tokens of masked frames",
+        f"  predicted by the model      {report['masked_accuracy']:6.1%}",
+        f"  unigram baseline            {report['unigram_accuracy']:6.1%}",
+        f"linear probe of {probe['task']}, {probe['classes']} classes",
+        f"  pre-trained                 {interval('pretrained')}",
+        f"  random weights              {interval('random')}",
+        f"  log-mel                     {interval('log_mel')}",
+        f"{report['wall_seconds'] / 60:.1f} minutes, {report['peak_memory_mb'] / 1000:.1f} GB of memory",
+    ]
+    lines += [
+        f"{'holds' if claim['holds'] else 'FAILS'}: {claim['claim']}: {claim['shown_by']}"
+        for claim in report["claims"]
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the results [%(default)s]")
+    parser.add_argument("--force", action="store_true", help="delete what is in the folder and begin anew")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few clips and steps: tries the machinery, and learns nothing"
+    )
+    arguments = parser.parse_args()
+    demo = Demo(arguments.output, SMOKE if arguments.smoke else FULL)
+    try:
+        demo.prepare(arguments.force)
+        report = demo.run()
+    except (KeyboardInterrupt, Interrupted) as error:
+        print("\nInterrupted. The same command goes on where this stopped.", file=sys.stderr)
+        return INTERRUPTED if isinstance(error, Interrupted) else 130
+    except (StageError, ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{table(report)}\nreport: {shown(demo.report)}   card: {shown(demo.final / 'README.md')}")
+    if arguments.smoke:
+        return 0
+    return 0 if all(claim["holds"] for claim in report["claims"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -51,7 +51,9 @@ def embed(
     output: Annotated[Path, typer.Option(help="File to write: .safetensors, .npz or .parquet.")],
     layer: Annotated[str, typer.Option(help="last, a number (0: the stem), all, or mean (of all).")] = "last",
     pool: Annotated[str, typer.Option(help="Over frames: none, mean, or mean+std.")] = "none",
-    batch_seconds: Annotated[float, typer.Option(help="Seconds of audio in a batch, padding included.")] = 120.0,
+    batch_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of audio in a batch, padding included; 30 on the CPU, else 240.")
+    ] = None,
     max_seconds: Annotated[float, typer.Option(help="Refuse longer files: memory grows with length squared.")] = 120.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the computation: float32, bfloat16 or float16.")] = "float32",

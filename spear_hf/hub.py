@@ -12,17 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
+from .hub_card import write_card
 from .hub_checks import check_card, check_loads, check_no_machine_paths
-from .hub_staging import CARD, MODEL_CLASSES, is_replaced, stage
-from .modeling_spear import SpearPreTrainedModel
-
-
-# Categories of the Hub; other classes have none of their own.
-_PIPELINE_TAGS = {
-    "SpearForCTC": "automatic-speech-recognition",
-    "SpearForSequenceClassification": "audio-classification",
-    "SpearModel": "feature-extraction",
-}
+from .hub_staging import CARD, is_replaced, stage
 
 
 class PublishError(RuntimeError):
@@ -56,9 +48,11 @@ def publish(
     """Publishes the model in `folder` as `repo_id` in one commit, after checking that it loads and runs.
 
     `folder` is what `save_pretrained` writes, or a checkpoint with the published names, which is converted; it is not
-    changed. The repository, and the branch `revision`, are made if need be. Weights, configurations and code of an
-    earlier version that are no longer there are removed in the same commit. `with_code` adds the model code, so that
-    `trust_remote_code=True` loads the model where this package is not installed. `dry_run` checks and sends nothing.
+    changed. Without a README.md it gets a card that states what the model is and, for the final model of a
+    pre-training run, what that run recorded. The repository, and the branch `revision`, are made if need be. Weights,
+    configurations and code of an earlier version that are no longer there are removed in the same commit. `with_code`
+    adds the model code, so that `trust_remote_code=True` loads the model where this package is not installed.
+    `dry_run` checks and sends nothing.
 
     Raises:
         FileNotFoundError: no folder, configuration or weights.
@@ -70,12 +64,13 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="spear_hf-publish-") as place:
         staged = Path(place)
         left_out = stage(source, staged, with_code)
-        model = check_loads(staged, source)
-        if not (staged / CARD).is_file():
-            (staged / CARD).write_text(minimal_card(model, repo_id, with_code), encoding="utf-8")
-        del model
-        notes = check_card(staged / CARD)
         check_no_machine_paths(staged, source)
+        notes = check_card(staged / CARD) if (staged / CARD).is_file() else None
+        model = check_loads(staged, source)
+        if notes is None:
+            write_card(staged, source, model, repo_id, with_code)
+            notes = check_card(staged / CARD)
+        del model
         files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         publication = Publication(
             repo_id=repo_id,
@@ -98,55 +93,6 @@ def _check_names(repo_id: str, revision: str | None) -> None:
         raise ValueError(f"{repo_id!r} names no owner: give OWNER/{repo_id}.")
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"revision {revision!r} is a commit, which cannot be added to: give the name of a branch.")
-
-
-def minimal_card(model: SpearPreTrainedModel, repo_id: str, with_code: bool) -> str:
-    """A card that says what the model is and how to load it, and claims nothing about how good it is."""
-    config = model.config
-    name = type(model).__name__
-    auto_class = next(auto for auto, cls in MODEL_CLASSES.items() if cls is type(model))
-    tag = f"pipeline_tag: {_PIPELINE_TAGS[name]}\n" if name in _PIPELINE_TAGS else ""
-    trust = ", trust_remote_code=True" if with_code else ""
-    needs = "transformers and torch" if with_code else "the package spear_hf, which registers the model on import"
-    imports = "" if with_code else "import spear_hf\n"
-    if auto_class == "AutoModelForPreTraining":
-        auto_class = "AutoModel"  # what the trained model is loaded for
-    output = "last_hidden_state" if auto_class == "AutoModel" else "logits"
-    rate = 50 // config.output_downsampling_factor
-    return f"""---
-library_name: transformers
-{tag}tags:
-- spear
-- speech
-- audio
----
-
-# {repo_id.split("/")[1]}
-
-A SPEAR encoder for speech and audio (`{name}`): {config.num_hidden_layers} layers of width {config.hidden_size},
-{sum(value.numel() for value in model.parameters()):,} parameters, mono audio at 16 kHz in, {rate} frames a second out.
-
-## Usage
-
-Needs {needs}.
-
-```python
-import numpy as np
-import torch
-{imports}from transformers import AutoFeatureExtractor, {auto_class}
-
-extractor = AutoFeatureExtractor.from_pretrained("{repo_id}"{trust})
-model = {auto_class}.from_pretrained("{repo_id}"{trust})
-audio = np.zeros(16000, dtype=np.float32)  # a second, mono, 16 kHz
-with torch.no_grad():
-    outputs = model(**extractor(audio, sampling_rate=16000, return_tensors="pt"))
-print(outputs.{output}.shape)
-```
-
-## Training data, evaluation and limits
-
-Not stated by the publisher. Nothing about its quality was measured for this card.
-"""
 
 
 def _send(

@@ -65,7 +65,9 @@ def check_loads(staged: Path, source: Path) -> SpearPreTrainedModel:
 def _load(reader: Any, staged: Path, source: Path, allowed: tuple[str, ...] = ()) -> SpearPreTrainedModel:
     """What `reader` loads, in float32; ValueError if it cannot, or if weights and configuration do not match."""
     try:
-        model, report = reader.from_pretrained(staged, dtype=torch.float32, output_loading_info=True)
+        # Sizes that differ are to be in the report, with their names.
+        options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = reader.from_pretrained(staged, **options)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"{source} does not load with {reader.__name__}, so it is not published: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -107,16 +109,19 @@ def check_no_machine_paths(staged: Path, source: Path) -> None:
     own = "|".join(rf"(?<![\w./:~-]){re.escape(place)}(?![\w.-])" for place in sorted(places))
     pattern = re.compile(f"{_PRIVATE_PATH}|{own}" if own else _PRIVATE_PATH)
     for path in sorted(staged.rglob("*")):
+        name = path.relative_to(staged).as_posix()
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as weights:
-                lines = [f"{name}: {value}" for name, value in (weights.metadata() or {}).items()]
+            try:
+                with safe_open(path, framework="pt") as weights:
+                    lines = [f"{key}: {value}" for key, value in (weights.metadata() or {}).items()]
+            except SafetensorError as error:
+                raise ValueError(f"{source / name} is cut off or damaged ({error}): save the model again.") from error
         elif path.suffix in (".json", ".md", ".txt") and path.name not in VOCABULARIES:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         else:
             continue
         for number, line in enumerate(lines, 1):
             if found := pattern.search(line):
-                name = path.relative_to(staged).as_posix()
                 raise ValueError(
                     f"{source / name} line {number} names a path of this machine, {found.group()!r}: take it out "
                     "before the folder is published."

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_spear import PUBLISHED_STACK_LISTS, SpearConfig
@@ -72,8 +74,11 @@ def stage(source: Path, staged: Path, with_code: bool) -> list[str]:
     chosen, left_out = _select(source)
     for name in chosen:
         _stage_file(source / name, staged / name)
-    config = _read_config(staged, source)
-    _write_settings(staged, config, with_code)
+    try:
+        config = _read_config(staged, source)
+        _write_settings(staged, config, with_code)
+    except (OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{source} does not load, so it is not published: {error}") from error
     return left_out
 
 

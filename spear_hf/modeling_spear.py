@@ -1111,11 +1111,12 @@ class SpearForPreTraining(SpearHeadModel):
         masked = self._masked_output_frames(mask_time_indices, frames)
         alpha = self.config.masked_loss_weight
         statistics, loss = [], hidden_states.new_zeros((), dtype=torch.float32)
+        for name, tokens in labels.items():
+            self._check_labels(name, tokens, frames)
         for name in self.prediction_heads:
             if name not in labels:
                 statistics.append(loss.new_zeros(2, 3))
                 continue
-            self._check_labels(name, labels[name], frames)
             sums = self._codebook_statistics(name, hidden_states, labels[name], masked)
             weight = self.config.pretraining_targets[name]["weight"]
             loss = loss + weight * (alpha * sums[0, 0] + (1.0 - alpha) * sums[1, 0])

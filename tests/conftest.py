@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parent.parent
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are tiny: waiting for a second thread costs more than it brings
 
 
 def pytest_collection_modifyitems(items):

@@ -3,8 +3,8 @@
 
     python hub_client.py ROLE FOLDER
 
-FOLDER/task.json says what to do; what came of it is written to FOLDER/ROLE.json, and tensors to
-FOLDER/ROLE.safetensors.
+FOLDER/task.json says what to do; what came of it is written to FOLDER/results.json and FOLDER/tensors.safetensors,
+of "publish" to FOLDER/publish.json and FOLDER/dropped.json.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def published(task: dict, folder: Path) -> tuple[dict, dict]:
+def published(task: dict, folder: Path) -> None:
     """Runs `spear-hf publish` with each list of arguments, and beside it one that the server hangs up on.
 
     This one takes a while, as the client tries again and again; it has a file of its own, dropped.json.
@@ -39,7 +39,8 @@ def published(task: dict, folder: Path) -> tuple[dict, dict]:
         results["commit"] = publish(source, repo_id, token=token).commit
         write(folder / "dropped.json", results)
 
-    threading.Thread(target=dropped).start()
+    thread = threading.Thread(target=dropped)
+    thread.start()
     codes = {}
     for name, arguments in task["calls"].items():
         if name == "without token":
@@ -48,10 +49,11 @@ def published(task: dict, folder: Path) -> tuple[dict, dict]:
             app(["publish", *arguments])
         except SystemExit as end:
             codes[name] = end.code
-    return codes, {}
+    write(folder / "publish.json", codes)
+    thread.join()
 
 
-def loaded(task: dict, folder: Path) -> tuple[dict, dict]:
+def loaded(task: dict, folder: Path) -> None:
     """Loads each of (revision, name) with AutoModel, with the package and without trust_remote_code."""
     from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoProcessor
 
@@ -78,10 +80,10 @@ def loaded(task: dict, folder: Path) -> tuple[dict, dict]:
             )
         except OSError as error:
             results["wrong_token"] = str(error)
-    return results, tensors
+    save(folder, results, tensors)
 
 
-def without_package(task: dict, folder: Path) -> tuple[dict, dict]:
+def without_package(task: dict, folder: Path) -> None:
     """Everything that a repository with code offers, where spear_hf cannot be imported."""
     try:
         import spear_hf
@@ -122,7 +124,13 @@ def without_package(task: dict, folder: Path) -> tuple[dict, dict]:
         usage: dict = {}
         exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], usage)
         results["card"] = list(usage["outputs"].last_hidden_state.shape)
-    return results, tensors
+    save(folder, results, tensors)
+
+
+def save(folder: Path, results: dict, tensors: dict[str, torch.Tensor]) -> None:
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / "tensors.safetensors")
+    write(folder / "results.json", results)
 
 
 def write(path: Path, results: dict) -> None:
@@ -135,12 +143,8 @@ def write(path: Path, results: dict) -> None:
 def main() -> None:
     role, folder = sys.argv[1], Path(sys.argv[2])
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(task["threads"])
-    run = {"publish": published, "load": loaded, "offline": loaded, "without_package": without_package}[role]
-    results, tensors = run(task, folder)
-    if tensors:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{role}.safetensors")
-    write(folder / f"{role}.json", results)
+    torch.set_num_threads(1)
+    {"publish": published, "load": loaded, "without_package": without_package}[role](task, folder)
 
 
 if __name__ == "__main__":

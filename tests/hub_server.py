@@ -85,7 +85,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """One line of the log: a request that was answered."""
+    """One line of the log; the status is 0 where the server hung up."""
 
     method: str
     path: str
@@ -147,7 +147,7 @@ class HubServer:
             return left[1] >= 0
 
     def requests(self, method: str, pattern: str) -> list[Request]:
-        """The answered requests so far of this method whose path matches the pattern."""
+        """The requests so far of this method whose path, with its query, matches the pattern."""
         return [request for request in self.log if request.method == method and re.search(pattern, request.path)]
 
     def signature(self, oid: str, repo: str) -> str:
@@ -219,7 +219,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send(206, content[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(content)}", **headers)
 
     def hang_up(self) -> None:
-        """Cuts the connection without an answer."""
+        """Cuts the connection, with no answer or half of one."""
+        with self.hub.lock:
+            self.hub.log.append(Request(self.command, unquote(self.path), 0))
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 

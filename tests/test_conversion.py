@@ -3,12 +3,11 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,29 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForPreTraining, SpearModel
+from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForPreTraining, SpearModel, cli
 from spear_hf.conversion import icefall
 from spear_hf.conversion.convert import convert
 from spear_hf.conversion.errors import ConversionError
-from spear_hf.conversion.names import PREFIX, from_published, name_table, to_published
+from spear_hf.conversion.layouts import encoder_shapes
+from spear_hf.conversion.names import PREFIX, from_published, left_over_names, name_table, to_published
 from spear_hf.conversion.writing import whole_folder
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 
+from .conftest import FIXTURES, ROOT
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures"
+
 README = ROOT / "conversion" / "README.md"
 LAYER = "encoder.encoders.2.encoder.layers.1."  # a layer of a stack that downsamples, without the prefix
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def quiet(line):
@@ -202,6 +211,18 @@ def test_names_there_and_back(golden_folder):
         to_published("lm_head.weight")
 
 
+@pytest.mark.parametrize(
+    ("size", "tensors", "values"),
+    [("base", 555, 93_289_489), ("large", 511, 326_951_472), ("xlarge", 599, 596_973_362)],
+)
+def test_the_published_sizes_have_the_published_numbers_of_tensors_and_values(size, tensors, values):
+    config = getattr(SpearConfig, size)()
+    shapes = encoder_shapes(config)
+    names = {to_published(name) for name in shapes} | set(left_over_names(config))
+    assert len(names) == tensors
+    assert sum(map(math.prod, shapes.values())) + config.num_hidden_layers * config.hidden_size == values
+
+
 def test_the_table_in_the_readme_is_the_mapping_and_renames_a_checkpoint(golden_folder):
     table = re.search(r"<!-- names -->\n(.*)\n<!-- end of names -->", README.read_text(), re.DOTALL)[1]
     assert table == name_table(), f"put this into {README}:\n{name_table()}"
@@ -244,7 +265,7 @@ def test_icefall_with_heads(icefall_tensors, golden_folder, tmp_path):
     }
     published = SpearConfig.from_pretrained(golden_folder).to_dict()
     for name, value in model.config.to_dict().items():
-        if name not in ("pretraining_targets", "architectures", "dtype", "transformers_version"):
+        if name not in ("pretraining_targets", "architectures", "dtype", "transformers_version", "_name_or_path"):
             assert published[name] == value, name
 
     # The head computes what icefall's does: golden losses, and the package's own module for the second head.
@@ -543,11 +564,12 @@ def test_the_commands_of_the_readme_run(icefall_tensors, golden_folder, tmp_path
     )
 
 
-def test_the_command_in_a_process_of_its_own(golden_folder, tmp_path):
-    command = [sys.executable, "-m", "spear_hf.cli", "convert", str(golden_folder), str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--head", "codebook_loss_net=music"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --head codebook_loss_net=music: ")
+def test_spear_hf_convert(golden_folder, tmp_path):
+    arguments = ["convert", str(golden_folder), str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--head", "codebook_loss_net=music"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --head codebook_loss_net=music: ")
     assert not any(tmp_path.iterdir())
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "model.safetensors").is_file()

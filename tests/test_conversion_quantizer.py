@@ -2,7 +2,6 @@
 """Quantisers of the package multi_quantization: the same tensors, the same codes, or a refusal."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,19 @@ from spear_hf.conversion.errors import ConversionError
 from spear_hf.conversion.quantizer import convert_quantizer
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 
+from .conftest import FIXTURES
 
-GOLDEN = Path(__file__).parent / "fixtures" / "golden_mvq" / "mvq.safetensors"
+
+GOLDEN = FIXTURES / "golden_mvq" / "mvq.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def quiet(line):
@@ -100,6 +110,6 @@ class _Malicious:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save(_Malicious(tmp_path / "ran"), tmp_path / "q.pt")
-    with pytest.raises(ConversionError, match="mkdir.*can run any code"):
+    with pytest.raises(ConversionError, match=r"mkdir.*can run any code"):
         convert_quantizer(tmp_path / "q.pt", tmp_path / "out", report=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["q.pt"]

@@ -169,6 +169,24 @@ def test_long_files_are_refused(audio, encoder):
     assert results["second.wav"].error is None
 
 
+def test_half_precision(audio, golden_folder, golden):
+    model, feature_extractor = load_encoder(golden_folder, device="cpu", dtype="bfloat16")
+    (result,) = embed_files([audio / "second.wav"], model, feature_extractor)
+    assert result.embedding.dtype == np.float32
+    expected = golden["1.last_hidden_state"].numpy()
+    assert np.abs(result.embedding - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+def test_embeddings_that_are_not_finite_are_bad(audio, golden_folder):
+    model, feature_extractor = load_encoder(golden_folder, device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    (result,) = embed_files([audio / "second.wav"], model, feature_extractor)
+    assert result.embedding is None
+    assert "not finite in torch.float32" in result.error
+
+
 def test_another_encoder(audio, tmp_path, golden_folder):
     """Any transformers encoder works; it gets one file at a time, as most are not invariant to padding."""
     torch.manual_seed(0)
@@ -220,6 +238,7 @@ def test_ids(tmp_path):
         (["--output", "out.npz", "--pool", "max"], "pool='max' must be one of none, mean, mean+std"),
         (["--output", "out.npz", "--dtype", "int8"], "dtype='int8' must be one of float32"),
         (["--output", "out.npz", "--batch-seconds", "0"], "must be positive"),
+        (["--output", "out.npz", "--device", "abacus"], "device='abacus' cannot be used"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, audio, golden_folder, arguments, message):

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearModel
+from spear_hf.mvq.hub_teacher import _hop
 from spear_hf.mvq.teachers import Teacher, load_teacher, plan_windows
 
 
@@ -331,6 +332,10 @@ def test_whisper_padded_to_its_window(tmp_path, encoder_only):
     assert teacher.provenance()["window"] == "pad"
     assert teacher.provenance()["window_seconds"] == 2.0
     assert_batch_does_not_matter(teacher)
+    teacher.batch_seconds = 4.0  # two windows at a time
+    waveforms = [noise(0.5, seed) for seed in range(5)]
+    for waveform, features in zip(waveforms, teacher(waveforms)):
+        assert torch.allclose(features, teacher([waveform])[0], atol=1e-5)
     with pytest.raises(ValueError, match=r"layer=4: .* 0 to 3"):
         load_teacher(str(tmp_path), layer=4)
 
@@ -439,6 +444,14 @@ def test_models_without_a_time_axis_are_refused(tmp_path):
     ASTFeatureExtractor(max_length=128).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not follow time; wrap it in a module:factory"):
         load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize("hop", [160, 256, 320, 384, 400, 480, 512, 640, 800, 1280])
+def test_hop_is_told_from_frame_counts(hop):
+    for surplus in range(-3 * hop, 2 * hop, 7):  # whatever a first frame needs
+        more = (48000 + surplus) // hop - (16000 + surplus) // hop
+        assert _hop(more, 32000, None) == hop
+    assert _hop(32000 // hop, 32000, hop) == hop
 
 
 def test_unusable_specifications(tmp_path):

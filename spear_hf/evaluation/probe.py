@@ -194,7 +194,7 @@ def _validation_scores(
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = kind(folds, shuffle=True, random_state=seed)
     scores = []
-    for inside, outside in splitter.split(features, labels, units):
+    for inside, outside in splitter.split(features, labels, None if groups is None else units):
         predictions = _fit_predict(features[inside], labels[inside], features[outside], penalties)
         scores.append([(row == labels[outside]).mean() for row in predictions])
     return np.mean(scores, axis=0)

@@ -86,14 +86,16 @@ class HubTeacher(Teacher):
             return self._forward(waveforms, self.layer)[0]
         # The rest is done by groups within which nothing is padded unequally.
         lengths = [self._padded_length(len(waveform)) for waveform in waveforms]
-        features: list[Tensor | None] = [None] * len(waveforms)
+        features: dict[int, Tensor] = {}
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
-            group = [waveforms[row] for row in rows]
-            outputs = self._whisper(group, length) if self._fixed else self._forward(group, self.layer)[0]
-            for row, output in zip(rows, outputs):
-                features[row] = output
-        return [output for output in features if output is not None]
+            # A batch of short utterances is many windows of 30 s.
+            at_once = max(1, int(self.batch_seconds * SAMPLING_RATE) // length)
+            for part in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
+                group = [waveforms[row] for row in part]
+                outputs = self._whisper(group, length) if self._fixed else self._forward(group, self.layer)[0]
+                features |= dict(zip(part, outputs))
+        return [features[row] for row in range(len(waveforms))]
 
     # Models that take any length
 
@@ -145,8 +147,8 @@ class HubTeacher(Teacher):
                 f"{spec} ({type(self.model).__name__}) cannot be run as an audio encoder: {error}; "
                 "wrap it in a module:factory"
             ) from error
-        measured = (len(alone[1]) - len(alone[0])) / 2  # frames of the 2 s more
-        if measured <= 0:
+        more = len(alone[1]) - len(alone[0])  # frames of 2 s
+        if more < 2:
             raise ValueError(
                 f"{spec} ({type(self.model).__name__}) gives {len(alone[0])} frames for 1 s and {len(alone[1])} for "
                 "3 s: its output does not follow time; wrap it in a module:factory that returns frames"
@@ -160,10 +162,9 @@ class HubTeacher(Teacher):
             self._equal_lengths = True
         if layer is not None:
             self._drop_layers_after(layer, noises[0], alone[0])
-        ratio = getattr(config, "inputs_to_logits_ratio", None)
-        rate = SAMPLING_RATE / ratio if ratio and abs(SAMPLING_RATE / ratio - measured) < 1 else measured
+        hop = _hop(more, len(noises[1]) - len(noises[0]), getattr(config, "inputs_to_logits_ratio", None))
         return layer, {
-            "frame_rate": rate,
+            "frame_rate": SAMPLING_RATE / hop,
             "feature_size": alone[0].shape[1],
             "min_samples": _min_samples(config),
         }
@@ -302,6 +303,19 @@ def _load_extractor(source: str, revision: str | None, model_type: str) -> Any:
             f"teacher {source!r} has no feature extractor (preprocessor_config.json): {error}; if it is an audio "
             "model, save the extractor of the model it was made from next to it"
         ) from error
+
+
+def _hop(frames: int, samples: int, stated: Any) -> int:
+    """Samples from one frame to the next, where `samples` more gave `frames` more, counted to within one.
+
+    As the config states, if that is possible; else the possible number with the largest power of two in it, for hops
+    are products of strides (320, 384, 640, 1280).
+    """
+    least, most = samples / (frames + 1), samples / (frames - 1)
+    if isinstance(stated, int) and least < stated < most:
+        return stated
+    candidates = list(range(math.floor(least) + 1, math.ceil(most))) or [round(samples / frames)]
+    return max(candidates, key=lambda hop: (hop & -hop, -abs(hop - samples / frames)))
 
 
 def _min_samples(config: Any) -> int:

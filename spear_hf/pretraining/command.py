@@ -1,8 +1,10 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What `spear-hf pretrain` does: settings in, messages and an exit code out."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 from transformers.utils import logging as transformers_logging
 
@@ -17,17 +19,14 @@ INTERRUPTED = 75
 
 def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = False, dry_run: bool = False) -> int:
     """Trains, or with `dry_run` prints the plan. Exit code 0: finished; 75: stopped by a signal; 1: error."""
-    package_logger = logging.getLogger("spear_hf")
-    package_logger.setLevel(logging.INFO)
-    package_logger.addHandler(logging.StreamHandler())
-    package_logger.propagate = False
     transformers_logging.disable_progress_bar()  # one for every checkpoint
     try:
-        config = load_config(name_or_file, overrides)
-        if dry_run:
-            print(plan_run(config))
-            return 0
-        outcome = pretrain(config, resume=resume)
+        with messages_shown():
+            config = load_config(name_or_file, overrides)
+            if dry_run:
+                print(plan_run(config))
+                return 0
+            outcome = pretrain(config, resume=resume)
     except (ValueError, NonFiniteLossError, OSError) as error:
         print(f"spear-hf pretrain: {error}", file=sys.stderr)
         return 1
@@ -40,3 +39,20 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
         return INTERRUPTED
     print(outcome.final)
     return 0
+
+
+@contextlib.contextmanager
+def messages_shown() -> Iterator[None]:
+    """Shows the package's messages on stderr, as they are."""
+    package_logger = logging.getLogger("spear_hf")
+    handler = logging.StreamHandler()
+    level, propagate = package_logger.level, package_logger.propagate
+    package_logger.addHandler(handler)
+    package_logger.setLevel(logging.INFO)
+    package_logger.propagate = False
+    try:
+        yield
+    finally:
+        package_logger.removeHandler(handler)
+        package_logger.setLevel(level)
+        package_logger.propagate = propagate

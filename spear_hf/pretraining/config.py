@@ -6,6 +6,7 @@
 Shipped configurations lie in `configs/`; `spear-hf pretrain --config` takes their names or the path of a YAML file.
 """
 
+import difflib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -35,7 +36,9 @@ class ModelConfig:
         known = set(SpearConfig.__dataclass_fields__)
         for name in self.config:
             if name not in known:
-                raise ValueError(f"config.{name} is not a field of SpearConfig.")
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                raise ValueError(f"config.{name} is not a field of SpearConfig{hint}.")
         if "pretraining_targets" in self.config:
             raise ValueError("config.pretraining_targets follows from the section `targets`; set it there.")
         if self.init_from is not None and (self.size is not None or self.config):
@@ -69,6 +72,9 @@ class TargetConfig:
 
     quantizer_steps: int = 400
     """Steps of each of the two phases of the quantiser's training (paper: 35,000)."""
+
+    quantizer_normalize: bool = True
+    """Whether the quantiser standardises the teacher's features (paper: speech yes, audio no)."""
 
     quantizer_frames: int = 200_000
     """At most so many frames, drawn at random, train the quantiser."""

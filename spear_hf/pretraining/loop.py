@@ -89,16 +89,16 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
     """
     with contextlib.ExitStack() as stack:
         folder = RunFolder(config.output_dir)
-        folder.check(config, resume)
         accelerator = make_accelerator(config, folder)
         stack.callback(accelerator.end_training)
+        if accelerator.is_main_process:
+            folder.check(config, resume)
+        accelerator.wait_for_everyone()  # nobody writes into the folder before it is checked
         if not accelerator.is_main_process:
             logging.getLogger("spear_hf").setLevel(logging.WARNING)
         stack.enter_context(logging_redirect_tqdm(loggers=[logging.getLogger("spear_hf")]))
 
         corpus = load_corpus(config.data, config.seed)
-        if accelerator.is_main_process:
-            folder.create(config)
         with accelerator.main_process_first():  # the others find what the first has made
             stores = prepare_stores(config, corpus, folder, device=str(accelerator.device))
 
@@ -134,6 +134,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         metrics_file, evaluation_file = None, None
         if accelerator.is_main_process:
+            folder.create(config)
             metrics_file = stack.enter_context(JsonLines(folder.metrics, progress.step))
             evaluation_file = stack.enter_context(JsonLines(folder.evaluation, progress.step))
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
@@ -170,7 +171,10 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             accelerator.device,
         )
         loader = DataLoader(
-            steps, sampler=range(progress.step, config.max_steps), **loader_arguments(config.execution.num_workers)
+            steps,
+            sampler=range(progress.step, config.max_steps),
+            pin_memory=accelerator.device.type == "cuda",
+            **loader_arguments(config.execution.num_workers),
         )
         bar = stack.enter_context(
             tqdm(

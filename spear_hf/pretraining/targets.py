@@ -45,6 +45,7 @@ def prepare_stores(
         )
         if not training:
             raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")
+        folder.create(config)
         store = _existing_store(folder, name, [*training, *validation])
         stores[name] = store or _make_store(config.seed, name, target, training, validation, folder, device)
     return stores
@@ -83,6 +84,7 @@ def _make_store(
                 QuantizerTrainingConfig(
                     num_codebooks=target.num_codebooks,
                     codebook_size=target.codebook_size,
+                    normalize=target.quantizer_normalize,
                     steps=target.quantizer_steps,
                     seed=seed,
                 ),
@@ -91,6 +93,11 @@ def _make_store(
             )
         source = str(trained)
     tokenizer = MvqTokenizer.from_pretrained(source, device=device)
+    if (tokenizer.num_codebooks, tokenizer.codebook_size) != (target.num_codebooks, target.codebook_size):
+        raise ValueError(
+            f"{source} has {tokenizer.num_codebooks} codebooks of {tokenizer.codebook_size}, but targets.{name} says "
+            f"{target.num_codebooks} of {target.codebook_size}: set num_codebooks and codebook_size accordingly."
+        )
     logger.info("Tokenising %d utterances with %s into %s.", len(needed), tokenizer.teacher.id, folder.tokens / name)
     summary = tokenize_corpus(tokenizer, needed, folder.tokens / name, progress=False)
     if summary.bad:

@@ -1,0 +1,202 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""`spear-hf quantize` and `spear-hf tokenize` from real audio to a token store, and the sampling between."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spear_hf.cli import app
+from spear_hf.data.audio import load_audio
+from spear_hf.data.manifest import read_manifest
+from spear_hf.mvq.quantize import heldout_report, sample_frames
+from spear_hf.mvq.quantizer import MultiCodebookQuantizer
+from spear_hf.mvq.store import TokenStore
+from spear_hf.mvq.teachers import load_teacher
+from spear_hf.mvq.tokenizer import MvqTokenizer
+
+
+BUNDLED = Path(__file__).parent.parent / "examples" / "data"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A manifest of 12 bundled clips in two splits, and a file that is no audio in the second."""
+    folder = tmp_path_factory.mktemp("corpus")
+    clips = sorted(read_manifest(BUNDLED), key=lambda clip: (clip.num_samples or 0, clip.id))[300:312]
+    rows = []
+    for number, clip in enumerate(clips):
+        shutil.copyfile(clip.path, folder / clip.path.name)
+        rows.append({"id": clip.id, "path": clip.path.name, "split": "train" if number < 8 else "rest"})
+    (folder / "broken.flac").write_bytes(b"not audio")
+    rows.append({"id": "broken", "path": "broken.flac", "split": "rest"})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def quantize(corpus, output, *extra) -> tuple[int, str]:
+    where = ("--teacher", "kaldi-mfcc", "--data", corpus, "--output", output, "--device", "cpu")
+    settings = ("--codebooks", 4, "--codebook-size", 16, "--steps", 30, "--batch-size", 128, "--frames", 600)
+    return run("quantize", *where, *settings, *extra)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("quantized") / "tokenizer"
+    code, printed = quantize(corpus, output, "--split", "train", "--seed", 5)
+    assert code == 0, printed
+    assert "held-out relative error" in printed
+    return output
+
+
+def test_quantizer_folder(tokenizer_folder):
+    report = json.loads((tokenizer_folder / "report.json").read_text())
+    assert report["teacher"]["id"] == "kaldi-mfcc"
+    assert report["data"]["utterances"] == 8
+    assert report["data"]["heldout_utterances"] == 1
+    assert report["training"]["steps"] == 30
+    assert report["training"]["normalize"] is True
+    assert report["bits_per_second"] == 50 * 4 * 4
+    errors = report["heldout"]["relative_error"]
+    assert 0 < errors["5"] <= errors["1"] <= errors["0"]
+    assert errors["5"] < 0.9, "30 steps are little, but better than the mean"
+    assert len(report["heldout"]["perplexity"]) == len(report["heldout"]["used"]) == 4
+    assert all(1 <= value <= 16 for value in report["heldout"]["perplexity"])
+    assert (tokenizer_folder / "quantizer.png").read_bytes().startswith(b"\x89PNG")
+    metrics = [json.loads(line) for line in (tokenizer_folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics
+    assert all("step" in row for row in metrics)
+
+    config = MultiCodebookQuantizer.from_pretrained(tokenizer_folder).config
+    assert (config.teacher, config.teacher_layer, config.frame_rate) == ("kaldi-mfcc", None, 50.0)
+    assert config.provenance["data"]["fingerprint"] == report["data"]["fingerprint"]
+    assert config.provenance["data"]["seed"] == 5
+
+
+def test_same_seed_same_bytes(corpus, tokenizer_folder, tmp_path):
+    assert quantize(corpus, tmp_path / "again", "--split", "train", "--seed", 5)[0] == 0
+    for name in ("config.json", "model.safetensors", "report.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tokenizer_folder / name).read_bytes(), name
+
+
+def test_tokenize(corpus, tokenizer_folder, tmp_path):
+    output = tmp_path / "tokens"
+    arguments = ("tokenize", "--tokenizer", tokenizer_folder, "--data", corpus, "--output", output, "--device", "cpu")
+    code, printed = run(*arguments)
+    assert code == 1, "a file was bad"
+    assert "12 utterances tokenised, 0 were there already, 1 bad" in printed
+    bad = json.loads((output / "quarantine.jsonl").read_text())
+    assert bad["id"] == "broken"
+    assert "cannot be decoded" in bad["error"]
+
+    store = TokenStore.open(output)
+    tokenizer = MvqTokenizer.from_pretrained(tokenizer_folder)
+    clips = {clip.id: clip for clip in read_manifest(corpus)}
+    assert store.ids == [id for id in clips if id != "broken"]
+    for id in store.ids[:3]:
+        assert np.array_equal(store[id], tokenizer(load_audio(clips[id].path)))
+    rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["id"][:] == store.ids
+
+    code, printed = run(*arguments)
+    assert code == 1
+    assert "0 utterances tokenised, 13 were there already, 1 bad" in printed
+
+
+def test_tokenize_of_good_audio_exits_with_0(corpus, tokenizer_folder, tmp_path):
+    code, printed = run(
+        *("tokenize", "--tokenizer", tokenizer_folder, "--data", corpus / "manifest.jsonl", "--split", "train"),
+        *("--output", tmp_path / "tokens", "--device", "cpu", "--shard-utterances", 3, "--batch-seconds", 5),
+    )
+    assert code == 0, printed
+    assert len(TokenStore.open(tmp_path / "tokens")) == 8
+    assert len(list((tmp_path / "tokens").glob("*.parquet"))) == 3
+
+
+def test_errors_are_one_line(corpus, tokenizer_folder, tmp_path):
+    for arguments, message in (
+        (("--split", "train"), "holds a quantiser"),
+        (("--split", "none"), "split"),
+        (("--layer", 3, "--overwrite"), "takes no `layer`"),
+        (("--codebooks", 3, "--overwrite"), "num_codebooks"),
+        (("--teacher-option", "x", "--overwrite"), "NAME=VALUE"),
+    ):
+        code, printed = quantize(corpus, tokenizer_folder, *arguments)
+        assert code == 1
+        assert "spear-hf quantize: " in printed
+        assert message in printed
+    code, printed = run("tokenize", "--tokenizer", tmp_path / "no", "--data", corpus, "--output", tmp_path / "o")
+    assert code == 1
+    assert "spear-hf tokenize: " in printed
+
+
+def test_sample_is_a_function_of_seed_and_audio(corpus):
+    utterances = read_manifest(corpus, split="train")
+    teacher = load_teacher("kaldi-mfcc")
+    settings = {"num_frames": 300, "num_heldout": 50, "progress": False}
+    first = sample_frames(teacher, utterances, seed=1, **settings)
+    assert first.frames.shape == (300, 39)
+    assert first.heldout.shape == (50, 39)
+    again = sample_frames(teacher, utterances[::-1], seed=1, batch_seconds=3.0, **settings)
+    assert first.data == again.data
+    # Batches of another shape may round differently in the last bits.
+    assert torch.allclose(first.frames, again.frames, atol=1e-3)
+    other = sample_frames(teacher, utterances, seed=2, **settings)
+    assert not torch.allclose(first.frames, other.frames, atol=1e-3)
+    # Held-out frames are of utterances that training never sees.
+    assert not (first.heldout[:, None] == first.frames[None]).all(dim=2).any()
+
+
+def test_sample_within_hours_and_without_bad_audio(corpus):
+    utterances = read_manifest(corpus)
+    teacher = load_teacher("kaldi-mfcc")
+    sample = sample_frames(teacher, utterances, num_frames=10**6, num_heldout=10**6, progress=False)
+    assert [entry["id"] for entry in sample.bad] == ["broken"]
+    assert sample.data["utterances"] == 12
+    assert sample.data["frames"] + sample.data["heldout_frames"] == sample.data["frames_seen"]
+    assert len(sample.frames) + len(sample.heldout) == sample.data["frames_seen"]
+    half = sample.data["hours"] / 2
+    part = sample_frames(teacher, utterances, 10**6, 10**6, max_hours=half, progress=False)
+    assert 0.4 * sample.data["hours"] < part.data["hours"] < 0.8 * sample.data["hours"]
+    with pytest.raises(ValueError, match="two at least"):
+        sample_frames(teacher, utterances[:1], 10, 10, progress=False)
+    with pytest.raises(ValueError, match="max_hours"):
+        sample_frames(teacher, utterances, 10, 10, max_hours=0, progress=False)
+
+
+def test_long_audio_is_sampled_in_pieces(corpus, monkeypatch):
+    from spear_hf.mvq import quantize as module
+
+    utterances = read_manifest(corpus, split="train")
+    teacher = load_teacher("kaldi-mfcc")
+    whole = sample_frames(teacher, utterances, 10**6, 10**6, progress=False)
+    monkeypatch.setattr(module, "PIECE_SECONDS", 1)
+    pieces = sample_frames(teacher, utterances, 10**6, 10**6, progress=False)
+    # Each cut costs one frame of 25 ms, which reaches over it.
+    assert 0.9 < pieces.data["frames_seen"] / whole.data["frames_seen"] < 1
+
+
+def test_heldout_report_of_a_perfect_and_an_idle_quantizer():
+    quantizer = MultiCodebookQuantizer(2, 4, 1)
+    with torch.no_grad():
+        quantizer.centers.copy_(torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]]))
+        quantizer.to_logits.weight.zero_()
+        quantizer.to_logits.bias.zero_()
+    frames = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).repeat(50, 1)
+    report = heldout_report(quantizer, frames)
+    assert report["relative_error"]["5"] == 0
+    assert report["relative_error"]["0"] == pytest.approx(2.0)  # code 0 for all: the mean is half as far
+    assert report["perplexity"] == [2.0]
+    assert report["used"] == [0.5]
