@@ -144,6 +144,10 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
     i * (2 * length - 1) + length - 1 + j: rows that are one shorter, from place `length - 1` on.
     """
     length = scores.shape[-2]
+    if torch.compiler.is_exporting():  # the view asks more of a dynamic length than an exported graph can promise
+        offsets = torch.arange(length, device=scores.device)
+        index = length - 1 + offsets[None, :] - offsets[:, None]
+        return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
     rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
     return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
 
@@ -357,7 +361,8 @@ class SpearUpsample(nn.Module):
     def forward(self, hidden_states: torch.Tensor, frames: int) -> torch.Tensor:
         if self.factor == 1:
             return hidden_states
-        return hidden_states.repeat_interleave(self.factor, dim=1)[:, :frames]
+        index = torch.arange(frames, device=hidden_states.device) // self.factor
+        return hidden_states.index_select(1, index)
 
 
 class SpearStack(nn.Module):
@@ -403,11 +408,14 @@ class SpearDownsampledStack(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         downsampled = self.downsample(hidden_states, valid_mask)
+        length = downsampled.shape[1]
+        # Indices rather than slices: their shapes are known to an exported graph of any length.
         if valid_mask is not None:
-            valid_mask = valid_mask[:, :: self.downsample.factor]
+            places = torch.arange(length, device=valid_mask.device) * self.downsample.factor
+            valid_mask = valid_mask.index_select(1, places)
         # The table of a shorter sequence is the middle of that of a longer one.
-        length, longest = downsampled.shape[1], position_table.shape[0] // 2
-        position_table = position_table[longest - length : longest + length]
+        middle = torch.arange(2 * length, device=position_table.device) + (frames - length)
+        position_table = position_table.index_select(0, middle)
         return self.out_combiner(hidden_states, self.stack(downsampled, position_table, valid_mask, frames, **kwargs))
 
 

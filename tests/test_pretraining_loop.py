@@ -280,6 +280,13 @@ def test_bf16_learns_nearly_the_same(runs, plain):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_resuming_what_has_not_started_starts_it(runs, plain):
+    output = runs.folder / "not-started"
+    assert runs.run(output, *PLAIN, "max_steps=1", resume=True) == 0, runs.log(output)
+    assert "does not exist yet" in runs.log(output)
+    assert metrics(output) == metrics(plain)[:1]
+
+
 def test_a_diverging_run_skips_names_and_stops(runs, finished):
     output = runs.folder / "diverged"
     assert runs.run(output, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0") == 1

@@ -295,8 +295,8 @@ def test_compiles_without_graph_breaks(model_class):
 @torch.no_grad()
 def test_exports_with_dynamic_batch_and_time(model_class):
     model = tiny_model(model_class)
-    batch, frames = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("frames", min=20, max=3000)
-    dims = {"input_features": {0: batch, 1: frames}, "attention_mask": {0: batch, 1: frames}}
+    dynamic = torch.export.Dim.DYNAMIC
+    dims = {"input_features": {0: dynamic, 1: dynamic}, "attention_mask": {0: dynamic, 1: dynamic}}
     program = torch.export.export(model, (), kwargs=inputs(), dynamic_shapes=dims, strict=False)
     for size, length in ((2, 40), (5, 131), (3, 76)):
         values = inputs(batch=size, frames=length)

@@ -175,8 +175,9 @@ def plot_probe_layers(
     axes.set_title(title)
     axes.set_xlabel("Layer")
     axes.set_ylabel("Test accuracy (%)")
-    handles = dict(reversed(list(zip(*reversed(axes.get_legend_handles_labels())))))  # lines across last
-    axes.legend(handles.values(), handles.keys(), ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    drawn = dict(zip(*reversed(axes.get_legend_handles_labels())))
+    names = [*per_layer, *constants]
+    axes.legend([drawn[name] for name in names], names, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 

@@ -14,15 +14,19 @@ half of the squared errors, up to a constant per frame and group, which changes 
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spear_hf.mvq.threads import map_in_threads
+
 
 MAX_CUTOFF = 128
-BLOCK_BYTES = 32 << 20  # working memory on CPU: a block of frames should stay in the last cache
+BLOCK_BYTES = 16 << 20  # working memory of a thread: a block of frames should stay in the last cache (64 times on GPUs)
+MIN_BLOCK_ROWS = 32  # fewer frames at a time make poor use of what a lookup brings into the cache
 
 
 def cutoff(codebook_size: int, group_length: int) -> int:
@@ -85,37 +89,53 @@ class CodeSearch:
         costs = torch.addmm(self.half_norms, features - self.offset, self.flat_centers.T, alpha=-1)
         return costs.view(-1, self.num_codebooks, self.codebook_size)
 
-    def block_rows(self, device: torch.device) -> int:
-        """Frames to search at a time, for about BLOCK_BYTES of working memory on CPU and 32 times that on others."""
-        kept = min(cutoff(self.codebook_size, 1), self.codebook_size) + 1
-        tables = 20 * (self.num_codebooks * kept) ** 2 // 16  # index and result of the widest merge, and a copy
-        costs = 12 * self.num_codebooks * self.codebook_size
-        return max(1, BLOCK_BYTES * (1 if device.type == "cpu" else 32) // (tables + costs))
+    def _lookups(self) -> int:
+        """Inner products of one frame to look up at a time, at most."""
+        most, length, options = 0, 1, self.codebook_size
+        while length < self.num_codebooks:
+            options = min(options, cutoff(self.codebook_size, length))
+            if length <= 2:
+                width, part_options = length, options + 1
+            most = max(most, self.num_codebooks // (2 * length) * (length // width * part_options) ** 2)
+            length, options = 2 * length, options**2
+        return most
 
     def refine(self, linear_costs: Tensor, codes: Tensor, passes: int) -> Tensor:
-        """`passes` passes over int64 codes (frames, codebooks).
+        """`passes` passes over costs (frames, codebooks, size) and int64 codes (frames, codebooks) -> better codes.
 
-        A pass is a function of a frame's costs and codes: where one changes nothing, no other would, so frames whose
+        On CPU blocks of frames are shared out to threads; each needs at most about BLOCK_BYTES of working memory.
+        """
+        frames = codes.shape[0]
+        frame_bytes = 20 * self._lookups() + 12 * self.num_codebooks * self.codebook_size
+        if codes.device.type != "cpu":
+            rows = max(1, 64 * BLOCK_BYTES // frame_bytes)
+            blocks = zip(linear_costs.split(rows), codes.split(rows))
+            return torch.cat([codes[:0], *(self._refined(*block, passes) for block in blocks)])
+        threads = torch.get_num_threads()
+        rounds = math.ceil(frames * frame_bytes / (BLOCK_BYTES * threads))
+        count = max(1, min(rounds * threads, frames // MIN_BLOCK_ROWS))
+        blocks = zip(linear_costs.tensor_split(count), codes.tensor_split(count))
+        return torch.cat(map_in_threads(lambda block: self._refined(*block, passes), list(blocks)))
+
+    def _refined(self, linear_costs: Tensor, codes: Tensor, passes: int) -> Tensor:
+        """One pass is a function of a frame's costs and codes: where it changes nothing, no other would, so frames whose
         codes have settled are left out of the rest.
         """
         codes = codes.clone()
-        rows = self.block_rows(codes.device)
+        workspace = _Workspace(codes.shape[0] * self._lookups(), linear_costs)
         active = torch.arange(codes.shape[0], device=codes.device)
         for _ in range(passes):
-            changed = []
-            for block in active.split(rows):
-                before = codes[block]
-                after = self.improve(linear_costs[block], before)
-                codes[block] = after
-                changed.append(block[(after != before).any(dim=1)])
-            active = torch.cat(changed)
+            before = codes[active]
+            after = self._improved(linear_costs[active], before, workspace)
+            codes[active] = after
+            active = active[(after != before).any(dim=1)]
             if not active.numel():
                 break
         return codes
 
-    def improve(self, linear_costs: Tensor, codes: Tensor) -> Tensor:
-        """One pass: costs (frames, codebooks, size), int64 codes (frames, codebooks) -> better codes, same shape."""
-        frames, groups, size = linear_costs.shape
+    def _improved(self, linear_costs: Tensor, codes: Tensor, workspace: "_Workspace") -> Tensor:
+        """One pass."""
+        groups, size = linear_costs.shape[1:]
         costs, options = _cheapest(linear_costs + self._fields(codes), cutoff(size, 1) if groups > 1 else 1)
         # A part is a codebook, after the first merge a pair of them, with its kept options as codes and the incoming
         # ones behind: (frames, parts, options, codebooks). Options of groups are places in their parts, incoming last:
@@ -125,8 +145,8 @@ class CodeSearch:
         length = 1
         while groups > 1:
             kept = costs.shape[2]
-            products = self._products(parts, members)
-            # 2 * delta_even . delta_odd of the spec, for delta = option - incoming codes.
+            products = self._products(parts, members, workspace)
+            # The spec's delta_even . delta_odd, with delta = option - incoming codes.
             products = (products - products[:, :, -1:])[:, :, :-1]
             products = (products - products[..., -1:])[..., :-1]
             costs = costs[:, 0::2, :, None] + costs[:, 1::2, None, :] + products
@@ -151,31 +171,43 @@ class CodeSearch:
         sums = F.embedding_bag(rows.flatten(0, 1), self.gram.flatten(0, 1), mode="sum")
         return sums.view(*codes.shape, -1)
 
-    def _products(self, parts: Tensor, members: Tensor) -> Tensor:
+    def _products(self, parts: Tensor, members: Tensor, workspace: "_Workspace") -> Tensor:
         """Inner products (frames, groups / 2, options, options) of every even group's options with its odd neighbour's."""
         frames, groups, _, length = members.shape
         pairs, options, width = groups // 2, parts.shape[2], parts.shape[3]
         # Frames in the inner dimensions: their lookups in one block of the Gram matrix follow each other, in the cache.
         codes = parts.view(frames, pairs, 2, length, options, width).permute(2, 5, 1, 3, 0, 4).contiguous()
-        place = self.blocks[length * width, 0]
-        table = None
-        for odd in codes[1] * self.codebook_size:  # (pairs, parts, frames, options)
-            for even in codes[0]:
-                index = odd[:, :, None, :, :, None] + even[:, None, :, :, None, :]
-                blocks = self.gram[place : place + pairs * length * length].flatten(1)
-                values = blocks.gather(1, index.view(blocks.shape[0], -1))
-                table = values if table is None else table.add_(values)
-                place += blocks.shape[0]
-        assert table is not None
+        index, table, values = workspace.views((pairs, length, length, frames, options, options))
+        num_blocks = pairs * length * length
+        first = self.blocks[length * width, 0]
+        for place, (odd, even) in enumerate(itertools.product(codes[1] * self.codebook_size, codes[0])):
+            torch.add(odd[:, :, None, :, :, None], even[:, None, :, :, None, :], out=index)
+            blocks = self.gram[first + place * num_blocks :][:num_blocks].flatten(1)
+            looked_up = values if place else table
+            torch.gather(blocks, 1, index.view(num_blocks, -1), out=looked_up.view(num_blocks, -1))
+            if place:
+                table += values
         # (frames, pairs, odd part, its option, even part, its option)
-        table = table.view(pairs, length, length, frames, options, options).permute(3, 0, 1, 4, 2, 5)
-        table = table.reshape(frames * pairs, length * options, length * options)
-        if length > 1:
-            table = _sum_rows(table, members[:, 1::2].flatten(0, 1)).transpose(1, 2).contiguous()
-            table = _sum_rows(table, members[:, 0::2].flatten(0, 1))
-        else:
-            table = table.transpose(1, 2)
-        return table.view(frames, pairs, *table.shape[1:])
+        ordered = values.view(frames, pairs, length, options, length, options).copy_(table.permute(3, 0, 1, 4, 2, 5))
+        if length == 1:
+            return ordered.view(frames, pairs, options, options).transpose(2, 3)
+        ordered = ordered.view(frames * pairs, length * options, length * options)
+        summed = _sum_rows(ordered, members[:, 1::2].flatten(0, 1)).transpose(1, 2).contiguous()
+        summed = _sum_rows(summed, members[:, 0::2].flatten(0, 1))
+        return summed.view(frames, pairs, *summed.shape[1:])
+
+
+class _Workspace:
+    """Memory of the lookups, used again and again: fresh memory would cost more than the lookups themselves."""
+
+    def __init__(self, numbers: int, like: Tensor) -> None:
+        self.index = torch.empty(numbers, dtype=torch.int64, device=like.device)
+        self.tables = torch.empty(2, numbers, dtype=like.dtype, device=like.device)
+
+    def views(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 indices and two tables of numbers, of one shape."""
+        count = math.prod(shape)
+        return self.index[:count].view(shape), self.tables[0, :count].view(shape), self.tables[1, :count].view(shape)
 
 
 def _own_places(parts: Tensor) -> Tensor:

@@ -299,9 +299,9 @@ def train_step(
         "hours": progress.hours,
     }
     if not finite:
-        # A gradient can be at fault where all losses are finite: then any utterance may be.
-        here = suspects or [utterance for batch in batches for utterance in batch.ids]
-        record["skipped"] = gather_ids(accelerator, here)
+        # Where all losses are finite, the gradient of any utterance may be at fault.
+        everyone = [utterance for batch in batches for utterance in batch.ids]
+        record["skipped"] = gather_ids(accelerator, suspects) or gather_ids(accelerator, everyone)
         logger.warning(
             "Step %d: loss %s, gradient norm %s; no update. Utterances: %s.",
             progress.step,

@@ -1,7 +1,6 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What a configuration stands for: the model, and the datasets with their batches."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +88,7 @@ def build_dataset(
         stores,
         architecture,
         feature_extractor,
-        dataclasses.replace(config.masking),
+        config.masking,
         seed=config.seed,
         max_seconds=config.data.max_seconds,
         cache_audio=config.execution.cache_audio,
