@@ -77,6 +77,9 @@ class Settings:
     """Settings of it to change, as --set takes them."""
     quantizer_steps: int = 150
     """Steps of each of the two phases of the quantiser's training."""
+    normalize: bool = False
+    """Whether the quantiser standardises the MFCCs. Raw, as in HuBERT's first iteration: standardised, two thirds of
+    the tokens' bits describe the deltas, which jump from frame to frame, and masked ones can hardly be predicted."""
     clips: dict[str, int] = field(default_factory=dict)
     """Split -> clips to use of it; all of them where it is not named."""
 
@@ -199,7 +202,8 @@ class Demo:
         show(
             f"spear-hf quantize --teacher {TEACHER} --data {shown(self.manifest)} --split pretrain "
             f"--codebooks {target.num_codebooks} --codebook-size {target.codebook_size} "
-            f"--steps {self.settings.quantizer_steps} --output {shown(self.tokenizer)}"
+            f"{'' if self.settings.normalize else '--no-normalize '}--steps {self.settings.quantizer_steps} "
+            f"--output {shown(self.tokenizer)}"
         )
         code = run_quantize(
             self.manifest,
@@ -210,6 +214,7 @@ class Demo:
             overwrite=True,
             num_codebooks=target.num_codebooks,
             codebook_size=target.codebook_size,
+            normalize=self.settings.normalize,
             steps=self.settings.quantizer_steps,
         )
         check(code)

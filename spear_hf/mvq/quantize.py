@@ -182,7 +182,7 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Samples frames of the teacher, trains a quantiser on them and writes the folder `output`; returns the report.
 
-    Equal audio, settings and machine give equal bytes. ValueError if `output` holds a quantiser already, unless
+    Equal audio, settings and machine give equal bytes of quantiser and report. ValueError if `output` holds a quantiser already, unless
     `overwrite`.
     """
     output = Path(output)
@@ -198,10 +198,6 @@ def train_tokenizer(
         batch_seconds=batch_seconds,
         progress=progress,
     )
-    if len(sample.frames) < training.codebook_size:
-        raise ValueError(
-            f"{len(sample.frames)} frames cannot fill codebooks of {training.codebook_size}; give more audio"
-        )
     output.mkdir(parents=True, exist_ok=True)
     metadata = quantizer_metadata(teacher)
     metadata["provenance"] |= {"data": sample.data, "training": asdict(training), "versions": _versions()}
@@ -234,8 +230,8 @@ def _plot(output: Path, report: dict[str, Any]) -> None:
     heldout = report["heldout"]
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     loss, error, use = figure.subplots(1, 3)
-    loss.plot([row["reconstruction_loss"] for row in rows], linewidth=1)
-    loss.set(xlabel="logged step", ylabel="relative reconstruction error", yscale="log", title="training")
+    loss.plot([row["step"] for row in rows], [row["reconstruction"] for row in rows], linewidth=1)
+    loss.set(xlabel="step", ylabel="relative reconstruction error", yscale="log", title="training")
     passes = list(heldout["relative_error"])
     error.plot(passes, list(heldout["relative_error"].values()), marker="o")
     error.set(xlabel="refinement passes", ylabel="relative error", title=f"{heldout['frames']} held-out frames")

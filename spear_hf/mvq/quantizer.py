@@ -1,8 +1,9 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Multi-codebook vector quantiser (MVQ): a frame of features becomes one code of each codebook, and back.
 
-Codebooks are independent, not residual: the decoded frame is the sum of one centre of each. A linear classifier guesses
-the codes, a search (refinement.py) improves them. Parameters and results are those of the `multi_quantization` package.
+Codebooks are independent, not residual: the decoded frame is the sum of one centre of each. A linear classifier
+guesses the codes, a search (refinement.py) improves them. Parameters and results are those of the
+`multi_quantization` package.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ PASSES = 5  # of refinement, when encoding
 # Products of frames with centres always have this many rows, the last ones filled up: the library behind them chooses
 # its order of summation by shape, and a frame's codes must not depend on how many frames stand beside it.
 TILE_ROWS = 256
-CHUNK_ROWS = 1024  # frames in work at a time: 2 * CHUNK_ROWS * codebooks * codebook_size floats, 32 MiB for 16 of 256
+CHUNK_ROWS = 2048  # frames in work at a time: 2 * CHUNK_ROWS * codebooks * codebook_size floats, 64 MiB for 16 of 256
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,18 @@ class _Encoder:
 
     def encode(self, features: Tensor, passes: int) -> Tensor:
         """(frames, dim) normalised -> int64 (frames, codebooks)."""
-        shape = (-1, self.search.num_codebooks, self.search.codebook_size)
-        codes, costs = [], []
-        for tile in features.split(TILE_ROWS):
+        shape = (features.shape[0], self.search.num_codebooks, self.search.codebook_size)
+        codes = features.new_empty(shape[:2], dtype=torch.int64)
+        costs = features.new_empty(shape if passes else (0, *shape[1:]))
+        for start in range(0, features.shape[0], TILE_ROWS):
+            tile = features[start : start + TILE_ROWS]
             rows = tile.shape[0]
-            if rows < TILE_ROWS:
-                tile = torch.cat([tile, tile.new_zeros(TILE_ROWS - rows, tile.shape[1])])
-            codes.append(torch.addmm(self.bias, tile, self.weight.T).view(shape).argmax(dim=2)[:rows])
+            tile = F.pad(tile, (0, 0, 0, TILE_ROWS - rows))
+            logits = torch.addmm(self.bias, tile, self.weight.T).view(TILE_ROWS, *shape[1:])
+            codes[start : start + rows] = logits[:rows].argmax(dim=2)
             if passes:
-                costs.append(self.search.linear_costs(tile)[:rows])
-        if not passes:
-            return torch.cat(codes)
-        return self.search.refine(torch.cat(costs), torch.cat(codes), passes)
+                costs[start : start + rows] = self.search.linear_costs(tile)[:rows]
+        return self.search.refine(costs, codes, passes) if passes else codes
 
 
 class MultiCodebookQuantizer(nn.Module):
@@ -173,8 +174,8 @@ class MultiCodebookQuantizer(nn.Module):
     def encode(self, features: Tensor, refine_iters: int = PASSES) -> Tensor:
         """(..., feature_size) -> codes (..., num_codebooks), uint8 up to 256 centres, else int64.
 
-        Any floating-point type on any device; the work is done in float32 on the quantiser's device, the codes come back
-        on that of the features. Frames are taken CHUNK_ROWS at a time, so memory does not grow with their number.
+        Any floating-point type on any device; the work is done in float32 on the quantiser's device, the codes come
+        back on that of the features. Frames are taken CHUNK_ROWS at a time, so memory does not grow with their number.
         ValueError for a wrong shape or type, or values that are not finite.
         """
         if refine_iters < 0:
@@ -206,7 +207,7 @@ class MultiCodebookQuantizer(nn.Module):
         return features.view(*codes.shape[:-1], config.feature_size)
 
     def pack_codes(self, codes: Tensor) -> Tensor:
-        """Codes (..., num_codebooks) -> uint8 (..., bytes): pairs of neighbours share a byte while they fit into one."""
+        """Codes (..., num_codebooks) -> uint8 (..., bytes): pairs of neighbours share a byte while they fit in one."""
         size = self.config.codebook_size
         if size > 256:
             raise ValueError(f"codes of codebook_size {size} do not fit into bytes; store them as they are.")
@@ -228,7 +229,7 @@ class MultiCodebookQuantizer(nn.Module):
 
     @torch.no_grad()
     def mean_estimate(self) -> Tensor:
-        """Mean of the training features (feature_size,), as far as all centres of a codebook are used equally often."""
+        """Mean of the training features (feature_size,), as far as a codebook's centres are used equally often."""
         return self._scaled_centers().mean(dim=1).sum(dim=0) * self.feature_std + self.feature_mean
 
     # Training
@@ -303,7 +304,7 @@ class MultiCodebookQuantizer(nn.Module):
         commit_message: str = "Upload quantizer",
         create_pr: bool = False,
     ) -> str:
-        """Uploads what `save_pretrained` writes to a model repository, made if need be; returns the commit's address."""
+        """Uploads what `save_pretrained` writes to a model repository, made if need be; the commit's address."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)

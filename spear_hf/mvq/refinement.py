@@ -13,9 +13,9 @@ once for a quantiser) and the norms on its diagonal. So the search only looks nu
 half of the squared errors, up to a constant per frame and group, which changes no choice.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from spear_hf.mvq.threads import map_in_threads
 
 
 MAX_CUTOFF = 128
-BLOCK_BYTES = 16 << 20  # working memory of a thread: a block of frames should stay in the last cache (64 times on GPUs)
+BLOCK_BYTES = 64 << 20  # working memory of a thread on CPU; 16 times that on other devices
 MIN_BLOCK_ROWS = 32  # fewer frames at a time make poor use of what a lookup brings into the cache
 
 
@@ -51,37 +51,19 @@ class CodeSearch:
         self.offset = means.sum(dim=(0, 1))  # (dim,)
         self.flat_centers = (centers - means).flatten(0, 1)  # (codebooks * size, dim)
         self.half_norms = self.flat_centers.square().sum(dim=1) / 2
-        # Blocks of the Gram matrix are kept in the order in which the merges look them up, as pairs of (odd, even)
-        # codebooks, then transposed: what a merge needs at a time is a slice. Blocks (c, c) are never needed.
-        pairs = list(self._merged_pairs())
-        self.blocks = {pair: place for place, pair in enumerate(pairs + [pair[::-1] for pair in pairs])}
+        self._block_places, self._others = _block_order(self.num_codebooks, centers.device)
         self.gram = self._gram()
-        others = [[other for other in range(self.num_codebooks) if other != c] for c in range(self.num_codebooks)]
-        rows = [[self.blocks[other, c] * self.codebook_size for other in row] for c, row in enumerate(others)]
-        self._others = torch.tensor(others, dtype=torch.int64, device=centers.device)  # (codebooks, codebooks - 1)
-        self._other_rows = torch.tensor(rows, dtype=torch.int64, device=centers.device)
-
-    def _merged_pairs(self) -> Iterator[tuple[int, int]]:
-        """(odd, even) codebooks in the order of `_products`: by merge, place in a part, pair of groups, part."""
-        length = 1
-        while length < self.num_codebooks:
-            width = min(length, 2)
-            places = itertools.product(range(width), range(width), range(0, self.num_codebooks, 2 * length))
-            for odd_place, even_place, first in places:
-                for odd_part, even_part in itertools.product(range(0, length, width), repeat=2):
-                    yield first + length + odd_part + odd_place, first + even_part + even_place
-            length *= 2
+        self.index_dtype = torch.int32 if self.gram.numel() <= torch.iinfo(torch.int32).max else torch.int64
 
     def _gram(self) -> Tensor:
-        """(blocks, size, size): the block of codebooks (a, b) is centers[a] @ centers[b].T."""
+        """(blocks, size, size), in the order of `_block_order`: block (a, b) is centers[a] @ centers[b].T."""
         count, size = self.num_codebooks, self.codebook_size
-        gram = self.flat_centers.new_empty(len(self.blocks), size, size)
+        gram = self.flat_centers.new_empty(count * (count - 1), size, size)
         for a in range(count - 1):
             later = self.flat_centers[(a + 1) * size :]
-            products = self.flat_centers[a * size : (a + 1) * size] @ later.T
-            for b, block in enumerate(products.split(size, dim=1), start=a + 1):
-                gram[self.blocks[a, b]] = block
-                gram[self.blocks[b, a]] = block.T
+            products = (self.flat_centers[a * size : (a + 1) * size] @ later.T).view(size, -1, size)
+            gram[self._block_places[a, a + 1 :]] = products.transpose(0, 1)
+            gram[self._block_places[a + 1 :, a]] = products.permute(1, 2, 0)
         return gram
 
     def linear_costs(self, features: Tensor) -> Tensor:
@@ -89,48 +71,44 @@ class CodeSearch:
         costs = torch.addmm(self.half_norms, features - self.offset, self.flat_centers.T, alpha=-1)
         return costs.view(-1, self.num_codebooks, self.codebook_size)
 
-    def _lookups(self) -> int:
-        """Inner products of one frame to look up at a time, at most."""
-        most, length, options = 0, 1, self.codebook_size
-        while length < self.num_codebooks:
-            options = min(options, cutoff(self.codebook_size, length))
-            if length <= 2:
-                width, part_options = length, options + 1
-            most = max(most, self.num_codebooks // (2 * length) * (length // width * part_options) ** 2)
-            length, options = 2 * length, options**2
-        return most
-
     def refine(self, linear_costs: Tensor, codes: Tensor, passes: int) -> Tensor:
         """`passes` passes over costs (frames, codebooks, size) and int64 codes (frames, codebooks) -> better codes.
 
         On CPU blocks of frames are shared out to threads; each needs at most about BLOCK_BYTES of working memory.
         """
         frames = codes.shape[0]
-        frame_bytes = 20 * self._lookups() + 12 * self.num_codebooks * self.codebook_size
-        if codes.device.type != "cpu":
-            rows = max(1, 64 * BLOCK_BYTES // frame_bytes)
-            blocks = zip(linear_costs.split(rows), codes.split(rows))
-            return torch.cat([codes[:0], *(self._refined(*block, passes) for block in blocks)])
-        threads = torch.get_num_threads()
-        rounds = math.ceil(frames * frame_bytes / (BLOCK_BYTES * threads))
-        count = max(1, min(rounds * threads, frames // MIN_BLOCK_ROWS))
-        blocks = zip(linear_costs.tensor_split(count), codes.tensor_split(count))
-        return torch.cat(map_in_threads(lambda block: self._refined(*block, passes), list(blocks)))
+        frame_bytes = 12 * self._lookups() + 20 * self.num_codebooks * self.codebook_size
+        if codes.device.type == "cpu":
+            threads = torch.get_num_threads()
+            rounds = math.ceil(frames * frame_bytes / (BLOCK_BYTES * threads))
+            count = min(rounds * threads, frames // MIN_BLOCK_ROWS)
+        else:
+            count = math.ceil(frames * frame_bytes / (16 * BLOCK_BYTES))
+        blocks = list(zip(linear_costs.tensor_split(max(count, 1)), codes.tensor_split(max(count, 1))))
+        if codes.device.type == "cpu":
+            return torch.cat(map_in_threads(lambda block: self._refined(*block, passes), blocks))
+        return torch.cat([self._refined(*block, passes) for block in blocks])
+
+    def _lookups(self) -> int:
+        """Inner products of one frame that `_products` looks up at a time, at most."""
+        single = min(self.codebook_size, cutoff(self.codebook_size, 1)) + 1
+        pair = min((single - 1) ** 2, cutoff(self.codebook_size, 2)) + 1
+        return max(self.num_codebooks * single**2 // 2, (self.num_codebooks * pair) ** 2 // 16)
 
     def _refined(self, linear_costs: Tensor, codes: Tensor, passes: int) -> Tensor:
-        """One pass is a function of a frame's costs and codes: where it changes nothing, no other would, so frames whose
+        """A pass is a function of a frame's costs and codes: where it changes nothing, no other would, so frames whose
         codes have settled are left out of the rest.
         """
         codes = codes.clone()
-        workspace = _Workspace(codes.shape[0] * self._lookups(), linear_costs)
+        workspace = _Workspace(codes.shape[0] * self._lookups(), self.index_dtype, linear_costs)
         active = torch.arange(codes.shape[0], device=codes.device)
         for _ in range(passes):
+            if not active.numel():
+                break
             before = codes[active]
             after = self._improved(linear_costs[active], before, workspace)
             codes[active] = after
             active = active[(after != before).any(dim=1)]
-            if not active.numel():
-                break
         return codes
 
     def _improved(self, linear_costs: Tensor, codes: Tensor, workspace: "_Workspace") -> Tensor:
@@ -167,24 +145,29 @@ class CodeSearch:
         """(frames, codebooks, size): inner product of every centre with the sum of the other codebooks' at `codes`."""
         if codes.shape[1] == 1:
             return self.flat_centers.new_zeros(())
-        rows = codes[:, self._others] + self._other_rows
+        own = torch.arange(codes.shape[1], device=codes.device)[:, None]
+        rows = codes[:, self._others] + self._block_places[self._others, own] * self.codebook_size
         sums = F.embedding_bag(rows.flatten(0, 1), self.gram.flatten(0, 1), mode="sum")
         return sums.view(*codes.shape, -1)
 
     def _products(self, parts: Tensor, members: Tensor, workspace: "_Workspace") -> Tensor:
-        """Inner products (frames, groups / 2, options, options) of every even group's options with its odd neighbour's."""
+        """Inner products (frames, groups / 2, options, options) of even groups' options with their odd neighbours'."""
         frames, groups, _, length = members.shape
         pairs, options, width = groups // 2, parts.shape[2], parts.shape[3]
-        # Frames in the inner dimensions: their lookups in one block of the Gram matrix follow each other, in the cache.
-        codes = parts.view(frames, pairs, 2, length, options, width).permute(2, 5, 1, 3, 0, 4).contiguous()
+        # Frames in the inner dimensions: their lookups in a block of the Gram matrix follow each other, in the cache.
+        codes = parts.view(frames, pairs, 2, length, options, width).permute(2, 5, 1, 3, 0, 4)
+        codes = codes.to(self.index_dtype, memory_format=torch.contiguous_format)
+        evens, odds = codes[0][:, :, None, :, :, None, :], codes[1][:, :, :, None, :, :, None] * self.codebook_size
         index, table, values = workspace.views((pairs, length, length, frames, options, options))
-        num_blocks = pairs * length * length
-        first = self.blocks[length * width, 0]
-        for place, (odd, even) in enumerate(itertools.product(codes[1] * self.codebook_size, codes[0])):
-            torch.add(odd[:, :, None, :, :, None], even[:, None, :, :, None, :], out=index)
-            blocks = self.gram[first + place * num_blocks :][:num_blocks].flatten(1)
+        # Block after block as in `_block_order`; this merge comes after those of 1, 2, ..., `covered` / 2 codebooks.
+        covered, block_size = length * width, self.codebook_size**2
+        block = groups * covered * (covered - 1) // 2 + torch.arange(pairs * length**2, device=codes.device)
+        base = (block * block_size).to(self.index_dtype).view(pairs, length, length, 1, 1, 1)
+        for place, (odd, even) in enumerate(itertools.product(odds, evens)):
+            torch.add(odd + base, even, out=index)
+            base += block.numel() * block_size
             looked_up = values if place else table
-            torch.gather(blocks, 1, index.view(num_blocks, -1), out=looked_up.view(num_blocks, -1))
+            torch.index_select(self.gram.view(-1), 0, index.view(-1), out=looked_up.view(-1))
             if place:
                 table += values
         # (frames, pairs, odd part, its option, even part, its option)
@@ -197,11 +180,34 @@ class CodeSearch:
         return summed.view(frames, pairs, *summed.shape[1:])
 
 
+@functools.lru_cache(maxsize=16)
+def _block_order(num_codebooks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places (codebooks, codebooks) of the blocks of the Gram matrix, and the other codebooks of each.
+
+    Blocks are kept in the order in which `_products` looks them up, as (odd, even) codebooks: by merge, then codebook
+    within the parts, pair of groups, part; behind them the same blocks transposed. Blocks (c, c) are never needed.
+    """
+    pairs, covered = [], 1
+    while covered < num_codebooks:
+        width = min(covered, 2)
+        first_codebooks = range(0, num_codebooks, 2 * covered)
+        for odd, even, first in itertools.product(range(width), range(width), first_codebooks):
+            for odd_part, even_part in itertools.product(range(0, covered, width), repeat=2):
+                pairs.append((first + covered + odd_part + odd, first + even_part + even))
+        covered *= 2
+    places = torch.zeros(num_codebooks, num_codebooks, dtype=torch.int64)
+    for place, (odd_codebook, even_codebook) in enumerate(pairs):
+        places[odd_codebook, even_codebook] = place
+        places[even_codebook, odd_codebook] = place + len(pairs)
+    others = [[other for other in range(num_codebooks) if other != own] for own in range(num_codebooks)]
+    return places.to(device), torch.tensor(others, dtype=torch.int64, device=device)
+
+
 class _Workspace:
     """Memory of the lookups, used again and again: fresh memory would cost more than the lookups themselves."""
 
-    def __init__(self, numbers: int, like: Tensor) -> None:
-        self.index = torch.empty(numbers, dtype=torch.int64, device=like.device)
+    def __init__(self, numbers: int, index_dtype: torch.dtype, like: Tensor) -> None:
+        self.index = torch.empty(numbers, dtype=index_dtype, device=like.device)
         self.tables = torch.empty(2, numbers, dtype=like.dtype, device=like.device)
 
     def views(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +227,7 @@ def _pick(options: Tensor, places: Tensor) -> Tensor:
 
 
 def _sum_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """(batch, rows, width), (batch, options, length) -> (batch, options, width): each option's rows, added in order."""
+    """(batch, rows, width), (batch, options, length) -> (batch, options, width): an option's rows, added in order."""
     batch, height, width = table.shape
     rows = rows + torch.arange(batch, device=rows.device)[:, None, None] * height
     return F.embedding_bag(rows.flatten(0, 1), table.view(-1, width), mode="sum").view(batch, -1, width)
@@ -234,8 +240,21 @@ def _cheapest(costs: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if count == 1:
         return costs.min(dim=-1, keepdim=True)
     # The bits of a float, those of negative ones flipped, sort as an integer; and integers sort a third faster.
-    keys, places = _flip(costs.contiguous().view(torch.int32)).topk(count, dim=-1, largest=False, sorted=False)
+    keys, places = _lowest(_flip(costs.contiguous().view(torch.int32)), count)
     return _flip(keys).view(costs.dtype), places
+
+
+def _lowest(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    size = keys.shape[-1]
+    if size < 16 * count or size % 4:
+        return keys.topk(count, dim=-1, largest=False, sorted=False)
+    # The lowest `count` are within the `count` columns of four with the lowest minima.
+    _, columns = (
+        keys.view(*keys.shape[:-1], 4, size // 4).amin(dim=-2).topk(count, dim=-1, largest=False, sorted=False)
+    )
+    candidates = (columns[..., None, :] + torch.arange(0, size, size // 4, device=keys.device)[:, None]).flatten(-2)
+    keys, places = keys.gather(-1, candidates).topk(count, dim=-1, largest=False, sorted=False)
+    return keys, candidates.gather(-1, places)
 
 
 def _flip(bits: Tensor) -> Tensor:

@@ -30,5 +30,5 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
 
 
 def _compute_alone() -> None:
-    torch.get_num_threads()  # initialises the thread from the global value, which would else happen after the next line
+    torch.get_num_threads()  # initialises the thread from the global value, else done after the next line
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,13 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spear_hf.data.seeding import keyed_generator
-from spear_hf.mvq.quantizer import PASSES, MultiCodebookQuantizer, QuantizerLosses
+from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 
 
-INIT = os.environ.get("INIT", "pq")
 BETAS = (0.9, 0.98)
 EPS = 1e-9
 WEIGHT_DECAY = 1e-6
+INIT_FRAMES = 8192
+INIT_ITERATIONS = 10  # of k-means
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -57,135 +59,174 @@ class QuantizerTrainingConfig:
 
 
 class QuantizerTrainer:
-    def __init__(self, config, *, metadata=None, device="cpu", progress=True, metrics_path=None):
+    """Trains a `MultiCodebookQuantizer` on frames of features.
+
+    Args:
+        config: what is trained and for how long.
+        metadata: fields of QuantizerConfig that say where the features come from (teacher, layer, frame rate, ...).
+        device: where training runs.
+        progress: show a progress bar.
+        metrics_path: JSON lines with step, phase, the losses and the learning rate, every LOG_EVERY steps.
+    """
+
+    def __init__(
+        self,
+        config: QuantizerTrainingConfig,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+        metrics_path: str | os.PathLike | None = None,
+    ) -> None:
+        if config.num_codebooks < 1 or config.num_codebooks & (config.num_codebooks - 1):
+            raise ValueError(f"num_codebooks must be a power of two, not {config.num_codebooks}.")
+        for name in ("codebook_size", "steps", "batch_size"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}.")
         self.config = config
         self.metadata = dict(metadata or {})
         self.device = torch.device(device)
         self.progress = progress
-        self.metrics_path = metrics_path
-        self.quantizer = None
+        self.metrics_path = Path(metrics_path) if metrics_path is not None else None
 
-    def train(self, frames):
+    def train(self, frames: Tensor | np.ndarray) -> MultiCodebookQuantizer:
+        """A trained quantiser of frames (..., feature_size); the same for the same frames, settings and machine.
+
+        ValueError: too few frames to fill a codebook, or values that are not finite.
+        """
         config = self.config
         frames = torch.as_tensor(frames)
         frames = frames.reshape(-1, frames.shape[-1])
+        if len(frames) < config.codebook_size:
+            raise ValueError(f"{len(frames)} frames cannot fill codebooks of {config.codebook_size}; give more.")
+        if not torch.isfinite(frames).all():
+            raise ValueError("the frames hold values that are not finite; leave these frames out.")
         root = math.isqrt(config.codebook_size)
-        two = root * root == config.codebook_size and root > 1
-        K, C = (root, 2 * config.num_codebooks) if two else (config.codebook_size, config.num_codebooks)
-        torch.manual_seed(config.seed)
-        q = MultiCodebookQuantizer(frames.shape[1], K, C, normalize=config.normalize, **self.metadata)
+        two_phases = root * root == config.codebook_size and root > 1
+        size, count = (root, 2 * config.num_codebooks) if two_phases else (config.codebook_size, config.num_codebooks)
+        quantizer = MultiCodebookQuantizer(frames.shape[1], size, count, normalize=config.normalize, **self.metadata)
         if config.normalize:
-            q.feature_mean.copy_(frames.float().mean(0))
-            q.feature_std.copy_(frames.float().std(0))
-        q.to(self.device)
-        init(q, frames, config.seed)
-        self.hist = []
-        for phase in range(1 + two):
-            if phase:
-                q = _multiplied_out(q)
-            self._train_phase(q, frames, phase)
-        self.quantizer = q.eval()
-        return q
+            quantizer.feature_mean.copy_(frames.float().mean(dim=0))
+            # A channel that never changes is left as it is: it must not be divided by zero.
+            deviation = frames.float().std(dim=0, correction=0)
+            quantizer.feature_std.copy_(torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        quantizer.to(self.device)
+        initialize(quantizer, frames, config.seed)
+        with contextlib.ExitStack() as stack:
+            log = None
+            if self.metrics_path is not None:
+                log = stack.enter_context(self.metrics_path.open("w", encoding="utf-8"))
+            bar = stack.enter_context(
+                tqdm(total=config.steps * (1 + two_phases), desc="quantiser", disable=not self.progress)
+            )
+            self._run_phase(quantizer, frames, 0, bar, log)
+            if two_phases:
+                quantizer = multiplied_out(quantizer)
+                self._run_phase(quantizer, frames, 1, bar, log)
+        return quantizer.eval()
 
-    def _train_phase(self, q, frames, phase):
+    def _run_phase(
+        self, quantizer: MultiCodebookQuantizer, frames: Tensor, phase: int, bar: tqdm, log: IO[str] | None
+    ) -> None:
         config = self.config
-        opt = torch.optim.Adam(q.parameters(), lr=config.learning_rate * 0.5**phase, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
+        rate = config.learning_rate * 0.5**phase
+        optimizer = torch.optim.Adam(quantizer.parameters(), lr=rate, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+        started = time.monotonic()
         for step in range(config.steps):
-            for g in opt.param_groups:
-                g["lr"] = config.learning_rate * 0.5 ** (phase + 4 * step // config.steps)
-            rng = keyed_generator(config.seed, phase, step)
-            idx = torch.from_numpy(rng.integers(len(frames), size=config.batch_size))
-            L = q(frames[idx].to(self.device, torch.float32), int(rng.integers(1, 3)))
-            L.total.backward()
-            opt.step()
-            opt.zero_grad()
-            self.hist.append([float(v.detach()) for v in L])
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 ** (4 * step // config.steps)
+            draw = keyed_generator(config.seed, phase, step)
+            rows = torch.from_numpy(draw.integers(len(frames), size=config.batch_size))
+            batch = frames[rows].to(self.device, torch.float32)
+            losses = quantizer(batch, int(draw.integers(1, 3)))  # one or two passes of refinement
+            losses.total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if log is not None and (step % LOG_EVERY == 0 or step == config.steps - 1):
+                values = {name: round(float(value.detach()), 6) for name, value in losses._asdict().items()}
+                record = {"step": phase * config.steps + step + 1, "phase": phase + 1, **values}
+                record |= {"learning_rate": group["lr"], "seconds": round(time.monotonic() - started, 3)}
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                bar.set_postfix_str(f"reconstruction error {values['reconstruction']:.4f}", refresh=False)
 
 
 @torch.no_grad()
-def _multiplied_out(q):
-    c = q.config
-    n = MultiCodebookQuantizer(c.feature_size, c.codebook_size**2, c.num_codebooks // 2, normalize=c.normalize)
-    n.load_state_dict(q.state_dict() | {
-        "centers": (q.centers[0::2, :, None] + q.centers[1::2, None]).flatten(1, 2),
-        "to_logits.weight": (lambda w: (w[0::2, :, None] + w[1::2, None]).flatten(0, 2))(q.to_logits.weight.view_as(q.centers)),
-        "to_logits.bias": (lambda w: (w[0::2, :, None] + w[1::2, None]).flatten(0, 2))(q.to_logits.bias.view(q.centers.shape[:2])),
-    })
-    return n.to(q.centers.device)
+def multiplied_out(quantizer: MultiCodebookQuantizer) -> MultiCodebookQuantizer:
+    """Half as many codebooks of squared size: every pair of neighbours becomes all sums of a centre of each."""
+    config = quantizer.config
+    merged = MultiCodebookQuantizer.from_config(
+        replace(config, num_codebooks=config.num_codebooks // 2, codebook_size=config.codebook_size**2)
+    ).to(quantizer.centers.device)
+
+    def pair_sums(values: Tensor) -> Tensor:  # (codebooks, size, ...) -> (codebooks / 2, size * size, ...)
+        return (values[0::2, :, None] + values[1::2, None]).flatten(1, 2)
+
+    shape = (config.num_codebooks, config.codebook_size)
+    state = quantizer.state_dict()
+    state["centers"] = pair_sums(state["centers"])
+    state["to_logits.weight"] = pair_sums(state["to_logits.weight"].unflatten(0, shape)).flatten(0, 1)
+    state["to_logits.bias"] = pair_sums(state["to_logits.bias"].view(shape)).flatten()
+    merged.load_state_dict(state)
+    return merged
 
 
 @torch.no_grad()
-def kmeans(x, k, iters, rng):
-    c = x[torch.from_numpy(rng.choice(len(x), k, replace=False))]
-    for _ in range(iters):
-        a = (c.square().sum(1) - 2 * x @ c.T).argmin(1)
-        s = torch.zeros_like(c).index_add_(0, a, x)
-        n = torch.bincount(a, minlength=k)
-        c = torch.where((n > 0)[:, None], s / n.clamp(min=1)[:, None], x[torch.from_numpy(rng.choice(len(x), k, replace=False))])
-    return c, (c.square().sum(1) - 2 * x @ c.T).argmin(1)
+def initialize(quantizer: MultiCodebookQuantizer, frames: Tensor, seed: int) -> None:
+    """Starts every codebook from k-means in its own share of the principal directions, as product quantisation does.
+
+    The directions are dealt out so that all codebooks get about the same product of variances. The classifier starts
+    as a softened nearest-centre rule. A random start needs thousands of steps to get where this begins.
+    """
+    draw = keyed_generator(seed, "initialisation")
+    sample = frames[torch.from_numpy(draw.integers(len(frames), size=INIT_FRAMES))].to(quantizer.centers.device)
+    sample = quantizer._normalized(sample.float())
+    count, size, dim = quantizer.centers.shape
+    mean = sample.mean(dim=0)
+    variances, directions = torch.linalg.eigh(torch.cov((sample - mean).T.double()))
+    variances = variances.flip(0).clamp(min=1e-12).float()
+    directions = directions.flip(1).float()
+    shares: list[list[int]] = [[] for _ in range(count)]
+    scores = [0.0] * count
+    for direction in range(max(dim, count)):
+        open_shares = [c for c in range(count) if len(shares[c]) < -(-dim // count)]
+        lowest = min(open_shares, key=lambda c: scores[c])
+        shares[lowest].append(direction % dim)
+        scores[lowest] += math.log(float(variances[direction % dim] / variances[-1])) + 1e-6
+    projected = (sample - mean) @ directions
+    for codebook, share in enumerate(shares):
+        found, nearest = k_means(projected[:, share], size, draw)
+        quantizer.centers[codebook] = found @ directions[:, share].T + mean / count
+        if dim < count:  # directions that several codebooks share: the next one gets what this one leaves
+            projected[:, share] -= found[nearest]
+    sharpness = 10.0 / (float(variances.mean()) * dim)
+    centers = quantizer.centers.flatten(0, 1)
+    quantizer.to_logits.weight.copy_(centers * sharpness)
+    quantizer.to_logits.bias.copy_(centers.square().sum(dim=1) * (-sharpness / 2))
+    # Adam's steps have one size for all parameters: the scales take over the size of the values, and leave them that
+    # of a usual initialisation.
+    usual = (3 * dim) ** -0.5
+    for values, scale in (
+        (quantizer.centers, quantizer.centers_scale),
+        (quantizer.to_logits.weight, quantizer.logits_scale),
+    ):
+        size_now = float(values.square().mean().sqrt())
+        if size_now > 0:
+            values.mul_(usual / size_now)
+            scale.fill_(math.log(size_now / usual) / 10)
 
 
-@torch.no_grad()
-def init(q, frames, seed):
-    if INIT == "ref":
-        return
-    rng = keyed_generator(seed, "init")
-    x = frames[torch.from_numpy(rng.integers(len(frames), size=8192))].float()
-    x = q._normalized(x)
-    C, K, D = q.centers.shape
-    if INIT == "rkm":
-        r = x.clone()
-        for c in range(C):
-            cen, a = kmeans(r, K, 8, rng)
-            q.centers[c] = cen
-            r -= cen[a]
-        q.to_logits.weight.copy_(q.centers.flatten(0, 1) * 2 / r.square().mean(0).sum() * 0.2)
-        q.to_logits.bias.copy_(-q.centers.flatten(0, 1).square().sum(1) / r.square().mean(0).sum() * 0.2)
-    if INIT == "pq":
-        mean = x.mean(0)
-        w, v = torch.linalg.eigh(torch.cov((x - mean).T.double()))
-        w, v = w.flip(0).clamp(min=1e-12).float(), v.flip(1).float()
-        # greedy allocation of eigen directions: balance log-variance
-        groups = [[] for _ in range(C)]
-        z = (x - mean) @ v
-        import heapq
-        if D >= C:
-            score = [0.0] * C
-            per = -(-D // C)
-            # rate-based: give each direction to the group with the lowest product
-            for d in range(D):
-                lw = math.log(w[d] / w[-1]) + 1e-6
-                ok = [c for c in range(C) if len(groups[c]) < per]
-                c = min(ok, key=lambda c: score[c])
-                groups[c].append(d)
-                score[c] += lw
-        else:
-            for c in range(C):
-                groups[c].append(c % D)
-        for c in range(C):
-            g = groups[c]
-            cen, a = kmeans(z[:, g], K, 10, rng)
-            q.centers[c] = cen @ v[:, g].T + mean / C
-            if D < C:
-                z[:, g] -= cen[a]
-        res = float(sum((z[:, groups[c]].var(0)).sum() for c in range(C)))
-        y = q.centers - (q.centers.mean(1, keepdim=True))
-        s = 2.0 / w.mean() / D * 5
-        q.to_logits.weight.copy_(q.centers.flatten(0, 1) * s)
-        q.to_logits.bias.copy_(-q.centers.flatten(0, 1).square().sum(1) * s / 2)
+def k_means(points: Tensor, count: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Centres (count, dim) of points (n, dim) and the nearest centre of each; empty clusters restart at a point."""
 
+    def some_points(number: int) -> Tensor:
+        return points[torch.from_numpy(draw.integers(len(points), size=number))]
 
-_init0 = init
-
-
-@torch.no_grad()
-def init(q, frames, seed):
-    _init0(q, frames, seed)
-    if INIT == "ref" or os.environ.get("NOSCALE"):
-        return
-    C, K, D = q.centers.shape
-    target = (3 * D) ** -0.5
-    for t, s in ((q.centers, q.centers_scale), (q.to_logits.weight, q.logits_scale)):
-        r = float(t.square().mean().sqrt())
-        t.mul_(target / r)
-        s.fill_(math.log(r / target) / 10)
+    centers = some_points(count)
+    for _ in range(INIT_ITERATIONS):
+        nearest = (centers.square().sum(dim=1) - 2 * points @ centers.T).argmin(dim=1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        centers = torch.where(sizes > 0, sums / sizes.clamp(min=1), some_points(count))
+    return centers, (centers.square().sum(dim=1) - 2 * points @ centers.T).argmin(dim=1)
