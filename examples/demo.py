@@ -511,14 +511,14 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(command_line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the results [%(default)s]")
     parser.add_argument("--force", action="store_true", help="delete what is in the folder and begin anew")
     parser.add_argument(
         "--smoke", action="store_true", help="a few clips and steps: tries the machinery, and learns nothing"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     demo = Demo(arguments.output, SMOKE if arguments.smoke else FULL)
     try:
         demo.prepare(arguments.force)

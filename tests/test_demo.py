@@ -1,8 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """examples/demo.py: its parts fit together, an interrupted demo goes on, and (slow) the whole one shows learning."""
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -14,14 +14,15 @@ from spear_hf.hub_checks import check_card
 from .conftest import ROOT
 
 
-def demo(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def demo():
+    """The script as a module: its `main` takes a command line and returns the exit code."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["demo"]
 
 
 def check_report(folder, clips):
@@ -48,35 +49,48 @@ def check_report(folder, clips):
     return report
 
 
-def test_smoke(tmp_path):
+def test_smoke(demo, tmp_path, capsys):
     folder = tmp_path / "demo"
-    done = demo("--smoke", "--output", folder)
-    assert done.returncode == 0, done.stderr
+    command = ["--smoke", "--output", str(folder)]
+    assert demo.main(command) == 0
     report = check_report(folder, clips=30)
-    assert f"{report['masked_accuracy']:.1%}" in done.stdout
+    assert f"{report['masked_accuracy']:.1%}" in capsys.readouterr().out
     # As if it had been stopped before the last stage: the others are not done again.
     (folder / "stages" / "plot.json").unlink()
     (folder / "report.json").unlink()
-    again = demo("--smoke", "--output", folder)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 5
+    assert demo.main(command) == 0
+    assert capsys.readouterr().out.count("done before") == 5
     assert check_report(folder, clips=30)["masked_accuracy"] == report["masked_accuracy"]
-    # Another demo does not mix with it, and a folder of something else is not deleted.
-    other = demo("--output", folder)
-    assert other.returncode == 1
-    assert "other settings" in other.stderr
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("")
-    kept = demo("--smoke", "--force", "--output", tmp_path / "mine")
-    assert kept.returncode == 1
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+    # Another demo does not mix with it.
+    assert demo.main(["--output", str(folder)]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_force_deletes_demos_only(demo, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("")
+    assert demo.main(["--smoke", "--force", "--output", str(tmp_path)]) == 1
+    assert "not the folder of a demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_claims_say_what_does_not_hold(demo):
+    gain = {"mean": 0.05, "low": -0.01, "high": 0.11}
+    report = {"masked_accuracy": 0.3, "unigram_accuracy": 0.1, "probe": {"pretrained_minus_random": gain}}
+    assert [claim["holds"] for claim in demo.claims(report)] == [True, False]
+    report = {
+        "masked_accuracy": 0.19,
+        "unigram_accuracy": 0.1,
+        "probe": {"pretrained_minus_random": gain | {"low": 0.01}},
+    }
+    assert [claim["holds"] for claim in demo.claims(report)] == [False, True]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whole_demo(tmp_path):
     folder = tmp_path / "demo"
-    done = demo("--output", folder)
+    script = ROOT / "examples" / "demo.py"
+    done = subprocess.run([sys.executable, script, "--output", folder], capture_output=True, text=True, check=False)
     report = check_report(folder, clips=205)
     assert done.returncode == 0, done.stdout[-2000:]
     assert all(claim["holds"] for claim in report["claims"])

@@ -45,7 +45,7 @@ def styled(draw: Drawn) -> Drawn:
     def wrapper(*args: Any, **kwargs: Any) -> "Figure":
         import matplotlib
 
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
             return draw(*args, **kwargs)
 
     return cast(Drawn, wrapper)
@@ -251,6 +251,6 @@ def token_colours(codebook_size: int) -> Any:
 def _mark_spans(axes: "Axes", masked: np.ndarray) -> None:
     """A bar just above the panel over every run of masked frames."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], masked, [False]]).astype(int))) / FRAMES_PER_SECOND
-    inches = axes.get_position().height * axes.figure.get_figheight()
+    inches = axes.get_position().height * axes.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
     for start, stop in zip(edges[::2], edges[1::2]):
         axes.axvspan(start, stop, ymin=1, ymax=1 + 0.06 / inches, color="black", linewidth=0, clip_on=False)

@@ -444,7 +444,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in float32 throughout: no autocast, no TF32 or bfloat16 shortcuts, whatever is set around it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
             setting = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
             value = getattr(backend, setting, False)
             if value in (True, "tf32", "bf16"):

@@ -1,8 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Training of the multi-codebook quantiser on frames of features.
 
-Two phases (pretraining.md section 1; the `multi_quantization` package): first twice as many codebooks of sqrt(size)
-centres, then every pair of neighbours is multiplied out into one codebook, and training goes on at half the rate.
+Two phases (spec: pretraining.md section 1): first twice as many codebooks of sqrt(size) centres, then every pair of
+neighbours is multiplied out into one codebook, and training goes on at half the rate. Losses: QuantizerLosses.
 """
 
 import contextlib
@@ -11,9 +11,9 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -21,26 +21,27 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spear_hf.data.seeding import keyed_generator
-from spear_hf.mvq.quantizer import MultiCodebookQuantizer
+from spear_hf.mvq.quantizer import PASSES, SCALE_SPEED, MultiCodebookQuantizer, QuantizerConfig
 
 
 BETAS = (0.9, 0.98)
 EPS = 1e-9
 WEIGHT_DECAY = 1e-6
-INIT_FRAMES = 8192
-INIT_ITERATIONS = 10  # of k-means
-LOG_EVERY = 50
+CHUNK_ROWS = 8192  # frames read at a time
+LOG_EVERY = 20  # steps
+
+Frames = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
 class QuantizerTrainingConfig:
-    """What is trained and for how long; the defaults are the paper's."""
+    """What is trained, and for how long. The defaults are the paper's for speech."""
 
     num_codebooks: int
     """Codes per frame; a power of two (paper: 16 for speech, 8 for audio)."""
 
     codebook_size: int = 256
-    """Centres per codebook. A square trains in two phases, any other number in one."""
+    """Centres per codebook. A square is trained in two phases, any other number in one."""
 
     normalize: bool = True
     """Standardise every channel by its mean and standard deviation over the frames (paper: speech yes, audio no)."""
@@ -52,21 +53,29 @@ class QuantizerTrainingConfig:
     """Frames a step, drawn with replacement."""
 
     learning_rate: float = 0.005
-    """Of the first phase, halved at every quarter of a phase; the second starts at half of it."""
+    """Of Adam in the first phase, halved at every quarter of a phase; the second phase starts at half of it."""
 
     seed: int = 0
-    """Everything drawn at random is a function of this and the step."""
+    """Every random draw is a function of this and of the step."""
+
+    def __post_init__(self) -> None:
+        QuantizerConfig(1, self.num_codebooks, self.codebook_size)  # says what is wrong with these two
+        for name in ("steps", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
+
+    @property
+    def phases(self) -> list[tuple[int, int]]:
+        """(number of codebooks, centres in each) of every phase."""
+        root = math.isqrt(self.codebook_size)
+        last = (self.num_codebooks, self.codebook_size)
+        return [(2 * self.num_codebooks, root), last] if root > 1 and root * root == self.codebook_size else [last]
 
 
 class QuantizerTrainer:
-    """Trains a `MultiCodebookQuantizer` on frames of features.
+    """Trains one quantiser: `QuantizerTrainer(QuantizerTrainingConfig(num_codebooks=8)).train(frames)`.
 
-    Args:
-        config: what is trained and for how long.
-        metadata: fields of QuantizerConfig that say where the features come from (teacher, layer, frame rate, ...).
-        device: where training runs.
-        progress: show a progress bar.
-        metrics_path: JSON lines with step, phase, the losses and the learning rate, every LOG_EVERY steps.
+    Deterministic for a seed on one device, with one number of threads.
     """
 
     def __init__(
@@ -78,155 +87,239 @@ class QuantizerTrainer:
         progress: bool = True,
         metrics_path: str | os.PathLike | None = None,
     ) -> None:
-        if config.num_codebooks < 1 or config.num_codebooks & (config.num_codebooks - 1):
-            raise ValueError(f"num_codebooks must be a power of two, not {config.num_codebooks}.")
-        for name in ("codebook_size", "steps", "batch_size"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}.")
+        """`metadata`: fields of QuantizerConfig that say what the frames are (teacher, frame_rate, ...).
+
+        `metrics_path`: a JSON object for every LOG_EVERY-th step goes there, one a line; an existing file is replaced.
+        """
         self.config = config
         self.metadata = dict(metadata or {})
         self.device = torch.device(device)
         self.progress = progress
-        self.metrics_path = Path(metrics_path) if metrics_path is not None else None
+        self.metrics_path = None if metrics_path is None else Path(metrics_path)
+        self.quantizer: MultiCodebookQuantizer | None = None
 
-    def train(self, frames: Tensor | np.ndarray) -> MultiCodebookQuantizer:
-        """A trained quantiser of frames (..., feature_size); the same for the same frames, settings and machine.
+    def train(self, frames: Frames) -> MultiCodebookQuantizer:
+        """Frames (..., feature_size), in any floating-point type (a memory map will do) -> a trained quantiser.
 
-        ValueError: too few frames to fill a codebook, or values that are not finite.
+        ValueError for frames that are not finite or fewer than the centres of a codebook of the first phase.
         """
+        frames = _flattened(frames)
         config = self.config
-        frames = torch.as_tensor(frames)
-        frames = frames.reshape(-1, frames.shape[-1])
-        if len(frames) < config.codebook_size:
-            raise ValueError(f"{len(frames)} frames cannot fill codebooks of {config.codebook_size}; give more.")
-        if not torch.isfinite(frames).all():
-            raise ValueError("the frames hold values that are not finite; leave these frames out.")
-        root = math.isqrt(config.codebook_size)
-        two_phases = root * root == config.codebook_size and root > 1
-        size, count = (root, 2 * config.num_codebooks) if two_phases else (config.codebook_size, config.num_codebooks)
-        quantizer = MultiCodebookQuantizer(frames.shape[1], size, count, normalize=config.normalize, **self.metadata)
+        num_codebooks, codebook_size = config.phases[0]
+        if frames.shape[0] < codebook_size:
+            raise ValueError(f"{frames.shape[0]} frames cannot train codebooks of {codebook_size}; give more audio.")
+        metadata = self.metadata | {"provenance": self._provenance(frames)}
+        quantizer = MultiCodebookQuantizer(
+            frames.shape[1], codebook_size, num_codebooks, normalize=config.normalize, **metadata
+        )
+        mean, std = _mean_and_std(frames)
         if config.normalize:
-            quantizer.feature_mean.copy_(frames.float().mean(dim=0))
-            # A channel that never changes is left as it is: it must not be divided by zero.
-            deviation = frames.float().std(dim=0, correction=0)
-            quantizer.feature_std.copy_(torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
-        quantizer.to(self.device)
-        initialize(quantizer, frames, config.seed)
+            quantizer.feature_mean.copy_(mean)
+            quantizer.feature_std.copy_(std)
+        _initialize(quantizer, frames, config.seed)
+        quantizer = quantizer.to(self.device).train()
         with contextlib.ExitStack() as stack:
-            log = None
+            bar = tqdm(total=len(config.phases) * config.steps, desc="quantiser", disable=not self.progress)
+            stack.enter_context(bar)
+            metrics = None
             if self.metrics_path is not None:
-                log = stack.enter_context(self.metrics_path.open("w", encoding="utf-8"))
-            bar = stack.enter_context(
-                tqdm(total=config.steps * (1 + two_phases), desc="quantiser", disable=not self.progress)
-            )
-            self._run_phase(quantizer, frames, 0, bar, log)
-            if two_phases:
-                quantizer = multiplied_out(quantizer)
-                self._run_phase(quantizer, frames, 1, bar, log)
-        return quantizer.eval()
+                self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+                metrics = stack.enter_context(open(self.metrics_path, "w", encoding="utf-8"))
+            for phase in range(len(config.phases)):
+                if phase:
+                    quantizer = _multiplied_out(quantizer)
+                self._train_phase(quantizer, frames, phase, bar, metrics)
+        self.quantizer = quantizer.eval()
+        return self.quantizer
 
-    def _run_phase(
-        self, quantizer: MultiCodebookQuantizer, frames: Tensor, phase: int, bar: tqdm, log: IO[str] | None
+    def evaluate(self, frames: Frames) -> dict[str, Any]:
+        """`evaluate_quantizer` of the trained quantiser; `frames` should not have been trained on."""
+        if self.quantizer is None:
+            raise ValueError("there is nothing to evaluate yet: call train() first.")
+        return evaluate_quantizer(self.quantizer, frames)
+
+    def _train_phase(
+        self, quantizer: MultiCodebookQuantizer, frames: Frames, phase: int, bar: tqdm, metrics: TextIO | None
     ) -> None:
         config = self.config
-        rate = config.learning_rate * 0.5**phase
-        optimizer = torch.optim.Adam(quantizer.parameters(), lr=rate, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.Adam(
+            quantizer.parameters(),
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
+            lr=config.learning_rate,
+        )
         started = time.monotonic()
         for step in range(config.steps):
+            learning_rate = config.learning_rate * 0.5 ** (phase + 4 * step // config.steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate * 0.5 ** (4 * step // config.steps)
-            draw = keyed_generator(config.seed, phase, step)
-            rows = torch.from_numpy(draw.integers(len(frames), size=config.batch_size))
-            batch = frames[rows].to(self.device, torch.float32)
-            losses = quantizer(batch, int(draw.integers(1, 3)))  # one or two passes of refinement
+                group["lr"] = learning_rate
+            random = keyed_generator(config.seed, "quantizer", phase, step)
+            batch = _rows(frames, random.integers(frames.shape[0], size=config.batch_size))
+            passes = int(random.integers(1, 3))
+            losses = quantizer(batch.to(self.device), passes)
+            optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             optimizer.step()
-            optimizer.zero_grad()
             bar.update()
-            if log is not None and (step % LOG_EVERY == 0 or step == config.steps - 1):
-                values = {name: round(float(value.detach()), 6) for name, value in losses._asdict().items()}
-                record = {"step": phase * config.steps + step + 1, "phase": phase + 1, **values}
-                record |= {"learning_rate": group["lr"], "seconds": round(time.monotonic() - started, 3)}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.set_postfix_str(f"reconstruction error {values['reconstruction']:.4f}", refresh=False)
+            if step % LOG_EVERY and step + 1 < config.steps:
+                continue
+            values = {name: loss.item() for name, loss in losses._asdict().items()}
+            if not all(math.isfinite(value) for value in values.values()):
+                raise FloatingPointError(
+                    f"the quantiser's losses are not finite at step {step} of phase {phase + 1}: {values}; "
+                    f"lower learning_rate ({config.learning_rate})."
+                )
+            bar.set_postfix(error=f"{values['reconstruction']:.4f}", refresh=False)
+            if metrics is not None:
+                record = {"step": phase * config.steps + step, "phase": phase + 1, "learning_rate": learning_rate}
+                record |= {"passes": passes, **values, "seconds": round(time.monotonic() - started, 3)}
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+
+    def _provenance(self, frames: Frames) -> dict[str, Any]:
+        training = {**asdict(self.config), "frames": frames.shape[0], "torch": str(torch.__version__)}
+        return {**self.metadata.get("provenance", {}), "training": training}
 
 
 @torch.no_grad()
-def multiplied_out(quantizer: MultiCodebookQuantizer) -> MultiCodebookQuantizer:
-    """Half as many codebooks of squared size: every pair of neighbours becomes all sums of a centre of each."""
-    config = quantizer.config
-    merged = MultiCodebookQuantizer.from_config(
-        replace(config, num_codebooks=config.num_codebooks // 2, codebook_size=config.codebook_size**2)
-    ).to(quantizer.centers.device)
+def evaluate_quantizer(
+    quantizer: MultiCodebookQuantizer, frames: Frames, refine_iters: int = PASSES
+) -> dict[str, Any]:
+    """How well frames are reconstructed, and how evenly the centres are used.
 
-    def pair_sums(values: Tensor) -> Tensor:  # (codebooks, size, ...) -> (codebooks / 2, size * size, ...)
-        return (values[0::2, :, None] + values[1::2, None]).flatten(1, 2)
-
-    shape = (config.num_codebooks, config.codebook_size)
-    state = quantizer.state_dict()
-    state["centers"] = pair_sums(state["centers"])
-    state["to_logits.weight"] = pair_sums(state["to_logits.weight"].unflatten(0, shape)).flatten(0, 1)
-    state["to_logits.bias"] = pair_sums(state["to_logits.bias"].view(shape)).flatten()
-    merged.load_state_dict(state)
-    return merged
-
-
-@torch.no_grad()
-def initialize(quantizer: MultiCodebookQuantizer, frames: Tensor, seed: int) -> None:
-    """Starts every codebook from k-means in its own share of the principal directions, as product quantisation does.
-
-    The directions are dealt out so that all codebooks get about the same product of variances. The classifier starts
-    as a softened nearest-centre rule. A random start needs thousands of steps to get where this begins.
+    `relative_error`: squared error over squared distance from the frames' mean, standardised if the quantiser does so.
+    `perplexity` and `used` of every codebook: exp(entropy) of its codes, and the number of centres that occur.
     """
-    draw = keyed_generator(seed, "initialisation")
-    sample = frames[torch.from_numpy(draw.integers(len(frames), size=INIT_FRAMES))].to(quantizer.centers.device)
-    sample = quantizer._normalized(sample.float())
+    frames = _flattened(frames)
+    config = quantizer.config
+    device = quantizer.centers.device
+    counts = torch.zeros(config.num_codebooks, config.codebook_size, dtype=torch.int64, device=device)
+    offsets = config.codebook_size * torch.arange(config.num_codebooks, device=device)
+    error = 0.0
+    for start in range(0, frames.shape[0], CHUNK_ROWS):
+        batch = _rows(frames, slice(start, start + CHUNK_ROWS)).to(device)
+        codes = quantizer.encode(batch, refine_iters)
+        error += float(((quantizer.decode(codes) - batch.float()) / quantizer.feature_std).double().square().sum())
+        counts += torch.bincount((codes.long() + offsets).flatten(), minlength=counts.numel()).view_as(counts)
+    _, std = _mean_and_std(frames, floor=0.0)
+    spread = float((std.double() / quantizer.feature_std.cpu()).square().sum()) * frames.shape[0]
+    shares = counts / counts.sum(dim=1, keepdim=True)
+    entropy = -(shares * shares.clamp(min=1e-20).log()).sum(dim=1)
+    return {
+        "frames": frames.shape[0],
+        "relative_error": error / max(spread, 1e-20),
+        "perplexity": [round(value, 3) for value in entropy.exp().tolist()],
+        "used": (counts > 0).sum(dim=1).tolist(),
+    }
+
+
+@torch.no_grad()
+def _multiplied_out(quantizer: MultiCodebookQuantizer) -> MultiCodebookQuantizer:
+    """Pairs of neighbouring codebooks become one: centre (k, l) at k * size + l is the sum of the pair's k-th and l-th.
+
+    The classifier's rows are summed alike, so its joint probabilities are the products of the pair's.
+    """
+    count, size, _ = quantizer.centers.shape
+    metadata = asdict(quantizer.config)
+    metadata |= {"num_codebooks": count // 2, "codebook_size": size**2}
+    product = MultiCodebookQuantizer(**metadata).to(quantizer.centers.device)
+    product.load_state_dict(
+        quantizer.state_dict()
+        | {
+            "centers": _sums_of_pairs(quantizer.centers),
+            "to_logits.weight": _sums_of_pairs(quantizer.to_logits.weight.view_as(quantizer.centers)).flatten(0, 1),
+            "to_logits.bias": _sums_of_pairs(quantizer.to_logits.bias.view(count, size, 1)).flatten(),
+        }
+    )
+    return product.train()
+
+
+def _sums_of_pairs(rows: Tensor) -> Tensor:
+    """(codebooks, size, dim) -> (codebooks / 2, size * size, dim)."""
+    return (rows[0::2, :, None] + rows[1::2, None, :]).flatten(1, 2)
+
+
+@torch.no_grad()
+def _initialize(quantizer: MultiCodebookQuantizer, frames: Frames, seed: int) -> None:
+    """Centres from k-means, codebook by codebook on what the earlier ones leave over; the classifier starts from them.
+
+    Parameters are as small as `nn.Linear` makes them and the scales make up for it: Adam moves every parameter by about
+    its rate, so their size decides how fast centres move, and the rates of the method belong to parameters of that size.
+    """
     count, size, dim = quantizer.centers.shape
-    mean = sample.mean(dim=0)
-    variances, directions = torch.linalg.eigh(torch.cov((sample - mean).T.double()))
-    variances = variances.flip(0).clamp(min=1e-12).float()
-    directions = directions.flip(1).float()
-    shares: list[list[int]] = [[] for _ in range(count)]
-    scores = [0.0] * count
-    for direction in range(max(dim, count)):
-        open_shares = [c for c in range(count) if len(shares[c]) < -(-dim // count)]
-        lowest = min(open_shares, key=lambda c: scores[c])
-        shares[lowest].append(direction % dim)
-        scores[lowest] += math.log(float(variances[direction % dim] / variances[-1])) + 1e-6
-    projected = (sample - mean) @ directions
-    for codebook, share in enumerate(shares):
-        found, nearest = k_means(projected[:, share], size, draw)
-        quantizer.centers[codebook] = found @ directions[:, share].T + mean / count
-        if dim < count:  # directions that several codebooks share: the next one gets what this one leaves
-            projected[:, share] -= found[nearest]
-    sharpness = 10.0 / (float(variances.mean()) * dim)
-    centers = quantizer.centers.flatten(0, 1)
-    quantizer.to_logits.weight.copy_(centers * sharpness)
-    quantizer.to_logits.bias.copy_(centers.square().sum(dim=1) * (-sharpness / 2))
-    # Adam's steps have one size for all parameters: the scales take over the size of the values, and leave them that
-    # of a usual initialisation.
-    usual = (3 * dim) ** -0.5
-    for values, scale in (
-        (quantizer.centers, quantizer.centers_scale),
-        (quantizer.to_logits.weight, quantizer.logits_scale),
-    ):
-        size_now = float(values.square().mean().sqrt())
-        if size_now > 0:
-            values.mul_(usual / size_now)
-            scale.fill_(math.log(size_now / usual) / 10)
+    random = keyed_generator(seed, "quantizer initialisation")
+    residual = _rows(frames, random.integers(frames.shape[0], size=max(4096, 32 * size)))
+    residual = (residual - quantizer.feature_mean) / quantizer.feature_std
+    centers = torch.empty_like(quantizer.centers)
+    for codebook in range(count):
+        centers[codebook], nearest = _k_means(residual, size, random)
+        residual = residual - centers[codebook][nearest]
+    # Nearest centres have the logits (x . center - |center|^2 / 2) / variance; what is left over stands for the variance.
+    variance = residual.square().sum(dim=1).mean().clamp(min=1e-10)
+    bias = -centers.square().sum(dim=2).flatten() / 2
+    _set_scaled(quantizer.centers, quantizer.centers_scale, centers)
+    _set_scaled(quantizer.to_logits.weight, quantizer.logits_scale, centers.flatten(0, 1) / variance)
+    quantizer.to_logits.bias.copy_(bias / variance)
 
 
-def k_means(points: Tensor, count: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Centres (count, dim) of points (n, dim) and the nearest centre of each; empty clusters restart at a point."""
+def _set_scaled(parameter: Tensor, scale: Tensor, value: Tensor) -> None:
+    size = (3 * value.shape[-1]) ** -0.5  # root mean square of nn.Linear's uniform(-1, 1) / sqrt(dim)
+    factor = value.square().mean().sqrt().clamp(min=1e-10) / size
+    parameter.copy_(value / factor)
+    scale.copy_(factor.log() / SCALE_SPEED)
 
-    def some_points(number: int) -> Tensor:
-        return points[torch.from_numpy(draw.integers(len(points), size=number))]
 
-    centers = some_points(count)
-    for _ in range(INIT_ITERATIONS):
-        nearest = (centers.square().sum(dim=1) - 2 * points @ centers.T).argmin(dim=1)
+def _k_means(points: Tensor, size: int, random: np.random.Generator, rounds: int = 6) -> tuple[Tensor, Tensor]:
+    """(points, dim) -> centres (size, dim) and the nearest one of every point."""
+    centers = points[torch.from_numpy(random.choice(points.shape[0], size, replace=False))]
+    for _ in range(rounds):
+        nearest = _nearest(points, centers)
+        counts = torch.bincount(nearest, minlength=size)
         sums = torch.zeros_like(centers).index_add_(0, nearest, points)
-        sizes = torch.bincount(nearest, minlength=count)[:, None]
-        centers = torch.where(sizes > 0, sums / sizes.clamp(min=1), some_points(count))
-    return centers, (centers.square().sum(dim=1) - 2 * points @ centers.T).argmin(dim=1)
+        # A centre without points starts again from one of them.
+        fresh = points[torch.from_numpy(random.choice(points.shape[0], size, replace=False))]
+        centers = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], fresh)
+    return centers, _nearest(points, centers)
+
+
+def _nearest(points: Tensor, centers: Tensor) -> Tensor:
+    return (centers.square().sum(dim=1) - 2 * points @ centers.T).argmin(dim=1)
+
+
+def _flattened(frames: Frames) -> Frames:
+    floating = frames.is_floating_point() if isinstance(frames, Tensor) else np.issubdtype(frames.dtype, np.floating)
+    if frames.ndim < 2 or 0 in frames.shape or not floating:
+        raise ValueError(
+            f"frames must be floating-point numbers (frames, feature_size), not {frames.dtype} {tuple(frames.shape)}."
+        )
+    return frames.reshape(-1, frames.shape[-1])
+
+
+def _rows(frames: Frames, index: Any) -> Tensor:
+    """Float32 copies of some frames."""
+    rows = frames[torch.from_numpy(index) if isinstance(frames, Tensor) and not isinstance(index, slice) else index]
+    return torch.as_tensor(np.asarray(rows)).float() if isinstance(frames, np.ndarray) else rows.float()
+
+
+def _mean_and_std(frames: Frames, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Per channel, float32 on CPU. A channel whose deviation is below `floor` times its mean is constant: deviation 1."""
+    count, dim = frames.shape
+    mean = torch.zeros(dim, dtype=torch.float64)
+    square = torch.zeros(dim, dtype=torch.float64)
+    shift = _rows(frames, slice(0, 1)).cpu().double()  # keeps the sums small where the mean is large
+    for start in range(0, count, CHUNK_ROWS):
+        rows = _rows(frames, slice(start, start + CHUNK_ROWS)).cpu()
+        if not rows.isfinite().all():
+            row = start + int((~rows.isfinite()).any(dim=1).nonzero()[0])
+            raise ValueError(f"frame {row} of {count} is not finite; find out what the teacher made it of.")
+        shifted = rows.double() - shift
+        mean += shifted.sum(dim=0)
+        square += shifted.square().sum(dim=0)
+    mean /= count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    mean = mean + shift[0]
+    if floor:
+        std = torch.where(std > floor * mean.abs(), std, 1.0)
+    return mean.float(), std.float()
