@@ -49,6 +49,7 @@ def check_report(folder, clips):
     return report
 
 
+@pytest.mark.slow
 def test_smoke(demo, tmp_path, capsys):
     folder = tmp_path / "demo"
     command = ["--smoke", "--output", str(folder)]

@@ -30,33 +30,32 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 def write_quantizer(folder: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes both files; equal content gives equal bytes."""
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))
     weights = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
     files = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
     if target.is_file():
         raise ValueError(f"{target} is a file; save_pretrained needs the name of a folder.")
-    if target.exists():
-        for name, content in files.items():
-            _write(target / f".{name}.{os.getpid()}.partial", content).replace(target / name)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    exists = target.is_dir()
+    partial = (target if exists else target.parent) / f".{target.name}.{os.getpid()}.partial"
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             _write(partial / name, content)
-        partial.replace(target)
+        if exists:
+            for name in files:
+                os.replace(partial / name, target / name)
+        else:
+            os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> Path:
+def _write(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return path
 
 
 def find_quantizer(name: str | os.PathLike, revision: str | None = None) -> Path:

@@ -96,7 +96,9 @@ class CodeSearch:
         return max(self.num_codebooks * single**2 // 2, (self.num_codebooks * pair) ** 2 // 16)
 
     def _refined(self, linear_costs: Tensor, codes: Tensor, passes: int) -> Tensor:
-        """A pass is a function of a frame's costs and codes: where it changes nothing, no other would, so frames whose
+        """`refine` for one block of frames.
+
+        A pass is a function of a frame's costs and codes: where it changes nothing, no other would, so frames whose
         codes have settled are left out of the rest.
         """
         codes = codes.clone()
@@ -211,7 +213,7 @@ class _Workspace:
         self.tables = torch.empty(2, numbers, dtype=like.dtype, device=like.device)
 
     def views(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 indices and two tables of numbers, of one shape."""
+        """Indices and two tables of numbers, of one shape."""
         count = math.prod(shape)
         return self.index[:count].view(shape), self.tables[0, :count].view(shape), self.tables[1, :count].view(shape)
 
@@ -249,9 +251,8 @@ def _lowest(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if size < 16 * count or size % 4:
         return keys.topk(count, dim=-1, largest=False, sorted=False)
     # The lowest `count` are within the `count` columns of four with the lowest minima.
-    _, columns = (
-        keys.view(*keys.shape[:-1], 4, size // 4).amin(dim=-2).topk(count, dim=-1, largest=False, sorted=False)
-    )
+    minima = keys.view(*keys.shape[:-1], 4, size // 4).amin(dim=-2)
+    columns = minima.topk(count, dim=-1, largest=False, sorted=False).indices
     candidates = (columns[..., None, :] + torch.arange(0, size, size // 4, device=keys.device)[:, None]).flatten(-2)
     keys, places = keys.gather(-1, candidates).topk(count, dim=-1, largest=False, sorted=False)
     return keys, candidates.gather(-1, places)

@@ -217,7 +217,7 @@ def evaluate_quantizer(
 
 @torch.no_grad()
 def _multiplied_out(quantizer: MultiCodebookQuantizer) -> MultiCodebookQuantizer:
-    """Pairs of neighbouring codebooks become one: centre (k, l) at k * size + l is the sum of the pair's k-th and l-th.
+    """Pairs of neighbouring codebooks become one: its centre k * size + l is the sum of the pair's k-th and l-th.
 
     The classifier's rows are summed alike, so its joint probabilities are the products of the pair's.
     """
@@ -243,12 +243,13 @@ def _sums_of_pairs(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _initialize(quantizer: MultiCodebookQuantizer, frames: Frames, seed: int) -> None:
-    """Centres from k-means, codebook by codebook on what the earlier ones leave over; the classifier starts from them.
+    """Centres by k-means, codebook by codebook on what the earlier ones leave over; the classifier starts from them.
 
-    Parameters are as small as `nn.Linear` makes them and the scales make up for it: Adam moves every parameter by about
-    its rate, so their size decides how fast centres move, and the rates of the method belong to parameters of that size.
+    Parameters are as small as `nn.Linear` makes them and the scales make up for it: Adam moves every parameter by
+    about its rate, so their size decides how fast centres move, and the method's rates belong to that size. With
+    parameters as large as the features a quantiser of MFCCs was 10 % worse after 200 steps a phase.
     """
-    count, size, dim = quantizer.centers.shape
+    count, size, _ = quantizer.centers.shape
     random = keyed_generator(seed, "quantizer initialisation")
     residual = _rows(frames, random.integers(frames.shape[0], size=max(4096, 32 * size)))
     residual = (residual - quantizer.feature_mean) / quantizer.feature_std
@@ -256,7 +257,7 @@ def _initialize(quantizer: MultiCodebookQuantizer, frames: Frames, seed: int) ->
     for codebook in range(count):
         centers[codebook], nearest = _k_means(residual, size, random)
         residual = residual - centers[codebook][nearest]
-    # Nearest centres have the logits (x . center - |center|^2 / 2) / variance; what is left over stands for the variance.
+    # The nearest centre has the largest (x . center - |center|^2 / 2) / variance; what is left over is the variance.
     variance = residual.square().sum(dim=1).mean().clamp(min=1e-10)
     bias = -centers.square().sum(dim=2).flatten() / 2
     _set_scaled(quantizer.centers, quantizer.centers_scale, centers)
@@ -304,7 +305,7 @@ def _rows(frames: Frames, index: Any) -> Tensor:
 
 
 def _mean_and_std(frames: Frames, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Per channel, float32 on CPU. A channel whose deviation is below `floor` times its mean is constant: deviation 1."""
+    """Per channel, float32 on CPU. A deviation below `floor` times the mean is that of a constant, and becomes 1."""
     count, dim = frames.shape
     mean = torch.zeros(dim, dtype=torch.float64)
     square = torch.zeros(dim, dtype=torch.float64)
