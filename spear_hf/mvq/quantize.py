@@ -182,8 +182,8 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Samples frames of the teacher, trains a quantiser on them and writes the folder `output`; returns the report.
 
-    Equal audio, settings and machine give equal bytes of quantiser and report. ValueError if `output` holds a quantiser
-    already, unless `overwrite`.
+    Equal audio, settings and machine give equal bytes of quantiser and report. ValueError if `output` holds a
+    quantiser already, unless `overwrite`.
     """
     output = Path(output)
     if (output / CONFIG_NAME).exists() and not overwrite:
