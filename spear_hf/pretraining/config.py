@@ -16,7 +16,7 @@ import yaml
 
 from ..configuration_spear import SpearConfig
 from ..data.masking import MaskingConfig
-from .config_loading import apply_overrides, build
+from .config_loading import apply_overrides, build, parse_yaml
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def load_config(name_or_file: str | Path, overrides: list[str] | tuple[str, ...]
             f"{name_or_file} is neither a file nor a shipped configuration ({', '.join(shipped_configs())})."
         )
     try:
-        values = yaml.safe_load(text) or {}
+        values = parse_yaml(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{name_or_file} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

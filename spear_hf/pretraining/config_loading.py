@@ -93,6 +93,22 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     return values
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. yaml.YAMLError if it is none, or if a key comes twice."""
+    return yaml.load(text, Loader=_StrictLoader)
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """A config as nested dicts, lists and scalars, as YAML and JSON have them; `build` takes it back."""
 
