@@ -26,9 +26,9 @@ BUNDLED = Path(__file__).parent.parent / "examples" / "data"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A manifest of 12 bundled clips in two splits, and a file that is no audio in the second."""
+    """A manifest of 12 bundled clips of 3 s in two splits, and a file that is no audio in the second."""
     folder = tmp_path_factory.mktemp("corpus")
-    clips = sorted(read_manifest(BUNDLED), key=lambda clip: (clip.num_samples or 0, clip.id))[300:312]
+    clips = sorted(read_manifest(BUNDLED), key=lambda clip: (clip.num_samples or 0, clip.id))[800:812]
     rows = []
     for number, clip in enumerate(clips):
         shutil.copyfile(clip.path, folder / clip.path.name)
@@ -48,7 +48,7 @@ def run(*arguments) -> tuple[int, str]:
 
 def quantize(corpus, output, *extra) -> tuple[int, str]:
     where = ("--teacher", "kaldi-mfcc", "--data", corpus, "--output", output, "--device", "cpu")
-    settings = ("--codebooks", 4, "--codebook-size", 16, "--steps", 30, "--batch-size", 128, "--frames", 600)
+    settings = ("--codebooks", 4, "--codebook-size", 16, "--steps", 30, "--batch-size", 128, "--frames", 2000)
     return run("quantize", *where, *settings, *extra)
 
 
@@ -70,8 +70,8 @@ def test_quantizer_folder(tokenizer_folder):
     assert report["training"]["normalize"] is True
     assert report["bits_per_second"] == 50 * 4 * 4
     errors = report["heldout"]["relative_error"]
-    assert 0 < errors["5"] <= errors["1"] <= errors["0"]
-    assert errors["5"] < 0.9, "30 steps are little, but better than the mean"
+    assert 0 < errors["5"] <= errors["0"]
+    assert errors["5"] < 0.8, "the mean of the frames has 1"
     assert len(report["heldout"]["perplexity"]) == len(report["heldout"]["used"]) == 4
     assert all(1 <= value <= 16 for value in report["heldout"]["perplexity"])
     assert (tokenizer_folder / "quantizer.png").read_bytes().startswith(b"\x89PNG")

@@ -64,7 +64,7 @@ def test_python_and_shell_blocks_run(reader):
     assert "torch.Size([1, 46, 32])" in outputs[0]
     assert "9 torch.Size([2, 32])" in outputs[0]
     assert "set() set()" in outputs[0]
-    assert "(50, 4) uint8" in outputs[2]
+    assert "(49, 4) uint8" in outputs[2]
     assert (reader / "embeddings.safetensors").is_file()
     for run in ("mine", "mine2"):
         assert (reader / "runs" / run / "final" / "model.safetensors").is_file()

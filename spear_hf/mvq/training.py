@@ -299,9 +299,10 @@ def _flattened(frames: Frames) -> Frames:
 
 
 def _rows(frames: Frames, index: Any) -> Tensor:
-    """Float32 copies of some frames."""
-    rows = frames[torch.from_numpy(index) if isinstance(frames, Tensor) and not isinstance(index, slice) else index]
-    return torch.as_tensor(np.asarray(rows)).float() if isinstance(frames, np.ndarray) else rows.float()
+    """Some frames as float32; `index` is a slice or an array of numbers."""
+    if isinstance(frames, np.ndarray):
+        return torch.from_numpy(np.array(frames[index], dtype=np.float32))
+    return frames[index if isinstance(index, slice) else torch.from_numpy(index)].float()
 
 
 def _mean_and_std(frames: Frames, floor: float = 1e-5) -> tuple[Tensor, Tensor]:
