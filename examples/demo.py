@@ -261,7 +261,7 @@ class Demo:
         train, test = (self.utterances(split, task=TASK) for split in ("probe_train", "probe_test"))
         print(f"Linear probes of {TASK}: {len(train)} clips to train on, {len(test)} to test on.")
         encoder, extractor = load_encoder(self.final / "encoder", device="cpu")
-        untrained = build_model(self.config, {"speech": TokenStore.open(self.tokens).frame_rate}).spear
+        untrained = build_model(self.config, {"speech": TokenStore.open(self.tokens)}).spear
         labels = [utterance.label for utterance in train], [utterance.label for utterance in test]
         # Notes of one instrument stay on one side of the cross-validation: the test set has other instruments.
         instruments = [utterance.id.rsplit("-", 1)[0] for utterance in train]

@@ -13,6 +13,7 @@ from spear_hf import SpearModel
 from spear_hf.pretraining import config as config_module
 from spear_hf.pretraining.config import ModelConfig, PreTrainingConfig, TargetConfig, load_config, shipped_configs
 from spear_hf.pretraining.config_loading import build, changed_keys, to_plain
+from spear_hf.pretraining.planning import PlannedTokens
 from spear_hf.pretraining.setup import build_model
 
 
@@ -28,14 +29,16 @@ def test_every_shipped_config_loads_and_survives_yaml(name):
 
 
 def test_tiny_has_two_to_three_million_parameters():
-    model = build_model(load_config("tiny"), {"speech": 50.0})
+    model = build_model(load_config("tiny"), {"speech": PlannedTokens(1, 64)})
     assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
     assert model.config.pretraining_targets == {"speech": {"num_codebooks": 1, "codebook_size": 64, "weight": 1.0}}
 
 
 def test_a_student_at_25_hz_predicts_two_tokens_a_frame():
-    overrides = ["model.config.output_downsampling_factor=2", "targets.audio.num_codebooks=8"]
-    model = build_model(load_config("tiny", overrides), {"speech": 50.0, "audio": 25.0})
+    overrides = ["model.config.output_downsampling_factor=2", "targets.audio.weight=0.1"]
+    model = build_model(
+        load_config("tiny", overrides), {"speech": PlannedTokens(1, 64, 50.0), "audio": PlannedTokens(8, 256, 25.0)}
+    )
     targets = model.config.pretraining_targets
     assert (targets["speech"]["num_codebooks"], targets["audio"]["num_codebooks"]) == (2, 8)
 
@@ -129,20 +132,22 @@ def test_every_field_is_explained():
 
 def test_training_can_start_from_a_published_checkpoint(golden_folder):
     model_settings = ModelConfig(init_from=str(golden_folder))
-    config = PreTrainingConfig(model=model_settings, targets={"speech": TargetConfig(num_codebooks=2)})
-    model = build_model(config, {"speech": 50.0})
+    config = PreTrainingConfig(model=model_settings, targets={"speech": TargetConfig()})
+    model = build_model(config, {"speech": PlannedTokens(2, 256)})
     published = SpearModel.from_pretrained(golden_folder)
     for name, tensor in published.state_dict().items():
         assert torch.equal(model.spear.state_dict()[name], tensor), name
     assert model.prediction_heads["speech"].out_features == 512
-    again = build_model(config, {"speech": 50.0})
+    again = build_model(config, {"speech": PlannedTokens(2, 256)})
     assert torch.equal(model.prediction_heads["speech"].weight, again.prediction_heads["speech"].weight)
     with pytest.raises(ValueError, match="leave size and config out"):
         ModelConfig(init_from=str(golden_folder), size="base")
 
 
 def test_the_seed_decides_the_initialisation():
-    models = [build_model(load_config("tiny", [f"seed={seed}"]), {"speech": 50.0}) for seed in (0, 0, 1)]
+    models = [
+        build_model(load_config("tiny", [f"seed={seed}"]), {"speech": PlannedTokens(1, 64)}) for seed in (0, 0, 1)
+    ]
     weights = [model.prediction_heads["speech"].weight for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

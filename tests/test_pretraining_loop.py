@@ -348,7 +348,6 @@ def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("targets.speech.num_codebooks=4", "The speech tokens have 2 codebooks of 16"),
         ("targets.speech.store=null", "targets.speech has no tokens"),
         ("data.manifest=nowhere.jsonl", "data.manifest=nowhere.jsonl does not exist"),
         ("data.split=train", "data.split=train is not in"),

@@ -50,10 +50,10 @@ class TargetConfig:
     """One teacher's tokens. Set exactly one of `store`, `tokenizer` and `teacher`."""
 
     num_codebooks: int = 16
-    """Codebooks of the tokens. The store or tokenizer must agree."""
+    """Codebooks of a quantiser trained here (`teacher`). A store or a tokenizer brings its own."""
 
     codebook_size: int = 256
-    """Entries of a codebook. The store or tokenizer must agree."""
+    """Entries of each of its codebooks."""
 
     weight: float = 1.0
     """Weight of this teacher's loss (paper: speech 1, audio 0.1)."""

@@ -102,7 +102,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         with accelerator.main_process_first():  # the others find what the first has made
             stores = prepare_stores(config, corpus, folder, device=str(accelerator.device))
 
-        bare_model = build_model(config, {name: store.frame_rate for name, store in stores.items()})
+        bare_model = build_model(config, stores)
         extractor = SpearFeatureExtractor()
         sampler = build_sampler(config, corpus)
         steps = StepDataset(

@@ -4,16 +4,18 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import split_batch
 from ..modeling_spear import SpearForPreTraining
+from ..mvq.quantizer import MultiCodebookQuantizer
 from ..mvq.store import TokenStore
-from .config import PreTrainingConfig
+from .config import PreTrainingConfig, TargetConfig
 from .corpus import load_corpus
-from .setup import build_model, build_sampler
+from .setup import TokenShape, build_model, build_sampler
 
 
 # float32 weights, gradients and the two averages of Adam.
@@ -59,6 +61,24 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
+class PlannedTokens(NamedTuple):
+    """Tokens that are not there yet, as the configuration says; of a teacher at the student's rate."""
+
+    num_codebooks: int
+    codebook_size: int
+    frame_rate: float = STUDENT_RATE
+
+
+def planned_tokens(target: TargetConfig) -> TokenShape:
+    """Of the store, or as its tokenizer will make them, or as the configuration has them made."""
+    if target.store is not None:
+        return TokenStore.open(target.store)
+    if target.tokenizer is not None:
+        made = MultiCodebookQuantizer.from_pretrained(target.tokenizer).config
+        return PlannedTokens(made.num_codebooks, made.codebook_size, made.frame_rate or STUDENT_RATE)
+    return PlannedTokens(target.num_codebooks, target.codebook_size)
+
+
 def plan_run(config: PreTrainingConfig) -> Plan:
     """Reads the manifest and builds the model; token stores need not exist yet. Runs one forward pass on the CPU."""
     corpus = load_corpus(config.data, config.seed)
@@ -71,11 +91,7 @@ def plan_run(config: PreTrainingConfig) -> Plan:
         (len(rows) * int(sampler.lengths[rows].max()), len(rows)) for part in parts for rows in part if len(rows)
     )
 
-    rates = {
-        name: TokenStore.open(target.store).frame_rate if target.store else STUDENT_RATE
-        for name, target in config.targets.items()
-    }
-    model = build_model(config, rates)
+    model = build_model(config, {name: planned_tokens(target) for name, target in config.targets.items()})
     encoder = sum(parameter.numel() for parameter in model.spear.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # One row of the largest micro-batch stands for all: they are of like length.

@@ -2,7 +2,7 @@
 """What a configuration stands for: the model, and the datasets with their batches."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +20,27 @@ from .config import ModelConfig, PreTrainingConfig, TargetConfig
 from .corpus import Corpus
 
 
+class TokenShape(Protocol):
+    """What the heads depend on: a token store has it."""
+
+    @property
+    def num_codebooks(self) -> int: ...
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def frame_rate(self) -> float: ...
+
+
 def pretraining_targets(
-    targets: Mapping[str, TargetConfig], token_rates: Mapping[str, float], frame_rate: float
+    targets: Mapping[str, TargetConfig], tokens: Mapping[str, TokenShape], frame_rate: float
 ) -> dict[str, dict[str, Any]]:
     """`SpearConfig.pretraining_targets`: codebooks at the student's rate, several times a faster teacher's."""
     return {
         name: {
-            "num_codebooks": target.num_codebooks * label_ratio(token_rates[name], frame_rate)[0],
-            "codebook_size": target.codebook_size,
+            "num_codebooks": tokens[name].num_codebooks * label_ratio(tokens[name].frame_rate, frame_rate)[0],
+            "codebook_size": tokens[name].codebook_size,
             "weight": target.weight,
         }
         for name, target in targets.items()
@@ -47,11 +60,11 @@ def model_config(config: ModelConfig) -> SpearConfig:
         raise ValueError(f"model.config does not go with model.size={config.size}: {error}") from None
 
 
-def build_model(config: PreTrainingConfig, token_rates: Mapping[str, float]) -> SpearForPreTraining:
+def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> SpearForPreTraining:
     """The model to train: initialised from the seed, or from a checkpoint (heads that do not fit start anew)."""
     architecture = model_config(config.model)
     frame_rate = SAMPLING_RATE / architecture.inputs_to_logits_ratio
-    architecture.pretraining_targets = pretraining_targets(config.targets, token_rates, frame_rate)
+    architecture.pretraining_targets = pretraining_targets(config.targets, tokens, frame_rate)
     torch.manual_seed(keyed_seed(config.seed, "initialisation"))
     if config.model.init_from is None:
         return SpearForPreTraining(architecture)

@@ -93,11 +93,6 @@ def _make_store(
             )
         source = str(trained)
     tokenizer = MvqTokenizer.from_pretrained(source, device=device)
-    if (tokenizer.num_codebooks, tokenizer.codebook_size) != (target.num_codebooks, target.codebook_size):
-        raise ValueError(
-            f"{source} has {tokenizer.num_codebooks} codebooks of {tokenizer.codebook_size}, but targets.{name} says "
-            f"{target.num_codebooks} of {target.codebook_size}: set num_codebooks and codebook_size accordingly."
-        )
     logger.info("Tokenising %d utterances with %s into %s.", len(needed), tokenizer.teacher.id, folder.tokens / name)
     summary = tokenize_corpus(tokenizer, needed, folder.tokens / name, progress=False)
     if summary.bad:
