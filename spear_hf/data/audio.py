@@ -8,7 +8,7 @@ build does not match torch fails on import, and most audio for SPEAR is at 16 kH
 
 import os
 from fractions import Fraction
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -25,10 +25,10 @@ class AudioError(ValueError):
     """A file that cannot be used as audio; the message names the file and what is wrong with it."""
 
 
-def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
+def load_audio(path: str | os.PathLike | BinaryIO, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
     """Decodes a file to mono float32 (samples,) at `sampling_rate` Hz, in [-1, 1] but for the overshoot of filters.
 
-    Channels are averaged.
+    Channels are averaged. An open binary file is read from where it is; errors name it by its `name`, if it has one.
 
     Raises:
         AudioError: the file is missing, unreadable, empty, or holds values that are not finite.
@@ -39,28 +39,28 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
             rate = file.samplerate
             samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise AudioError(f"{os.fspath(path)} cannot be decoded: {_reason(error, path)}") from error
+        raise AudioError(f"{_name(path)} cannot be decoded: {_reason(error, path)}") from error
     if len(samples) == 0:
-        raise AudioError(f"{os.fspath(path)} is empty: it decodes to 0 samples")
+        raise AudioError(f"{_name(path)} is empty: it decodes to 0 samples")
     waveform = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if not np.isfinite(waveform).all():
         where = int(np.flatnonzero(~np.isfinite(waveform))[0])
-        raise AudioError(f"{os.fspath(path)} is not finite: sample {where} is {waveform[where]}")
+        raise AudioError(f"{_name(path)} is not finite: sample {where} is {waveform[where]}")
     if rate != sampling_rate:
         waveform = _resample(waveform, rate, sampling_rate)
     return np.ascontiguousarray(waveform)
 
 
-def audio_duration(path: str | os.PathLike) -> float:
+def audio_duration(path: str | os.PathLike | BinaryIO) -> float:
     """Seconds of audio by the file's header, without decoding it; for some MP3 a rough estimate.
 
     Raises:
         AudioError: the file is missing or its header cannot be read.
     """
     try:
-        info = soundfile.info(os.fspath(path))
+        info = soundfile.info(path if hasattr(path, "read") else os.fspath(path))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise AudioError(f"{os.fspath(path)} cannot be read: {_reason(error, path)}") from error
+        raise AudioError(f"{_name(path)} cannot be read: {_reason(error, path)}") from error
     return info.frames / info.samplerate
 
 
@@ -78,10 +78,15 @@ def _resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
     return cast(np.ndarray, resampled.numpy())
 
 
-def _reason(error: Exception, path: str | os.PathLike) -> str:
+def _name(path: str | os.PathLike | BinaryIO) -> str:
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else str(getattr(path, "name", "the audio"))
+
+
+def _reason(error: Exception, path: str | os.PathLike | BinaryIO) -> str:
     """What went wrong, in a word: libsndfile calls a missing file a system error."""
-    if not os.path.exists(path):
-        return "there is no such file"
-    if os.path.isdir(path):
-        return "it is a folder"
+    if isinstance(path, (str, os.PathLike)):
+        if not os.path.exists(path):
+            return "there is no such file"
+        if os.path.isdir(path):
+            return "it is a folder"
     return str(getattr(error, "error_string", error)) or type(error).__name__
