@@ -1,0 +1,100 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The model to fine-tune: a checkpoint with a head for the task, or random weights."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
+
+from ..configuration_spear import SpearConfig
+from ..feature_extraction_spear import SpearFeatureExtractor
+from .arguments import ModelArguments
+
+
+def load_config(arguments: ModelArguments) -> SpearConfig:
+    """Of `--model`, with the values of `--model_config` in place of its own.
+
+    Raises:
+        ValueError: neither argument was given, a value is unknown or wrong, or the model is no SPEAR.
+        OSError: there is no such model.
+    """
+    changes = _changes(arguments.model_config)
+    if arguments.model is None:
+        if arguments.model_config is None:
+            raise ValueError(
+                "model is not set: name a folder or a Hub id, as in --model marcoyang/spear-base-speech-audio-v2; or "
+                "give --model_config for random weights (or try --smoke)"
+            )
+        return SpearConfig(**changes)
+    config = AutoConfig.from_pretrained(arguments.model, **changes)
+    if not isinstance(config, SpearConfig):
+        raise ValueError(f"model={arguments.model} is of the kind {config.model_type!r}; a SPEAR model is needed")
+    return config
+
+
+def load_model(auto_class: Any, arguments: ModelArguments, config: SpearConfig) -> PreTrainedModel:
+    """With the head of `auto_class`; weights that the checkpoint has not, or in other sizes, are random."""
+    if arguments.model is None:
+        return auto_class.from_config(config)
+    return auto_class.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
+
+
+def load_feature_extractor(arguments: ModelArguments, config: SpearConfig) -> SpearFeatureExtractor:
+    """Of `--model`; published folders have none and, as random weights do, get the default."""
+    if arguments.model is not None:
+        try:
+            return AutoFeatureExtractor.from_pretrained(arguments.model)
+        except OSError:
+            pass
+    return SpearFeatureExtractor(feature_size=config.num_mel_bins)
+
+
+def set_labels(config: SpearConfig, labels: Sequence[str]) -> dict[str, int]:
+    """Label -> class id, also written to the configuration: the model's own if it knows them all, else new ones.
+
+    `labels` may repeat and come in any order; new ids follow their alphabetical order.
+    """
+    names = sorted(set(labels))
+    if not names:
+        raise ValueError("the training rows have no labels: which column holds them? See --label_column.")
+    known = {name: int(index) for name, index in (config.label2id or {}).items()}
+    if set(names) <= set(known):
+        return known
+    config.id2label = dict(enumerate(names))
+    new = {name: index for index, name in enumerate(names)}
+    config.label2id = dict(new)
+    return new
+
+
+def class_ids(labels: Sequence[str], label2id: dict[str, int], row_id: str) -> list[int]:
+    """Ids of a row's labels, without repetitions. ValueError names the row and a label that training does not have."""
+    for label in labels:
+        if label not in label2id:
+            raise ValueError(
+                f"{row_id} has the label {label!r}, which is not among the {len(label2id)} of the training rows: "
+                f"{', '.join(sorted(label2id)[:20])}"
+            )
+    return sorted({label2id[label] for label in labels})
+
+
+def _changes(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    if text.endswith(".json"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"model_config={text} cannot be read: {error.strerror}") from error
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model_config={text!r} is neither JSON nor the name of a .json file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"model_config={text!r} must be a JSON object")
+    known = {field.name for field in fields(SpearConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"model_config: SpearConfig has no {', '.join(unknown)}")
+    return values
