@@ -1,5 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""SPEAR speech and audio encoders in transformers. Importing this package registers them with the Auto classes."""
+"""SPEAR speech and audio encoders in transformers. Importing this package registers them with the Auto classes.
+
+It also registers `pipeline("audio-feature-extraction")`.
+"""
 
 from transformers import (
     AutoConfig,
@@ -24,6 +27,7 @@ from .modeling_spear import (
     SpearModel,
     SpearPreTrainedModel,
 )
+from .pipeline_spear import AudioEmbeddingPipeline, register_pipeline
 from .processing_spear import SpearProcessor
 
 
@@ -38,8 +42,10 @@ AutoModelForAudioXVector.register(SpearConfig, SpearForXVector, exist_ok=True)
 AutoModelForCTC.register(SpearConfig, SpearForCTC, exist_ok=True)
 AutoModelForPreTraining.register(SpearConfig, SpearForPreTraining, exist_ok=True)
 AutoProcessor.register(SpearConfig, SpearProcessor, exist_ok=True)
+register_pipeline()
 
 __all__ = [
+    "AudioEmbeddingPipeline",
     "SpearConfig",
     "SpearFeatureExtractor",
     "SpearForAudioFrameClassification",

@@ -731,7 +731,7 @@ def masked_mean(hidden_states: torch.Tensor, valid_mask: torch.Tensor) -> torch.
 
 @auto_docstring(
     custom_intro="""
-    SPEAR with a linear layer for connectionist temporal classification.
+    SPEAR with a linear layer for connectionist temporal classification. The logits of padded frames choose the blank.
     """
 )
 class SpearForCTC(SpearHeadModel):
@@ -762,6 +762,11 @@ class SpearForCTC(SpearHeadModel):
             self._check_class_labels(labels, self.config.vocab_size)
         hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
         logits = self.lm_head(self.dropout(hidden_states))
+        if self.config.pad_token_id is not None:
+            # Padding says blank: whoever decodes a batch greedily, padding and all, gets what each row alone gives.
+            is_blank = torch.arange(logits.shape[-1], device=logits.device) == self.config.pad_token_id
+            blank = torch.zeros_like(logits[0, 0]).masked_fill(~is_blank, torch.finfo(logits.dtype).min)
+            logits = torch.where(valid_mask[:, :, None], logits, blank)
         loss = None
         if labels is not None:
             loss = self.loss_function(

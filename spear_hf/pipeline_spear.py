@@ -1,0 +1,155 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""`pipeline("audio-feature-extraction", model=...)`, which `import spear_hf` registers: audio to embeddings."""
+
+import io
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoModel, Pipeline, PreTrainedModel
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import ModelOutput
+
+from .feature_extraction_spear import SpearFeatureExtractor
+from .modeling_spear import SpearPreTrainedModel
+
+
+TASK = "audio-feature-extraction"
+POOLS = (None, "mean", "mean+std")
+
+
+class AudioEmbeddingPipeline(Pipeline):
+    """Embeddings of audio by a SPEAR encoder, as float32 arrays.
+
+    `pipe(audio)` gives one array, `pipe([audio, ...])` a list, a generator or dataset a generator of them. Audio is
+    one of these; channels are averaged in files only:
+
+    - the path of a file, or the bytes of one;
+    - a mono array, tensor or list of samples, which is taken to be at the rate of the feature extractor (16 kHz);
+    - `{"raw": samples, "sampling_rate": rate}`, or "array" in place of "raw"; another rate is resampled;
+    - `{"bytes": ..., "path": ...}`, what `datasets` gives for `Audio(decode=False)`; or a row with any of these as its
+      "audio".
+
+    Args:
+        layer: -1 for `last_hidden_state`; 0 for the output of the stem and K for that of layer K; "all" for all of
+            these; "mean" for their mean.
+        pool: over frames: None, "mean", or "mean+std" (both, concatenated).
+
+    An array is (frames, dim), with layer="all" (num_hidden_layers + 1, frames, dim); pooling takes the frames away,
+    and "mean+std" doubles dim. It does not depend on `batch_size` beyond rounding. A model without a
+    preprocessor_config.json, as the published ones are, needs `feature_extractor=SpearFeatureExtractor()`.
+
+    Raises:
+        ValueError: an unknown layer or pool, a model that is not SPEAR, audio that cannot be used.
+        ImportError: resampling is needed and torchaudio cannot be imported; the message says what to install.
+    """
+
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = True  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, SpearPreTrainedModel):
+            raise ValueError(
+                f"the pipeline {TASK!r} is for SPEAR models, and {type(model).__name__} is none: "
+                "spear_hf.evaluation.embedding.embed_files takes any audio encoder"
+            )
+        super().__init__(cast(PreTrainedModel, model.base_model), *args, **kwargs)
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
+        if unknown := set(parameters) - {"layer", "pool"}:
+            raise ValueError(f"unknown arguments {sorted(unknown)}: the pipeline {TASK!r} takes layer and pool")
+        if "layer" in parameters:
+            layer, layers = parameters["layer"], self.model.config.num_hidden_layers
+            number = isinstance(layer, int) and not isinstance(layer, bool)
+            if layer not in ("all", "mean") and not (number and -1 <= layer <= layers):
+                raise ValueError(
+                    f"layer={layer!r} must be -1 (last_hidden_state), 0 (the output of the stem), 1 to {layers}, "
+                    "'all' or 'mean'"
+                )
+        if parameters.get("pool") not in POOLS:
+            raise ValueError(f"pool={parameters['pool']!r} must be one of {', '.join(map(repr, POOLS))}")
+        forward = {key: value for key, value in parameters.items() if key == "layer"}
+        return {}, forward, {key: value for key, value in parameters.items() if key == "pool"}
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Embeddings of `inputs`; `layer`, `pool` and `batch_size` override those of the pipeline."""
+        if type(inputs).__module__.split(".")[0] == "datasets":  # a `Dataset`, which is none of torch's
+            inputs = (row for row in inputs)
+        elif isinstance(inputs, list) and inputs and isinstance(inputs[0], (int, float)):
+            inputs = np.asarray(inputs, dtype=np.float32)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
+        waveform = self._waveform(input_)
+        extract = cast(SpearFeatureExtractor, self.feature_extractor)
+        return extract(waveform, sampling_rate=extract.sampling_rate, return_tensors="pt", return_attention_mask=True)
+
+    def _waveform(self, audio: Any) -> np.ndarray | torch.Tensor:
+        """One utterance, `(samples,)`, at the rate of the feature extractor."""
+        from .data.audio import _resample, load_audio  # the only module that touches soundfile and torchaudio
+
+        target = cast(SpearFeatureExtractor, self.feature_extractor).sampling_rate
+        rate = target
+        if isinstance(audio, Mapping):
+            audio = audio.get("audio", audio)
+        if isinstance(audio, Mapping):
+            samples = next((audio[key] for key in ("raw", "array") if audio.get(key) is not None), None)
+            if samples is None:
+                audio = audio.get("bytes") or audio.get("path")
+            elif audio.get("sampling_rate") is None:
+                raise ValueError('audio given as samples in a dictionary needs its rate in Hz as "sampling_rate"')
+            else:
+                audio, rate = samples, int(audio["sampling_rate"])
+        if isinstance(audio, (str, os.PathLike)):
+            return load_audio(audio, target)
+        if isinstance(audio, (bytes, bytearray)):
+            try:
+                return load_audio(cast(Any, io.BytesIO(audio)), target)
+            except TypeError as error:  # the message of `load_audio` would name the file
+                raise ValueError(
+                    f"{len(audio)} bytes of audio cannot be decoded: libsndfile does not know them"
+                ) from error
+        if audio is None or isinstance(audio, Mapping):
+            raise ValueError(
+                'a dictionary of audio needs "raw" or "array" with "sampling_rate", or "bytes", or "path"'
+            )
+        samples = audio.detach().cpu().numpy() if isinstance(audio, torch.Tensor) else np.asarray(audio)
+        if samples.ndim != 1:
+            raise ValueError(
+                f"audio of shape {samples.shape} is not mono: average its channels; for a batch, pass a list"
+            )
+        return samples if rate == target else _resample(samples.astype(np.float32), rate, target)
+
+    def _forward(self, input_tensors: Any, layer: Any = -1, **forward_parameters: Any) -> ModelOutput:
+        """States `(batch, layers, frames, dim)`; counts of valid frames and whether layers are kept, `(batch,)`."""
+        outputs = self.model(**input_tensors, output_hidden_states=layer != -1)
+        if layer == -1:
+            states, counts = outputs.last_hidden_state[:, None], outputs.attention_mask.sum(dim=1)
+        else:
+            # The layers run at 50 Hz, also where the last hidden state is at 25 Hz.
+            counts = (input_tensors["attention_mask"].sum(dim=1) - 7) // 2
+            chosen = outputs.hidden_states if isinstance(layer, str) else (outputs.hidden_states[layer],)
+            states = torch.stack(tuple(chosen), dim=1)
+        if layer == "mean":
+            states = states.mean(dim=1, keepdim=True)
+        return ModelOutput(states=states, counts=counts, keep_layers=torch.full_like(counts, layer == "all"))
+
+    def postprocess(self, model_outputs: Any, pool: Any = None, **postprocess_parameters: Any) -> np.ndarray:
+        frames = model_outputs["states"][0, :, : int(model_outputs["counts"][0])].float()  # (layers, frames, dim)
+        if pool == "mean":
+            frames = frames.mean(dim=1)
+        elif pool == "mean+std":
+            frames = torch.cat([frames.mean(dim=1), frames.std(dim=1, correction=0)], dim=1)
+        return (frames if model_outputs["keep_layers"][0] else frames[0]).numpy()
+
+
+def register_pipeline() -> None:
+    """Makes the task known to `transformers.pipeline`.
+
+    Without `register_pipeline` of transformers, which makes `save_pretrained` copy this file into every model folder.
+    """
+    PIPELINE_REGISTRY.supported_tasks[TASK] = {"impl": AudioEmbeddingPipeline, "pt": (AutoModel,), "type": "audio"}
