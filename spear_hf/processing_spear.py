@@ -1,8 +1,19 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Processor for CTC: the feature extractor for the audio, a tokenizer for the transcripts."""
 
+from transformers import AutoFeatureExtractor
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import AudioInput, PreTokenizedInput, TextInput
+from transformers.utils import cached_file
+
+from .configuration_spear import SpearConfig
+from .feature_extraction_spear import SpearFeatureExtractor
+
+
+# At least one of them is there where a tokenizer is.
+TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "tokenizer.json", "tokenizer.model")
+FEATURE_EXTRACTOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class SpearProcessor(ProcessorMixin):
@@ -16,6 +27,29 @@ class SpearProcessor(ProcessorMixin):
 
     def __init__(self, feature_extractor, tokenizer):
         super().__init__(feature_extractor, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in [`ProcessorMixin.from_pretrained`].
+
+        Where there is no tokenizer, as beside an encoder or a classifier, `AutoProcessor` gives the feature extractor
+        instead: the saved one, or that of the published models, which come without settings for it.
+
+        Raises:
+            OSError: there is no tokenizer, and the call does not come from `AutoProcessor`.
+        """
+        path = pretrained_model_name_or_path
+        if _has_any(path, TOKENIZER_FILES, kwargs):
+            return super().from_pretrained(path, *args, **kwargs)
+        if not kwargs.get("_from_auto"):
+            raise OSError(
+                f"{path} has no tokenizer, which {cls.__name__} needs: load the feature extractor alone with "
+                "AutoFeatureExtractor, or save the processor that the model was fine-tuned with beside it."
+            )
+        if _has_any(path, FEATURE_EXTRACTOR_FILES, kwargs):
+            return AutoFeatureExtractor.from_pretrained(path, *args, **kwargs)
+        config = SpearConfig.from_pretrained(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+        return SpearFeatureExtractor(feature_size=config.num_mel_bins)
 
     def __call__(
         self,
@@ -52,6 +86,12 @@ class SpearProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.feature_extractor.model_input_names, "labels"]
+
+
+def _has_any(path, names: tuple[str, ...], kwargs: dict) -> bool:
+    """Whether the folder or repository has a file of one of these names."""
+    options = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    return any(cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options) for name in names)
 
 
 __all__ = ["SpearProcessor"]
