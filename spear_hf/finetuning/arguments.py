@@ -70,8 +70,8 @@ class DataArguments:
     )
     audio_column: str = field(default="audio", metadata={"help": "Column of a dataset of the Hub."})
     max_seconds: float = field(default=20.0, metadata={"help": "Longest audio to train on, in seconds."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many evaluation rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training rows, at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many evaluation rows, at random."})
 
     def __post_init__(self) -> None:
         if not 0 < self.eval_share < 1:

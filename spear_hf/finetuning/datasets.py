@@ -39,7 +39,11 @@ REPORTED = 5  # bad files that an error names
 
 
 def load_rows(
-    source: str, columns: Sequence[str], split: str | None = None, arguments: DataArguments | None = None
+    source: str,
+    columns: Sequence[str],
+    split: str | None = None,
+    arguments: DataArguments | None = None,
+    unchanged: Sequence[str] = (),
 ) -> Dataset:
     """The rows of a source, with `id`, `audio`, `length` and `columns` as the module says; audio is not decoded.
 
@@ -50,13 +54,14 @@ def load_rows(
             transcript is the text file of its name (a.wav, a.txt).
         split: of the source; by default `train` on the Hub, and all rows of a folder or a manifest.
         arguments: for `dataset_config`, `audio_column` and `where`.
+        unchanged: more columns, of values that are not texts.
 
     Raises:
         ValueError: no such source, split or column, a file that is no audio, or nothing left. It names the culprit.
     """
     arguments = arguments or DataArguments()
     dataset = _local_rows(source, split) if is_local(source) else _hub_rows(source, split, arguments)
-    for column in (*columns, *(condition.split("=", 1)[0] for condition in arguments.where)):
+    for column in (*columns, *unchanged, *(condition.split("=", 1)[0] for condition in arguments.where)):
         if column not in dataset.column_names:
             raise ValueError(f"{source} has no column {column!r}; it has: {', '.join(dataset.column_names)}")
     for condition in arguments.where:
@@ -68,7 +73,8 @@ def load_rows(
             raise ValueError(f"where {condition}: no row of {source} is left; its {column} holds {found}")
         dataset = dataset.select(kept)
     texts = {column: texts_of(dataset, column) for column in columns}
-    rows = dataset.select_columns([name for name in ("id", "audio", "length") if name in dataset.column_names])
+    known = ("id", "audio", "length", *unchanged)
+    rows = dataset.select_columns([name for name in known if name in dataset.column_names])
     if "length" not in rows.column_names:
         rows = rows.add_column("length", _lengths(rows))
     for column, values in texts.items():
@@ -107,14 +113,16 @@ def decode_row(row: dict[str, Any]) -> np.ndarray:
     return load_audio(_file(row["id"], row["audio"]))
 
 
-def train_and_eval_rows(arguments: DataArguments, columns: Sequence[str], seed: int) -> tuple[Dataset, Dataset]:
+def train_and_eval_rows(
+    arguments: DataArguments, columns: Sequence[str], seed: int, unchanged: Sequence[str] = ()
+) -> tuple[Dataset, Dataset]:
     """The rows that the arguments name for training and for evaluation, the latter sorted by length.
 
     Without an evaluation split or dataset, `eval_share` of the training rows, chosen by the seed, are held out.
     """
     if arguments.dataset is None:
         raise ValueError("dataset is not set: name a folder, a manifest or a dataset of the Hub (or try --smoke)")
-    train = load_rows(arguments.dataset, columns, arguments.train_split, arguments)
+    train = load_rows(arguments.dataset, columns, arguments.train_split, arguments, unchanged)
     if arguments.eval_dataset is None and arguments.eval_split is None:
         if len(train) < 2:
             raise ValueError(f"{arguments.dataset} has {len(train)} row: none can be held out for the evaluation")
@@ -124,12 +132,17 @@ def train_and_eval_rows(arguments: DataArguments, columns: Sequence[str], seed: 
         train = train.select(sorted(order[held_out:].tolist()))
     else:
         source = arguments.eval_dataset or arguments.dataset
-        evaluation = load_rows(source, columns, arguments.eval_split, arguments)
-    if arguments.max_train_samples is not None:
-        train = train.select(range(min(len(train), arguments.max_train_samples)))
-    if arguments.max_eval_samples is not None:
-        evaluation = evaluation.select(range(min(len(evaluation), arguments.max_eval_samples)))
+        evaluation = load_rows(source, columns, arguments.eval_split, arguments, unchanged)
+    train = _some_rows(train, arguments.max_train_samples, seed)
+    evaluation = _some_rows(evaluation, arguments.max_eval_samples, seed)
     return train, evaluation.select(np.argsort(evaluation["length"], kind="stable"))
+
+
+def _some_rows(dataset: Dataset, number: int | None, seed: int) -> Dataset:
+    """At most so many rows, chosen by the seed, in their order."""
+    if number is None or number >= len(dataset):
+        return dataset
+    return dataset.select(np.sort(keyed_generator(seed, "some rows").permutation(len(dataset))[:number]))
 
 
 def without_long_rows(dataset: Dataset, max_seconds: float) -> Dataset:
