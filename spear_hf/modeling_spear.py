@@ -44,12 +44,12 @@ PUBLISHED_NAMES = {
 }
 
 
-@dataclass
 @auto_docstring(
     custom_intro="""
     Base class of the encoder's outputs, with the attention mask at the encoder's frame rate.
     """
 )
+@dataclass
 class SpearModelOutput(BaseModelOutput):
     r"""
     attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -60,22 +60,29 @@ class SpearModelOutput(BaseModelOutput):
     attention_mask: torch.Tensor | None = None
 
 
-@dataclass
 @auto_docstring(
     custom_intro="""
     Output of [`SpearForPreTraining`].
     """
 )
+@dataclass
 class SpearForPreTrainingOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when labels are given):
         Weighted sum of the teachers' losses per target frame (paper, masked prediction of multi-codebook tokens).
-    speech_loss, audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Mean cross-entropy over all target frames and codebooks of the teacher, unweighted.
-    speech_masked_accuracy, speech_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Share of the codebook entries that the speech teacher's classifiers get right; NaN without such frames.
-    audio_masked_accuracy, audio_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+    speech_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Mean cross-entropy over all target frames and codebooks of the speech teacher, unweighted.
+    audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         The same for the audio teacher.
+    speech_masked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Share of the codebook entries of masked frames that the speech teacher's classifiers get right; NaN without
+        such frames.
+    speech_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        The same for unmasked frames.
+    audio_masked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        As for speech, for the audio teacher.
+    audio_unmasked_accuracy (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        As for speech, for the audio teacher.
     statistics (`torch.FloatTensor` of shape `(num_teachers, 2, 3)`, *optional*):
         Per teacher (speech, audio, then others by name), on masked (0) and unmasked (1) frames: the sum of the frames'
         losses, the sum of their accuracies and their number. Sums of these over batches and ranks give exact means.
@@ -192,8 +199,11 @@ class SpearTimeSharedDropout(nn.Module):
 
 
 class SpearFeedForward(nn.Module):
-    def __init__(self, config: SpearConfig, intermediate_size: int):
+    """Two linear layers, with so many quarters of `config.intermediate_size` between them."""
+
+    def __init__(self, config: SpearConfig, quarters: int):
         super().__init__()
+        intermediate_size = config.intermediate_size * quarters // 4
         self.in_proj = with_init_scale(nn.Linear(config.hidden_size, intermediate_size))
         self.dropout = SpearTimeSharedDropout(config.hidden_dropout)
         self.out_proj = with_init_scale(nn.Linear(intermediate_size, config.hidden_size), 0.1)
@@ -292,13 +302,13 @@ class SpearConvolution(nn.Module):
 class SpearLayer(GradientCheckpointingLayer):
     def __init__(self, config: SpearConfig, kernel_size: int):
         super().__init__()
-        size, inner = config.hidden_size, config.intermediate_size
+        size = config.hidden_size
         self.self_attn_weights = SpearAttentionWeights(config)
         self.self_attn1 = SpearSelfAttention(config)
         self.self_attn2 = SpearSelfAttention(config)
-        self.feed_forward1 = SpearFeedForward(config, inner * 3 // 4)
-        self.feed_forward2 = SpearFeedForward(config, inner)
-        self.feed_forward3 = SpearFeedForward(config, inner * 5 // 4)
+        self.feed_forward1 = SpearFeedForward(config, 3)
+        self.feed_forward2 = SpearFeedForward(config, 4)
+        self.feed_forward3 = SpearFeedForward(config, 5)
         self.nonlin_attention = SpearNonlinAttention(config)
         self.conv_module1 = SpearConvolution(config, kernel_size)
         self.conv_module2 = SpearConvolution(config, kernel_size)
@@ -530,6 +540,7 @@ class SpearPreTrainedModel(PreTrainedModel):
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
         """Encoder frames of so many frames of the 100 Hz filter bank; works on integers and on tensors of them."""
         lengths = (input_lengths - 7) // 2
+        # CODEPATH: published models end at 50 Hz, or some speech-audio models of version 1 at 25 Hz.
         if self.config.output_downsampling_factor == 2:
             lengths = (lengths + 1) // 2
         return lengths
@@ -558,9 +569,10 @@ class SpearModel(SpearPreTrainedModel):
                 for stack_idx, factor in enumerate(config.downsampling_factors)
             ]
         )
-        self.output_downsample = (
-            SpearDownsample(config.output_downsampling_factor) if config.output_downsampling_factor > 1 else None
-        )
+        self.output_downsample = None
+        # CODEPATH: see `_get_feat_extract_output_lengths`.
+        if config.output_downsampling_factor > 1:
+            self.output_downsample = SpearDownsample(config.output_downsampling_factor)
         self.post_init()
 
     def _mask_input_features(
@@ -570,13 +582,16 @@ class SpearModel(SpearPreTrainedModel):
         mask_feature_indices: torch.Tensor | None,
     ) -> torch.Tensor:
         """Zero whole mel bins, then put the mask embedding in place of whole frames (paper section 3)."""
+        # CODEPATH: for fine-tuning; off in all published models.
         if self.training and self.config.apply_spec_augment:
             batch, frames, bins = input_features.shape
             device = input_features.device
+            # CODEPATH: fine-tuned models only, as above.
             if mask_time_indices is None and self.config.mask_time_prob > 0:
                 mask_time_indices = random_spans(
                     (batch, frames), self.config.mask_time_prob, self.config.mask_time_length, device
                 )
+            # CODEPATH: fine-tuned models only, as above.
             if mask_feature_indices is None and self.config.mask_feature_prob > 0:
                 mask_feature_indices = random_spans(
                     (batch, bins), self.config.mask_feature_prob, self.config.mask_feature_length, device
@@ -664,9 +679,12 @@ def random_spans(shape: tuple[int, int], probability: float, length: int, device
     return F.max_pool1d(F.pad(starts, (length - 1, 0))[:, None], length, stride=1)[:, 0] > 0
 
 
+@auto_docstring(
+    custom_intro="""
+    What all heads share: the encoder, its freezing, and the hidden states that the head reads.
+    """
+)
 class SpearHeadModel(SpearPreTrainedModel):
-    """What all heads share: the encoder, its freezing, and the hidden states that the head reads."""
-
     accepts_loss_kwargs = False  # losses are means of a batch: the Trainer divides them by the accumulation steps
     uses_layer_weights = False
 
@@ -674,6 +692,7 @@ class SpearHeadModel(SpearPreTrainedModel):
         super().__init__(config)
         self.spear = SpearModel(config)
         self.layer_weights = None
+        # CODEPATH: probes in the manner of SUPERB have the weights, other fine-tuned models have not.
         if self.uses_layer_weights and config.use_weighted_layer_sum:
             self.layer_weights = nn.Parameter(torch.empty(config.num_hidden_layers + 1))
 
