@@ -11,8 +11,8 @@
         --dataset me/meetings --segment_column segments --output_dir runs/meetings --push_to_hub
 
 Segments are a table with the columns id (as in the manifest; without ids there, and in folders, the path), start and
-end (seconds) and label; or a column of a Hub dataset with lists of {"start", "end", "label"}. What no segment covers
-is --background_label; with --multi_label segments may overlap, and what none covers has no label. The result is a folder
+end (seconds) and label; or a column of a Hub dataset with lists of {"start", "end", "label"}. What none covers is
+--background_label; with --multi_label segments may overlap, and what none covers has no label. The result is a folder
 that AutoModelForAudioFrameClassification and AutoFeatureExtractor load, with the metrics (F1 and accuracy of frames)
 and a plot of the loss. All arguments of transformers.TrainingArguments are taken: --help lists them. A training goes
 on with --resume_from_checkpoint last.

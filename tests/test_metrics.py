@@ -1,0 +1,129 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The local metrics against cases worked out by hand, and against jiwer and scikit-learn on random ones."""
+
+from statistics import NormalDist
+
+import evaluate
+import jiwer
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score
+
+from spear_hf.evaluation.metrics import (
+    Accuracy,
+    CharacterErrorRate,
+    EqualErrorRate,
+    FrameScores,
+    MeanAveragePrecision,
+    MultiLabelFrameScores,
+    WordErrorRate,
+)
+
+
+ALL = (
+    Accuracy,
+    CharacterErrorRate,
+    EqualErrorRate,
+    FrameScores,
+    MeanAveragePrecision,
+    MultiLabelFrameScores,
+    WordErrorRate,
+)
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_is_an_evaluate_metric(metric):
+    assert isinstance(metric(), evaluate.Metric)
+
+
+def test_word_error_rate_is_of_all_words():
+    # One of four words wrong and one of one: 2 / 5, where the mean of the two rates would be 0.625.
+    references = ["the cat sat down", "yes"]
+    result = WordErrorRate().compute(predictions=["the cat sat up", "no"], references=references)
+    assert result == {"wer": pytest.approx(2 / 5)}
+    # A deletion and an insertion; nothing written at all.
+    assert WordErrorRate().compute(predictions=["cat sat down now"], references=references[:1])["wer"] == 2 / 4
+    assert WordErrorRate().compute(predictions=[""], references=["a b"])["wer"] == 1.0
+
+
+def test_character_error_rate():
+    result = CharacterErrorRate().compute(predictions=["abd", "xy"], references=["abc", "xyz"])
+    assert result == {"cer": pytest.approx(2 / 6)}
+
+
+def test_error_rates_agree_with_jiwer():
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(list("abcd"), size=6)) for _ in range(40)]
+    references, predictions = texts[:20], texts[20:]
+    assert WordErrorRate().compute(predictions=predictions, references=references)["wer"] == jiwer.wer(
+        references, predictions
+    )
+    assert CharacterErrorRate().compute(predictions=predictions, references=references)["cer"] == jiwer.cer(
+        references, predictions
+    )
+
+
+def test_accuracy():
+    assert Accuracy().compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
+
+
+def test_mean_average_precision():
+    # Class 0: positives at ranks 1 and 3, (1/1 + 2/3) / 2. Class 1: no positive. Class 2: first.
+    scores = [[0.9, 0.5, 0.2], [0.8, 0.5, 0.9], [0.1, 0.5, 0.3]]
+    truth = [[1, 0, 0], [0, 0, 1], [1, 0, 0]]
+    result = MeanAveragePrecision().compute(predictions=scores, references=truth)
+    assert result == {"map": pytest.approx((5 / 6 + 1) / 2), "classes": 2}
+    with pytest.raises(ValueError, match="no class has a positive among the 1"):
+        MeanAveragePrecision().compute(predictions=[[0.5, 0.5]], references=[[0, 0]])
+
+
+def test_mean_average_precision_agrees_with_scikit_learn():
+    generator = np.random.default_rng(1)
+    scores = generator.random((50, 4)).astype(np.float32)
+    truth = (generator.random((50, 4)) < 0.3).astype(int)
+    result = MeanAveragePrecision().compute(predictions=scores.tolist(), references=truth.tolist())
+    assert result["map"] == pytest.approx(average_precision_score(truth, scores, average="macro"))
+
+
+def test_frame_scores():
+    # Class 0: precision 2/3, recall 1; class 1: precision 1, recall 1/2.
+    result = FrameScores().compute(predictions=[0, 0, 0, 1], references=[0, 0, 1, 1])
+    assert result == {"frame_accuracy": 0.75, "frame_f1": pytest.approx((0.8 + 2 / 3) / 2)}
+
+
+def test_multi_label_frame_scores():
+    guess, truth = [[1, 0, 0], [1, 1, 0], [0, 0, 0]], [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    result = MultiLabelFrameScores().compute(predictions=guess, references=truth)
+    # Class 0: one hit, one false, one missed. Class 1: right. Class 2 does not occur.
+    assert result == {"frame_f1": pytest.approx((0.5 + 1) / 2), "frame_micro_f1": pytest.approx(4 / 6)}
+    assert result["frame_micro_f1"] == pytest.approx(f1_score(truth, guess, average="micro"))
+    with pytest.raises(ValueError, match="no class occurs"):
+        MultiLabelFrameScores().compute(predictions=[[0]], references=[[0]])
+
+
+@pytest.mark.parametrize(
+    ("same", "different", "expected"),
+    [
+        ([0.9, 0.8], [0.2, 0.1], 0.0),
+        ([0.1, 0.2], [0.8, 0.9], 1.0),
+        ([0.9, 0.4], [0.6, 0.1], 0.5),
+        # From (accepted 0, missed 1/3) at 0.8 to (1/2, 1/3) at 0.7: they meet at 1/3.
+        ([0.9, 0.8, 0.3], [0.7, 0.2], 1 / 3),
+    ],
+)
+def test_equal_error_rate(same, different, expected):
+    scores, truth = [*same, *different], [1] * len(same) + [0] * len(different)
+    assert EqualErrorRate().compute(predictions=scores, references=truth)["eer"] == pytest.approx(expected)
+
+
+def test_equal_error_rate_of_two_gaussians():
+    generator = np.random.default_rng(2)
+    scores = np.concatenate([generator.normal(1, 1, 5000), generator.normal(-1, 1, 20000)])
+    result = EqualErrorRate().compute(predictions=scores.tolist(), references=[1] * 5000 + [0] * 20000)
+    assert result["eer"] == pytest.approx(NormalDist().cdf(-1), abs=0.01)
+    assert result["eer_threshold"] == pytest.approx(0.0, abs=0.05)
+
+
+def test_equal_error_rate_needs_both_kinds():
+    with pytest.raises(ValueError, match="2 of 2 trials are of the same speaker"):
+        EqualErrorRate().compute(predictions=[0.1, 0.2], references=[1, 1])
