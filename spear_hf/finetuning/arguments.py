@@ -138,7 +138,7 @@ def parse_arguments(
         training = next(arguments for arguments in parsed if isinstance(arguments, FineTuningArguments))
         _resolve_checkpoint(training)
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")  # parser.error would print 200 lines of usage before it
     set_seed(training.seed)
     return tuple(parsed)
 

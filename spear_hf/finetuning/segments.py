@@ -70,8 +70,8 @@ def _segment(row: dict[str, Any], place: str) -> Segment:
 class FrameGrid:
     """Times of the encoder's frames.
 
-    A frame at 50 Hz sees 7 frames of the filter bank, of which the first are 20 ms apart and the fourth has its
-    centre 35 ms after the first one's beginning. A frame at 25 Hz is the mean of two of these.
+    Frame t at 50 Hz sees the frames 2t to 2t + 8 of the filter bank, of which 2t + 4, in the middle, lies around
+    20t + 45 ms. A frame at 25 Hz is a mean of two of these.
     """
 
     downsampling: int = 1
@@ -89,7 +89,7 @@ class FrameGrid:
 
     def centres(self, frames: int) -> np.ndarray:
         """Seconds (frames,) from the first sample to the centres of the frames."""
-        return 0.035 + 0.01 * (self.downsampling - 1) + self.seconds * np.arange(frames)
+        return 0.045 + 0.01 * (self.downsampling - 1) + self.seconds * np.arange(frames)
 
     def labels(
         self,
