@@ -701,6 +701,11 @@ class SpearHeadModel(SpearPreTrainedModel):
         for param in self.spear.parameters():
             param.requires_grad = False
 
+    def freeze_feature_encoder(self):
+        """Stop the gradients of the convolutional stem, the counterpart of Wav2Vec2's feature encoder."""
+        for param in self.spear.stem.parameters():
+            param.requires_grad = False
+
     def _encode(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor, SpearModelOutput]:

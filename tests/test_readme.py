@@ -65,6 +65,8 @@ def test_python_and_shell_blocks_run(reader):
     assert "9 torch.Size([2, 32])" in outputs[0]
     assert "set() set()" in outputs[0]
     assert "(49, 4) uint8" in outputs[2]
+    assert "3 ['chunks', 'text']" in outputs[2]
+    assert {path.name for path in (reader / "my-asr").glob("*.json")} >= {"preprocessor_config.json", "vocab.json"}
     assert (reader / "embeddings.safetensors").is_file()
     for run in ("mine", "mine2"):
         assert (reader / "runs" / run / "final" / "model.safetensors").is_file()

@@ -275,6 +275,13 @@ def test_freeze_base_model(model_class):
         assert (parameter.grad is None) == name.startswith("spear."), name
 
 
+def test_freeze_feature_encoder():
+    model = tiny_model(SpearForCTC).train()
+    model.freeze_feature_encoder()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"spear.stem.{name}" for name, _ in model.spear.stem.named_parameters()}
+
+
 @every_model
 @torch.no_grad()
 def test_compiles_without_graph_breaks(model_class):
