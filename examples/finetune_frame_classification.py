@@ -159,7 +159,7 @@ def fine_tune(
     """The metrics of the evaluation."""
     config = load_config(model_arguments)
     if data.dataset == BUNDLED:
-        source, table = bundled_data(Path(str(args.output_dir)) / "bundled_data")
+        source, table = bundled_data(Path(str(args.output_dir)) / "_bundled_data")  # a name that is not pushed
         train_split, eval_split = SMOKE_FILES
         data = replace(data, dataset=source, train_split=train_split, eval_split=eval_split)
         arguments = replace(arguments, segments=table)

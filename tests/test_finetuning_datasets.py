@@ -24,10 +24,12 @@ from spear_hf.finetuning.models import class_ids, load_config, load_feature_extr
 from spear_hf.finetuning.transcripts import ctc_tokenizer
 
 
-def write_wav(path, samples, seed=0, rate=16000):
-    """Noise."""
+def write_wav(path, samples, seed=0, rate=16000, period=0):
+    """Noise, or pulses of a period of so many samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(-8000, 8000, samples).astype("<i2")
+    if period:
+        noise = (8000 * (np.arange(samples) % period < 4)).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes(noise.tobytes())

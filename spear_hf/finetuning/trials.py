@@ -65,6 +65,7 @@ def all_pairs(speakers: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.nd
 
 def cosine_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosines (trials,) between the embeddings (rows, dim) of the pairs (trials, 2)."""
+    embeddings = embeddings.astype(np.float64)  # cosines near 1 would be rounded to the same number
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     units = embeddings / np.maximum(norms, 1e-12)
     return np.einsum("td,td->t", units[pairs[:, 0]], units[pairs[:, 1]])
