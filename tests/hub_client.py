@@ -127,6 +127,24 @@ def without_package(task: dict, folder: Path) -> None:
     save(folder, results, tensors)
 
 
+def quantizer(task: dict, folder: Path) -> None:
+    """Uploads a quantiser under each name of the task, and loads what is there then; errors stand for what failed."""
+    from spear_hf.mvq import MultiCodebookQuantizer
+
+    results: dict[str, dict] = {}
+    for name, (repo_id, settings) in task["calls"].items():
+        results[name] = {}
+        try:
+            results[name]["url"] = MultiCodebookQuantizer.from_pretrained(task["source"]).push_to_hub(
+                repo_id, **settings
+            )
+            again = MultiCodebookQuantizer.from_pretrained(repo_id, revision=settings.get("revision", "main"))
+            results[name]["id"] = again.quantizer_id
+        except Exception as error:  # what the client's transport raises when it is hung up on
+            results[name]["error"] = f"{type(error).__name__}: {error}"
+    write(folder / "results.json", results)
+
+
 def save(folder: Path, results: dict, tensors: dict[str, torch.Tensor]) -> None:
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / "tensors.safetensors")
@@ -144,7 +162,9 @@ def main() -> None:
     role, folder = sys.argv[1], Path(sys.argv[2])
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    {"publish": published, "load": loaded, "without_package": without_package}[role](task, folder)
+    {"publish": published, "load": loaded, "without_package": without_package, "quantizer": quantizer}[role](
+        task, folder
+    )
 
 
 if __name__ == "__main__":

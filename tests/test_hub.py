@@ -24,6 +24,7 @@ from spear_hf.hub import publish
 from spear_hf.hub_card import write_card
 from spear_hf.hub_checks import check_card
 from spear_hf.hub_staging import AUTO_CLASSES, CODE_FILES, MODEL_CLASSES, stage
+from spear_hf.mvq import MultiCodebookQuantizer
 
 from .hub_server import HubServer
 
@@ -461,3 +462,33 @@ def test_an_upload_that_is_cut_off(hub, publisher):
     assert result["commit"] == repo.branches["main"]
     assert len(repo.history()) == 2
     assert repo.files() == hub.repos[ENCODER].files()
+
+
+def test_a_quantizer_is_uploaded_whole_or_not_at_all(hub, tmp_path):
+    torch.manual_seed(0)
+    quantizer = MultiCodebookQuantizer(feature_size=8, codebook_size=16, num_codebooks=2)
+    quantizer.save_pretrained(tmp_path / "source")
+    hub.drop("tester/q-commit", "commit")
+    hub.drop("tester/q-upload", "upload")
+    calls = {
+        "good": ["tester/q", {}],
+        "branch": ["tester/q", {"revision": "dev", "private": False}],
+        "public": ["tester/q", {"private": True}],
+        "cut": ["tester/q-commit", {"private": True}],
+        "cut again": ["tester/q-commit", {"private": True}],
+        "slow": ["tester/q-upload", {}],
+        "not ours": ["someone/q", {}],
+    }
+    client = Client(hub, "quantizer", tmp_path, {"calls": calls, "source": str(tmp_path / "source")})
+    results = client.result()
+    good = {"good", "branch", "cut again", "slow"}
+    assert {name for name, result in results.items() if result.get("id") == quantizer.quantizer_id} == good
+    assert {name for name, result in results.items() if "error" in result} == results.keys() - good
+    assert "ValueError: tester/q exists and is public" in results["public"]["error"]
+    for repo_id in ("tester/q", "tester/q-commit", "tester/q-upload"):
+        history = hub.repos[repo_id].history()
+        assert len(history) == 2  # the empty one, and one with both files
+        assert {"config.json", "model.safetensors"} <= history[0].files.keys()
+        assert not {"config.json", "model.safetensors"} & history[1].files.keys()
+    assert hub.repos["tester/q"].files("dev") == hub.repos["tester/q"].files()
+    assert hub.repos["tester/q-commit"].private

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -304,19 +305,34 @@ class MultiCodebookQuantizer(nn.Module):
         commit_message: str = "Upload quantizer",
         create_pr: bool = False,
     ) -> str:
-        """Uploads what `save_pretrained` writes to a model repository, made if need be; the commit's address."""
-        from huggingface_hub import HfApi
+        """Uploads what `save_pretrained` writes to a model repository, made if need be; the commit's address.
+
+        Both files go in one commit on the branch as it was found: an upload that breaks off leaves the branch as it
+        was, and the same call again goes on. The branch `revision` is made if need be.
+
+        Raises:
+            ValueError: `private` was asked for, and the repository is there and public.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refused, for instance as somebody committed meanwhile.
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        found = api.model_info(repo_id, revision=revision)
+        if private and found.private is False:
+            raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or choose another.")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+            # Not upload_folder, which since huggingface_hub 2 may spread its files over several commits.
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path.name, path) for path in sorted(Path(folder).iterdir())],
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=found.sha,
             )
         return str(commit.commit_url)
 
