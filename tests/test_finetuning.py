@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForSequenceClassification
 from spear_hf.data.audio import AudioError
 from spear_hf.finetuning.arguments import FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import ClassificationCollator, CTCCollator, FrameCollator, mix
 from spear_hf.finetuning.epochs import EpochCounter
-from spear_hf.finetuning.optimization import scale_learning_rate
+from spear_hf.finetuning.optimization import FreezeThenThaw, scale_learning_rate
 from spear_hf.finetuning.sampling import LengthGroupedSampler, WeightedSampler, balancing_weights
 from spear_hf.finetuning.segments import FrameGrid, Segment, read_segments
 from spear_hf.finetuning.trainer import CTCTrainer, FineTuningTrainer
@@ -222,6 +224,24 @@ def test_segment_tables(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class EpochOf:
+    """A collator that gives the epoch."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def __call__(self, rows):
+        return self.epochs.value
+
+
+def test_epochs_reach_living_workers():
+    counter = at_epoch(0)
+    loader = DataLoader([1, 2], batch_size=1, num_workers=1, persistent_workers=True, collate_fn=EpochOf(counter))
+    assert list(loader) == [0, 0]
+    counter.on_epoch_begin(None, type("State", (), {"epoch": 3.0}), None)
+    assert list(loader) == [3, 3]
+
+
 def test_balancing_weights():
     weights = balancing_weights([[0], [0], [0, 1], [], [0]], 2)
     assert weights.tolist() == [0.25, 0.25, 1.25, 0.25, 0.25]
@@ -387,6 +407,41 @@ def test_frozen_for_good(rows, tmp_path):
     trainer.train()
     assert torch.equal(recorder.encoder[0], recorder.encoder[-1])
     assert not torch.equal(recorder.head[0], recorder.head[-1])
+
+
+def test_thawed_parameters_are_reduced_over_ranks(rows, tmp_path):
+    """DistributedDataParallel as the Trainer wraps: around the thawed model, before the callback freezes it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = SpearForSequenceClassification(SpearConfig(**TINY, num_labels=3)).eval()
+        batch = ClassificationCollator(SpearFeatureExtractor())(rows[:3])
+        model(**batch).loss.backward()
+        expected = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+        model.zero_grad()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+
+        def twice(_, bucket):  # in place of the mean over ranks: shows what has gone through it
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer() * 2)
+            return future
+
+        wrapped.register_comm_hook(None, twice)
+        callback = FreezeThenThaw(2)
+        state = type("State", (), {"global_step": 0, "max_steps": 4})
+        callback.on_train_begin(None, state, None, model=model)
+        for step in range(4):
+            state.global_step = step
+            callback.on_step_begin(None, state, None)
+            model.zero_grad()
+            wrapped(**batch).loss.backward()
+            for name, value in model.named_parameters():
+                if step < 2 and name.startswith("spear."):
+                    assert value.grad is None, name
+                elif name in expected:
+                    assert torch.allclose(value.grad, 2 * expected[name], rtol=1e-4, atol=1e-7), (step, name)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("multi_label", [False, True], ids=["group_by_length", "weighted sampling and mixup"])
