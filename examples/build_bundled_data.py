@@ -11,6 +11,7 @@ CC-BY, CC-BY-SA, MIT or BSD-like terms are taken; ``OUT/licences`` gets one lice
     apt-get update                                   # as root, where the package lists are old
     python examples/build_bundled_data.py examples/data --cache /tmp/debian-audio
 
+OUT/phones.tsv has the phones of the clips of the probe 'phones', without pauses: id, start, end (seconds), label.
 OUT/manifest.jsonl has one JSON object a line: id, path (relative to the manifest), domain ("speech" | "audio"), split
 ("pretrain" | "heldout" | "probe_train" | "probe_test"), probe, label, transcript, language, speaker, licence, source
 (Debian package), num_samples (as decoded by soundfile), sampling_rate, sha256.
@@ -67,6 +68,7 @@ SOURCES = {
 SPEAKERS = {"en": "allison-smith", "es": "allison-smith", "fr": "june-wallack", "it": "carlo-flora", "ru": "ivrvoice"}
 # Seconds of speech for ("heldout", "pretrain"); more English, which has the CTC example.
 SPEECH_SECONDS = {"en": (20, 220), "es": (10, 72), "fr": (10, 72), "it": (10, 72), "ru": (10, 72), "festvox": (10, 72)}
+PHONE_SENTENCES = 16  # of the probe 'phones', on each side
 # General MIDI programs of a family (8 each). Programs which share samples in FluidR3 are on the same side.
 # fmt: off
 TEST_PROGRAMS = {
@@ -105,6 +107,7 @@ class Clip:
     transcript: str | None = None
     language: str | None = None
     speaker: str | None = None
+    segments: list[tuple[str, float, float]] | None = None
 
     @property
     def id(self) -> str:
@@ -275,11 +278,7 @@ def speech(packages: Packages) -> Iterator[Clip]:
         language = "ru" if group == "festvox" else group
         if group == "festvox":
             source, speaker = "festvox-ru", "festvox-nsh"
-            root = packages(source)
-            (path,) = root.rglob("txt.done.data")
-            found = re.findall(r'\(\s*(\S+)\s+"(.*)"\s*\)', path.read_text(encoding="utf-8"))
-            texts = {name: text.replace("+", "") for name, text in found}  # '+' marks the stressed vowel
-            files = {p.stem: p for p in root.rglob("*.wav")}
+            texts, files = festvox_texts(packages(source))
         else:
             source, speaker = CORE.format(group), SPEAKERS[group]
             texts, files = core_texts(packages, group), voice(packages, source)
@@ -342,6 +341,39 @@ def audio(packages: Packages) -> Iterator[Clip]:
     for path in sorted(root.rglob("samples/*.flac")):
         if (path.name, "CC0") in terms:
             yield from excerpts(root, path, "sonic-pi-samples", path.stem.split("_")[0], 1)
+
+
+def festvox_texts(root: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """Sentence -> transcript, sentence -> recording."""
+    (path,) = root.rglob("txt.done.data")
+    found = re.findall(r'\(\s*(\S+)\s+"(.*)"\s*\)', path.read_text(encoding="utf-8"))
+    texts = {name: text.replace("+", "") for name, text in found}  # '+' marks the stressed vowel
+    return texts, {path.stem: path for path in root.rglob("*.wav")}
+
+
+def phones(packages: Packages, taken: set[str | None]) -> Iterator[Clip]:
+    """Read Russian with its phones, of a voice for speech synthesis: the probe 'phones', without the texts `taken`."""
+    root = packages("festvox-ru")
+    texts, files = festvox_texts(root)
+    (catalogue,) = root.rglob("*.catalogue")
+    segments: dict[str, list[tuple[str, float, float]]] = {}
+    for name, recording, start, _, end in (
+        line.split() for line in catalogue.read_text().splitlines() if line.count(" ") == 4
+    ):
+        if not name.startswith("pau_"):
+            found = segments.setdefault(recording, [])
+            found.append((name.rsplit("_", 1)[0], round(float(start), 3), round(float(end), 3)))
+    names = [
+        name
+        for name in sorted(set(texts) & set(files) & set(segments), key=digest)
+        if texts[name] not in taken and 2 <= seconds(files[name]) <= 8
+    ]
+    for place, name in enumerate(names[: 2 * PHONE_SENTENCES]):
+        yield Clip(
+            "festvox-ru", f"phones {name}", "speech", "probe_train" if place < PHONE_SENTENCES else "probe_test",
+            functools.partial(decode, files[name]), "phones", None, texts[name], "ru", "festvox-nsh",
+            segments[name],
+        )  # fmt: skip
 
 
 def rendered(packages: Packages) -> Iterator[Clip]:
@@ -479,6 +511,7 @@ def main() -> None:
     args = parser.parse_args()
     packages = Packages(args.cache)
     clips = [*speech(packages), *audio(packages), *rendered(packages), *spoken_words(packages)]
+    clips += phones(packages, {clip.transcript for clip in clips})
     if len({clip.id for clip in clips}) != len(clips):
         raise RuntimeError("two clips have the same id")
     for folder in ("audio", "licences"):
@@ -489,6 +522,10 @@ def main() -> None:
     rows = [row for clip in tqdm(clips, unit="clip") if (row := write(clip, args.out))]
     manifest = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (args.out / "manifest.jsonl").write_text(manifest, encoding="utf-8")
+    lines = ["id\tstart\tend\tlabel"]
+    for clip in clips:
+        lines += [f"{clip.id}\t{start:g}\t{end:g}\t{label}" for label, start, end in clip.segments or []]
+    (args.out / "phones.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     report(rows, args.out)
 
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForCTC, EvalPrediction, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearProcessor
+from spear_hf.data.segments import FrameGrid
 from spear_hf.evaluation.metrics import CharacterErrorRate, WordErrorRate
 from spear_hf.finetuning.arguments import DataArguments, FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import IGNORED, CTCCollator
@@ -34,7 +35,6 @@ from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model
 from spear_hf.finetuning.reporting import run
-from spear_hf.finetuning.segments import FrameGrid
 from spear_hf.finetuning.trainer import CTCTrainer
 from spear_hf.finetuning.transcripts import ctc_tokenizer, normalize
 from spear_hf.pretraining.corpus import BUNDLED

@@ -33,6 +33,7 @@ from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from spear_hf.data.audio import SAMPLING_RATE
 from spear_hf.data.manifest import MANIFEST_NAME
+from spear_hf.data.segments import COLUMNS, FrameGrid, read_segments
 from spear_hf.evaluation.metrics import FrameScores, MultiLabelFrameScores
 from spear_hf.finetuning.arguments import DataArguments, FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import IGNORED, FrameCollator
@@ -40,7 +41,6 @@ from spear_hf.finetuning.datasets import decode_row, load_rows, train_and_eval_r
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model, set_labels
 from spear_hf.finetuning.reporting import run
-from spear_hf.finetuning.segments import COLUMNS, FrameGrid, read_segments
 from spear_hf.finetuning.trainer import FineTuningTrainer
 from spear_hf.pretraining.corpus import BUNDLED
 

@@ -144,6 +144,20 @@ def test_labels_of_a_crop_are_the_tokens_of_its_place(prepared):
     assert len(starts) > 1
 
 
+@pytest.mark.parametrize("seconds", [1.2, 30.0])
+def test_an_offset_takes_later_tokens(prepared, seconds):
+    now, later = (
+        make_dataset(prepared, max_seconds=seconds),
+        make_dataset(prepared, max_seconds=seconds, offsets={"speech": 2}),
+    )
+    for index in range(len(now)):
+        plain, shifted = (dataset.example(index, epoch=1).labels for dataset in (now, later))
+        known = (plain["speech"][2:] != -100) & (shifted["speech"][:-2] != -100)
+        assert known.mean() > 0.9
+        assert np.array_equal(shifted["speech"][:-2][known], plain["speech"][2:][known])
+        assert plain.get("audio") is None or np.array_equal(plain["audio"], shifted["audio"])
+
+
 def test_masks_and_crops_change_with_the_epoch_only(prepared):
     one, other = make_dataset(prepared, cache_audio=True), make_dataset(prepared, cache_audio=True)
     first = one.micro_batch([5, 1], epoch=4)

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForSequenceClassification
 from spear_hf.data.audio import AudioError
+from spear_hf.data.segments import FrameGrid, Segment, read_segments
 from spear_hf.finetuning.arguments import FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import ClassificationCollator, CTCCollator, FrameCollator, mix
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.optimization import FreezeThenThaw, scale_learning_rate
 from spear_hf.finetuning.sampling import LengthGroupedSampler, WeightedSampler, balancing_weights
-from spear_hf.finetuning.segments import FrameGrid, Segment, read_segments
 from spear_hf.finetuning.trainer import CTCTrainer, FineTuningTrainer
 from spear_hf.finetuning.transcripts import character_tokenizer, normalize
 from spear_hf.finetuning.trials import all_pairs, cosine_scores, read_trials

@@ -118,6 +118,7 @@ class PreTrainingDataset:
         seed: of crops and masks.
         max_seconds: longer utterances are cropped, anew in every epoch.
         cache_audio: keep decoded audio in memory.
+        offsets: teacher name -> by how many tokens its labels are taken later; 0 where it is not named.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class PreTrainingDataset:
         seed: int = 0,
         max_seconds: float = 10.0,
         cache_audio: bool = False,
+        offsets: Mapping[str, int] | None = None,
     ) -> None:
         check_tokens(utterances, stores, config)
         self.utterances = list(utterances)
@@ -140,6 +142,7 @@ class PreTrainingDataset:
         self.seed = seed
         self.max_samples = round(max_seconds * SAMPLING_RATE)
         self.frame_rate = SAMPLING_RATE / config.inputs_to_logits_ratio
+        self.offsets = dict(offsets or {})
         self._cache: dict[str, np.ndarray] | None = {} if cache_audio else None
 
     def __len__(self) -> int:
@@ -157,8 +160,9 @@ class PreTrainingDataset:
         """Tokens of the samples [start, stop), aligned: (num_frames, codebooks). `stop` is None at the audio's end."""
         store = self.stores[name]
         rate = store.frame_rate
-        first = round(start * rate / SAMPLING_RATE)
-        last = None if stop is None else math.ceil(stop * rate / SAMPLING_RATE)
+        offset = self.offsets.get(name, 0)
+        first = round(start * rate / SAMPLING_RATE) + offset
+        last = None if stop is None else math.ceil(stop * rate / SAMPLING_RATE) + offset
         try:
             return align_labels(store[utterance_id][first:last], rate, num_frames, self.frame_rate)
         except ValueError as error:

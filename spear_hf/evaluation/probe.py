@@ -20,6 +20,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from ..data.audio import SAMPLING_RATE, load_audio
@@ -99,6 +100,8 @@ class ProbeResult:
     """Labels given to the test utterances, (utterances,)."""
     correct: np.ndarray
     """Whether they are right, bool (utterances,)."""
+    groups: np.ndarray | None = None
+    """What the bootstrap draws instead of single ones (utterances,); see `linear_probe`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, without what is per utterance, for JSON."""
@@ -136,12 +139,15 @@ def linear_probe(
     groups: Sequence[Hashable] | None = None,
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
+    test_groups: Sequence[Hashable] | None = None,
 ) -> ProbeResult:
     """Multinomial logistic regression on standardised features (utterances, features).
 
     `groups` of the training utterances (speakers, instruments, recordings) are kept whole by the folds of the
     cross-validation: name them where the test set has other ones, or the penalty comes out too weak. Where a class has
     a single example or group there is no cross-validation, and the middle one of `penalties` is taken.
+    `test_groups`: what is drawn by the bootstrap, where the test items are no independent draws (segments of
+    recordings).
     """
     train_x, test_x = _checked(train_x, train_y, "training"), _checked(test_x, test_y, "test")
     labels, targets = np.asarray(train_y), np.asarray(test_y)
@@ -151,11 +157,14 @@ def linear_probe(
         raise ValueError(f"There are {len(groups)} groups for {len(labels)} training utterances.")
     if unknown := sorted(set(targets.tolist()) - set(labels.tolist())):
         raise ValueError(f"Test labels that no training utterance has: {', '.join(map(str, unknown[:10]))}.")
-    scores = _validation_scores(train_x, labels, groups, penalties, seed)
-    best = len(penalties) // 2 if scores is None else int(np.argmax(scores))
-    predictions = _fit_predict(train_x, labels, test_x, [penalties[best]])[0]
+    # The solver's steps are of microseconds: threads would wait for each other most of the time (10 times slower).
+    with threadpool_limits(limits=1):
+        scores = _validation_scores(train_x, labels, groups, penalties, seed)
+        best = len(penalties) // 2 if scores is None else int(np.argmax(scores))
+        predictions = _fit_predict(train_x, labels, test_x, [penalties[best]])[0]
     correct = predictions == targets
-    low, high = bootstrap_interval(correct, seed)
+    test_units = None if test_groups is None else np.asarray(test_groups)
+    low, high = bootstrap_interval(correct, seed, groups=test_units)
     return ProbeResult(
         accuracy=float(correct.mean()),
         low=low,
@@ -164,6 +173,7 @@ def linear_probe(
         validation_accuracy=None if scores is None else float(scores[best]),
         predictions=predictions,
         correct=correct,
+        groups=test_units,
     )
 
 
@@ -233,10 +243,14 @@ def _fit_predict(
 
 
 def bootstrap_interval(
-    values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    values: np.ndarray,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    groups: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` (utterances,), utterances drawn with replacement."""
-    low, high = np.quantile(_resampled_means(values, seed, resamples), [(1 - level) / 2, (1 + level) / 2])
+    """Percentile interval of the mean of `values` (utterances,), utterances or whole groups drawn with replacement."""
+    low, high = np.quantile(_resampled_means(values, seed, resamples, groups), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -250,15 +264,20 @@ def paired_difference(
             "needs the same ones in the same order."
         )
     gains = first.correct.astype(np.float64) - second.correct
-    means = _resampled_means(gains, seed, resamples)
+    means = _resampled_means(gains, seed, resamples, first.groups)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Difference(float(gains.mean()), float(low), float(high), float((means > 0).mean()))
 
 
-def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """(resamples,): means of samples of the same size, drawn with replacement."""
+def _resampled_means(values: np.ndarray, seed: int, resamples: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """(resamples,): means of samples of as many values, or groups of values, drawn with replacement."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values must have the shape (utterances,), not {values.shape}.")
     rng = keyed_generator(seed, len(values), "bootstrap")
-    return values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    units = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if len(units) != len(values):
+        raise ValueError(f"There are {len(units)} groups for {len(values)} values.")
+    sums, counts = np.bincount(units, values), np.bincount(units)
+    drawn = rng.integers(len(sums), size=(resamples, len(sums)))
+    return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

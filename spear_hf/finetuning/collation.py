@@ -12,10 +12,10 @@ import torch
 
 from ..data.audio import SAMPLING_RATE
 from ..data.seeding import keyed_generator
+from ..data.segments import FrameGrid, Segment
 from ..feature_extraction_spear import SpearFeatureExtractor
 from .datasets import decode_row
 from .epochs import EpochCounter
-from .segments import FrameGrid, Segment
 
 
 IGNORED = -100

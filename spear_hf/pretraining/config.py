@@ -58,6 +58,10 @@ class TargetConfig:
     weight: float = 1.0
     """Weight of this teacher's loss (paper: speech 1, audio 0.1)."""
 
+    offset: int = 0
+    """The label of student frame t is token t + offset. 0: frames of one number, as in the paper. The student's frame t
+    is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
+
     store: str | None = None
     """Folder of a token store, as `spear-hf tokenize` writes it, with the tokens of every utterance."""
 
@@ -87,6 +91,8 @@ class TargetConfig:
             raise ValueError(f"{self.num_codebooks} codebooks of {self.codebook_size} entries cannot be predicted.")
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, not {self.weight}.")
+        if not 0 <= self.offset <= 5:
+            raise ValueError(f"offset must lie between 0 and 5 tokens, not {self.offset}.")
         if self.quantizer_steps < 1 or self.quantizer_frames < 1:
             raise ValueError("quantizer_steps and quantizer_frames must be positive.")
 

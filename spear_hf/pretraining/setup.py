@@ -105,4 +105,5 @@ def build_dataset(
         seed=config.seed,
         max_seconds=config.data.max_seconds,
         cache_audio=config.execution.cache_audio,
+        offsets={name: target.offset for name, target in config.targets.items()},
     )
