@@ -175,6 +175,24 @@ def test_bootstrap_interval_is_that_of_the_binomial():
     assert bootstrap_interval(values, resamples=50) != bootstrap_interval(values, seed=1, resamples=50)
 
 
+def test_items_of_one_recording_are_drawn_together():
+    """20 recordings of 50 items that are all right or all wrong tell no more than 20 items would."""
+    recordings = np.repeat(np.arange(20), 50)
+    values = recordings % 2 == 0
+    alone, together = bootstrap_interval(values), bootstrap_interval(values, groups=recordings)
+    assert together[1] - together[0] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(20), rel=0.1)
+    assert together[1] - together[0] > 5 * (alone[1] - alone[0])
+    with pytest.raises(ValueError, match="19 groups for 1000 values"):
+        bootstrap_interval(values, groups=np.arange(19))
+    train_x, train_y = blobs(80, dim=8, spread=1.0)
+    test_x, test_y = blobs(300, dim=8, spread=1.0, seed=1)
+    groups = np.repeat(np.arange(len(test_y) // 10), 10)
+    by_item = linear_probe(train_x, train_y, test_x, test_y)
+    by_group = linear_probe(train_x, train_y, test_x, test_y, test_groups=groups)
+    assert by_group.accuracy == by_item.accuracy
+    assert (by_group.low, by_group.high) == bootstrap_interval(by_item.correct, groups=groups)
+
+
 def test_paired_difference_is_sharper_than_two_intervals():
     train_x, train_y = blobs(80, dim=8, spread=1.0)
     test_x, test_y = blobs(300, dim=8, spread=1.0, seed=1)

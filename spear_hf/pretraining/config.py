@@ -59,8 +59,8 @@ class TargetConfig:
     """Weight of this teacher's loss (paper: speech 1, audio 0.1)."""
 
     offset: int = 0
-    """The label of student frame t is token t + offset. 0: frames of one number, as in the paper. The student's frame t
-    is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
+    """The label of student frame t is token t + offset. 0: frames of one number, as in the paper. The frame t of the
+    student is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
 
     store: str | None = None
     """Folder of a token store, as `spear-hf tokenize` writes it, with the tokens of every utterance."""
