@@ -107,12 +107,7 @@ class AudioEmbeddingPipeline(Pipeline):
         if isinstance(audio, (str, os.PathLike)):
             return load_audio(audio, target)
         if isinstance(audio, (bytes, bytearray)):
-            try:
-                return load_audio(cast(Any, io.BytesIO(audio)), target)
-            except TypeError as error:  # the message of `load_audio` would name the file
-                raise ValueError(
-                    f"{len(audio)} bytes of audio cannot be decoded: libsndfile does not know them"
-                ) from error
+            return load_audio(io.BytesIO(audio), target)
         if audio is None or isinstance(audio, Mapping):
             raise ValueError(
                 'a dictionary of audio needs "raw" or "array" with "sampling_rate", or "bytes", or "path"'
