@@ -90,7 +90,7 @@ class AudioEmbeddingPipeline(Pipeline):
 
     def _waveform(self, audio: Any) -> np.ndarray | torch.Tensor:
         """One utterance, `(samples,)`, at the rate of the feature extractor."""
-        from .data.audio import _resample, load_audio  # the only module that touches soundfile and torchaudio
+        from .data.audio import load_audio, resample  # the only module that touches soundfile and torchaudio
 
         target = cast(SpearFeatureExtractor, self.feature_extractor).sampling_rate
         rate = target
@@ -117,7 +117,7 @@ class AudioEmbeddingPipeline(Pipeline):
             raise ValueError(
                 f"audio of shape {samples.shape} is not mono: average its channels; for a batch, pass a list"
             )
-        return samples if rate == target else _resample(samples.astype(np.float32), rate, target)
+        return samples if rate == target else resample(samples.astype(np.float32), rate, target)
 
     def _forward(self, input_tensors: Any, layer: Any = -1, **forward_parameters: Any) -> ModelOutput:
         """States `(batch, layers, frames, dim)`; counts of valid frames and whether layers are kept, `(batch,)`."""

@@ -47,7 +47,7 @@ def load_audio(path: str | os.PathLike | BinaryIO, sampling_rate: int = SAMPLING
         where = int(np.flatnonzero(~np.isfinite(waveform))[0])
         raise AudioError(f"{_name(path)} is not finite: sample {where} is {waveform[where]}")
     if rate != sampling_rate:
-        waveform = _resample(waveform, rate, sampling_rate)
+        waveform = resample(waveform, rate, sampling_rate)
     return np.ascontiguousarray(waveform)
 
 
@@ -64,9 +64,10 @@ def audio_duration(path: str | os.PathLike | BinaryIO) -> float:
     return info.frames / info.samplerate
 
 
-def _resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
+def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """(..., samples) float32 from `rate` to `target` Hz. ImportError, with the fix, where torchaudio does not load."""
     try:
-        from torchaudio.functional import resample
+        import torchaudio.functional
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         version = torch.__version__.split("+")[0]
         raise ImportError(
@@ -74,7 +75,8 @@ def _resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
             f"({error}). Its build must match torch's: pip install torch=={version} torchaudio=={version}"
         ) from error
     ratio = Fraction(target, rate).limit_denominator(_MAX_DENOMINATOR)
-    resampled = resample(torch.from_numpy(np.ascontiguousarray(waveform)), ratio.denominator, ratio.numerator)
+    samples = torch.from_numpy(np.ascontiguousarray(waveform))
+    resampled = torchaudio.functional.resample(samples, ratio.denominator, ratio.numerator)
     return cast(np.ndarray, resampled.numpy())
 
 

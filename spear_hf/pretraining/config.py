@@ -105,7 +105,7 @@ class DataConfig:
     """A manifest (.jsonl, .csv, .tsv) or a folder of audio. `bundled`: examples/data of a source checkout."""
 
     split: str | None = None
-    """Split of the manifest to train on; null: all utterances. Ignored for data without splits (a folder of audio)."""
+    """Split of the manifest to train on, or several (`train+extra`); null: all. Ignored for data without splits."""
 
     validation_split: str | None = None
     """Split of the manifest to validate on; null: hold out `validation_fraction`."""

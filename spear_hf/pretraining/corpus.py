@@ -100,9 +100,10 @@ def _divide(
         logger.info("%s has no splits: data.split and data.validation_split are not used.", source)
     chosen = utterances
     if splits and config.split is not None:
-        chosen = [utterance for utterance in utterances if utterance.split == config.split]
-        if not chosen:
-            raise ValueError(f"data.split={config.split} is not in {source}, which has {', '.join(splits)}.")
+        wanted = config.split.split("+")
+        if unknown := [split for split in wanted if split not in splits]:
+            raise ValueError(f"data.split={'+'.join(unknown)} is not in {source}, which has {', '.join(splits)}.")
+        chosen = [utterance for utterance in utterances if utterance.split in wanted]
     if splits and config.validation_split is not None:
         held_out = [utterance for utterance in utterances if utterance.split == config.validation_split]
         if not held_out:
