@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -103,12 +103,17 @@ def peak_memory(arguments: tuple[str, str, str, int]) -> float:
     quantizer = MultiCodebookQuantizer.from_pretrained(folder)
     frames = torch.load(frames_path, weights_only=True)
     theirs, inputs = their_quantizer(quantizer), standardised(quantizer, frames)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest_resident_kib()
     if side == "theirs":
         theirs.encode(inputs, PASSES, as_bytes=False)
     else:
         quantizer.encode(frames)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (highest_resident_kib() - before) / 1024
+
+
+def highest_resident_kib() -> int:
+    """Of this process so far. Not `ru_maxrss`: a process takes that over from the one that started it."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def measured_memory(side: str, quantizer: MultiCodebookQuantizer, frames: Tensor) -> float:

@@ -12,8 +12,8 @@ Each stage is what a user would do on audio of their own, and prints the command
     tokenize   OUTPUT/tokens        the tokens of the training and held-out clips
     pretrain   OUTPUT/pretraining   a small SPEAR learns to predict the tokens of masked frames
     embed      OUTPUT/embeddings.safetensors   the held-out clips, by the model that AutoModel loads
-    probe      OUTPUT/probe.json    a linear classifier of instrument families on the frozen encoder, against the same
-                                    encoder before training and against log-mel
+    probe      OUTPUT/probe.json    words looked up in another voice by the frozen encoder's frames, against the same
+                                    encoder before training and against log-mel; and a linear probe of instruments
     plot       OUTPUT/plots         loss, masked accuracy, probe by layer, a spectrogram with its tokens
 
 and at the end OUTPUT/report.json and the model's card, OUTPUT/pretraining/final/README.md. A finished stage leaves
@@ -39,17 +39,21 @@ import psutil
 import torch
 
 import spear_hf
+from spear_hf import SpearFeatureExtractor
 from spear_hf.data.manifest import Utterance, read_manifest
 from spear_hf.evaluation.card import write_card
 from spear_hf.evaluation.embedding import embed_to_file, load_encoder
 from spear_hf.evaluation.probe import (
     ProbeResult,
     concatenated,
+    frame_states,
     linear_probe,
     log_mel_features,
+    log_mel_frames,
     paired_difference,
     pooled_features,
 )
+from spear_hf.evaluation.retrieval import match_recordings
 from spear_hf.mvq.commands import run_quantize, run_tokenize
 from spear_hf.mvq.store import TokenStore
 from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
@@ -62,7 +66,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "data"
 CARD_TEMPLATE = ROOT / "model_cards" / "template.md"
 TEACHER = "kaldi-mfcc"
-TASK = "instrument_family"
+WORDS, INSTRUMENTS = "spoken_words", "instrument_family"
+TRAINING = ["pretrain", "probe_train"]  # splits to pre-train on, without labels
 # What "clearly" means: masked accuracy this many times the unigram's, and a probe gain whose 95 % interval is above 0.
 CLEARLY = 2.0
 
@@ -81,7 +86,7 @@ class Settings:
     """Whether the quantiser standardises the MFCCs. Raw, as in HuBERT's first iteration: standardised, two thirds of
     the tokens' bits describe the deltas, which jump from frame to frame, and masked ones can hardly be predicted."""
     clips: dict[str, int] = field(default_factory=dict)
-    """Split -> clips to use of it; all of them where it is not named."""
+    """Split -> clips to use of it, and of each of its probes; all of them where nothing is named."""
 
 
 FULL = Settings()
@@ -89,7 +94,7 @@ FULL = Settings()
 SMOKE = Settings(
     overrides=("max_steps=4", "schedule.warmup_steps=1", "schedule.decay_steps=4", "logging.validate_every=2"),
     quantizer_steps=5,
-    clips={"pretrain": 24, "heldout": 6, "probe_train": 60, "probe_test": 30},
+    clips={"pretrain": 24, "heldout": 6, "probe_train": 30, "probe_test": 30},
 )
 
 
@@ -145,8 +150,9 @@ class Demo:
         lines = (DATA / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         kept: list[dict] = []
         for split, count in self.settings.clips.items():
-            rows = [row for row in map(json.loads, lines) if row["split"] == split and row["probe"] in (None, TASK)]
-            kept += rows[:: max(1, len(rows) // count)][:count]
+            for probe in (None, WORDS, INSTRUMENTS):
+                rows = [row for row in map(json.loads, lines) if (row["split"], row["probe"]) == (split, probe)]
+                kept += rows[:: max(1, len(rows) // count)][:count]
         for row in kept:
             row["path"] = os.path.relpath(DATA / row["path"], self.output)
         self.manifest.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -200,7 +206,8 @@ class Demo:
     def quantize(self) -> None:
         target = self.config.targets["speech"]
         show(
-            f"spear-hf quantize --teacher {TEACHER} --data {shown(self.manifest)} --split pretrain "
+            f"spear-hf quantize --teacher {TEACHER} --data {shown(self.manifest)} "
+            f"--split {' --split '.join(TRAINING)} "
             f"--codebooks {target.num_codebooks} --codebook-size {target.codebook_size} "
             f"{'' if self.settings.normalize else '--no-normalize '}--steps {self.settings.quantizer_steps} "
             f"--output {shown(self.tokenizer)}"
@@ -209,7 +216,7 @@ class Demo:
             self.manifest,
             self.tokenizer,
             TEACHER,
-            split=["pretrain"],
+            split=TRAINING,
             device="cpu",
             overwrite=True,
             num_codebooks=target.num_codebooks,
@@ -221,11 +228,11 @@ class Demo:
 
     def tokenize(self) -> None:
         show(
-            f"spear-hf tokenize --tokenizer {shown(self.tokenizer)} --data {shown(self.manifest)} --split pretrain "
-            f"--split heldout --output {shown(self.tokens)}"
+            f"spear-hf tokenize --tokenizer {shown(self.tokenizer)} --data {shown(self.manifest)} "
+            f"--split {' --split '.join([*TRAINING, 'heldout'])} --output {shown(self.tokens)}"
         )
         check(
-            run_tokenize(self.manifest, self.tokens, str(self.tokenizer), split=["pretrain", "heldout"], device="cpu")
+            run_tokenize(self.manifest, self.tokens, str(self.tokenizer), split=[*TRAINING, "heldout"], device="cpu")
         )
 
     @property
@@ -258,48 +265,88 @@ class Demo:
         check(len(bad))
 
     def probes(self) -> None:
-        train, test = (self.utterances(split, task=TASK) for split in ("probe_train", "probe_test"))
-        print(f"Linear probes of {TASK}: {len(train)} clips to train on, {len(test)} to test on.")
         encoder, extractor = load_encoder(self.final / "encoder", device="cpu")
         untrained = build_model(self.config, {"speech": TokenStore.open(self.tokens)}).spear
-        labels = [utterance.label for utterance in train], [utterance.label for utterance in test]
-        # Notes of one instrument stay on one side of the cross-validation: the test set has other instruments.
-        instruments = [utterance.id.rsplit("-", 1)[0] for utterance in train]
-
-        def result(train_x: np.ndarray, test_x: np.ndarray) -> ProbeResult:
-            return linear_probe(train_x, labels[0], test_x, labels[1], groups=instruments, seed=self.config.seed)
-
-        results: dict[str, ProbeResult] = {}
-        per_layer: dict[str, list[dict]] = {}
-        for name, model in (("pretrained", encoder), ("random", untrained)):
-            train_x, test_x = (pooled_features(model, extractor, clips) for clips in (train, test))
-            results[name] = result(concatenated(train_x), concatenated(test_x))
-            per_layer[name] = [result(*layers).to_dict() for layers in zip(train_x, test_x)]
-        results["log_mel"] = result(log_mel_features(extractor, train)[0], log_mel_features(extractor, test)[0])
+        models = {"pretrained": encoder, "random": untrained}
         write_json(
             self.probe,
             {
-                "task": TASK,
-                "classes": len(set(labels[0])),
-                "train_utterances": len(train),
-                "test_utterances": len(test),
-                "test_split": "probe_test",
-                "features": "mean and standard deviation over time, all layers concatenated",
-                **{name: value.to_dict() for name, value in results.items()},
-                "pretrained_minus_random": paired_difference(results["pretrained"], results["random"]).to_dict(),
-                "pretrained_minus_log_mel": paired_difference(results["pretrained"], results["log_mel"]).to_dict(),
-                "per_layer": per_layer,
+                "probe": self._word_probe(models, extractor),
+                "linear_probe": self._instrument_probe(models, extractor),
             },
         )
+
+    def _word_probe(self, models: dict[str, Any], extractor: SpearFeatureExtractor) -> dict[str, Any]:
+        """Words of one voice looked up among those of another voice, which was never heard."""
+        sides = [
+            {utterance.label: utterance for utterance in self.utterances(split, task=WORDS)}
+            for split in ("probe_train", "probe_test")
+        ]
+        words = sorted(set(sides[0]) & set(sides[1]))
+        clips = [[side[word] for word in words] for side in sides]
+        languages = [word.split(":")[0] for word in words]
+        print(f"{WORDS}: each of {len(words)} words by one voice is looked up among those by another voice.")
+
+        def result(frames: list[list[np.ndarray]]) -> ProbeResult:
+            return match_recordings(*frames, words, languages, seed=self.config.seed)
+
+        results: dict[str, ProbeResult] = {}
+        per_layer: dict[str, list[dict]] = {}
+        for name, model in models.items():
+            states = [frame_states(model, extractor, side) for side in clips]  # (layers, frames, dim) each
+            results[name] = result([[np.concatenate(item, axis=1) for item in side] for side in states])
+            per_layer[name] = [
+                result([[item[layer] for item in side] for side in states]).to_dict()
+                for layer in range(len(states[0][0]))
+            ]
+        mels = [[log_mel_frames(extractor, utterance)[::2] for utterance in side] for side in clips]  # 50 Hz, as above
+        results["log_mel"] = result(mels)
+        return {
+            "task": WORDS,
+            "measure": "query by example: dynamic time warping, the nearest recording is of the same word",
+            "classes": len(words),
+            "train_utterances": len(words),
+            "test_utterances": len(words),
+            "test_split": "probe_test",
+            "features": "frames, all layers concatenated, standardised by voice",
+            **compared(results),
+            "per_layer": per_layer,
+        }
+
+    def _instrument_probe(self, models: dict[str, Any], extractor: SpearFeatureExtractor) -> dict[str, Any]:
+        """A linear classifier of the families of instruments, on notes of instruments that it was not trained on."""
+        train, test = (self.utterances(split, task=INSTRUMENTS) for split in ("probe_train", "probe_test"))
+        print(f"{INSTRUMENTS}: a linear probe with {len(train)} notes to train on, {len(test)} to test on.")
+        labels = [utterance.label for utterance in train], [utterance.label for utterance in test]
+        # Notes of one instrument stay on one side of the cross-validation: the test set has other instruments.
+        instruments = [utterance.id.rsplit("-", 1)[0] for utterance in train]
+        features = {
+            name: tuple(concatenated(pooled_features(model, extractor, clips)) for clips in (train, test))
+            for name, model in models.items()
+        }
+        features["log_mel"] = tuple(log_mel_features(extractor, clips)[0] for clips in (train, test))
+        results = {
+            name: linear_probe(train_x, labels[0], test_x, labels[1], groups=instruments, seed=self.config.seed)
+            for name, (train_x, test_x) in features.items()
+        }
+        return {
+            "task": INSTRUMENTS,
+            "classes": len(set(labels[0])),
+            "train_utterances": len(train),
+            "test_utterances": len(test),
+            "test_split": "probe_test",
+            "features": "mean and standard deviation over time, all layers concatenated",
+            **compared(results),
+        }
 
     def write_plots(self) -> None:
         from spear_hf.evaluation import plots
 
         metrics = read_json_lines(self.pretraining / "metrics.jsonl")
         evaluation = read_json_lines(self.pretraining / "evaluation.jsonl")
-        probe = json.loads(self.probe.read_text(encoding="utf-8"))
+        probe = json.loads(self.probe.read_text(encoding="utf-8"))["probe"]
         per_layer = {"pre-trained": probe["per_layer"]["pretrained"], "random weights": probe["per_layer"]["random"]}
-        title = f"Linear probe of {TASK} by layer, with 95 % intervals"
+        title = "Words found in another voice, by layer, with 95 % intervals"
         for name, figure in (
             ("loss", plots.plot_losses(metrics, evaluation)),
             ("masked_accuracy", plots.plot_masked_accuracy(evaluation)),
@@ -333,7 +380,8 @@ class Demo:
             logits = model.prediction_heads["speech"](states[0])
         store = TokenStore.open(self.tokens)
         predicted = logits.unflatten(-1, (-1, store.codebook_size)).argmax(dim=-1).numpy()
-        tokens = store[clip.id][: len(predicted)]
+        offset = self.config.targets["speech"].offset
+        tokens = store[clip.id][offset : offset + len(predicted)]
         targets = align_labels(tokens, store.frame_rate, len(predicted), store.frame_rate)
         return plot_tokens(
             features.numpy(), targets, store.codebook_size, f"Held-out clip {clip.id}", predicted, masked
@@ -342,10 +390,10 @@ class Demo:
     def write_report(self) -> None:
         last = read_json_lines(self.pretraining / "evaluation.jsonl")[-1]
         steps = read_json_lines(self.pretraining / "metrics.jsonl")
-        probe = json.loads(self.probe.read_text(encoding="utf-8"))
+        probes = json.loads(self.probe.read_text(encoding="utf-8"))
         encoder, _ = load_encoder(self.final / "encoder", device="cpu")
         store = TokenStore.open(self.tokens)
-        training, heldout = self.utterances("pretrain"), self.utterances("heldout")
+        training, heldout = self.utterances(*TRAINING), self.utterances("heldout")
         stages = {name: self.record(name) for name in STAGES}
         report = {
             "format_version": 1,
@@ -354,7 +402,7 @@ class Demo:
             "unmasked_accuracy": last["speech_unmasked_accuracy"],
             "masked_loss": last["speech_masked_loss"],
             "unigram_loss": last["speech_unigram_loss"],
-            "probe": probe,
+            **probes,
             "wall_seconds": round(self.earlier["seconds"] + time.time() - psutil.Process().create_time(), 1),
             "cpu_seconds": round(self.earlier["cpu_seconds"] + time.process_time(), 1),
             "peak_memory_mb": max(peak_memory_mb(), *(stage["peak_memory_mb"] for stage in stages.values())),
@@ -371,7 +419,7 @@ class Demo:
             },
             "data": {
                 "name": "spear_hf bundled audio",
-                "training_split": "pretrain",
+                "training_split": self.config.data.split,
                 "training_utterances": len(training),
                 "training_hours": hours(training),
                 "heldout_utterances": len(heldout),
@@ -450,6 +498,15 @@ def check(code: int) -> None:
         raise StageError(f"exit code {code}")
 
 
+def compared(results: dict[str, ProbeResult]) -> dict[str, Any]:
+    """The results and the differences that matter, for JSON."""
+    return {
+        **{name: value.to_dict() for name, value in results.items()},
+        "pretrained_minus_random": paired_difference(results["pretrained"], results["random"]).to_dict(),
+        "pretrained_minus_log_mel": paired_difference(results["pretrained"], results["log_mel"]).to_dict(),
+    }
+
+
 def hours(utterances: list[Utterance]) -> float:
     return sum(utterance.num_samples or 0 for utterance in utterances) / 16000 / 3600
 
@@ -489,19 +546,23 @@ def versions() -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report in a few lines."""
-    probe = report["probe"]
+    probe, linear = report["probe"], report["linear_probe"]
 
-    def interval(name: str) -> str:
-        return "{accuracy:6.1%}  ({low:.1%} to {high:.1%})".format(**probe[name])
+    def interval(result: dict[str, float]) -> str:
+        return "{accuracy:6.1%}  ({low:.1%} to {high:.1%})".format(**result)
 
     lines = [
         "held-out audio, tokens of masked frames",
         f"  predicted by the model      {report['masked_accuracy']:6.1%}",
         f"  unigram baseline            {report['unigram_accuracy']:6.1%}",
-        f"linear probe of {probe['task']}, {probe['classes']} classes",
-        f"  pre-trained                 {interval('pretrained')}",
-        f"  random weights              {interval('random')}",
-        f"  log-mel                     {interval('log_mel')}",
+        f"{probe['classes']} spoken words, found in another voice",
+        f"  pre-trained                 {interval(probe['pretrained'])}",
+        f"  random weights              {interval(probe['random'])}",
+        f"  log-mel                     {interval(probe['log_mel'])}",
+        f"linear probe of {linear['task']}, {linear['classes']} classes",
+        f"  pre-trained                 {interval(linear['pretrained'])}",
+        f"  random weights              {interval(linear['random'])}",
+        f"  log-mel                     {interval(linear['log_mel'])}",
         f"{report['wall_seconds'] / 60:.1f} minutes, {report['peak_memory_mb'] / 1000:.1f} GB of memory",
     ]
     lines += [

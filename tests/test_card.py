@@ -54,6 +54,7 @@ REPORT = {
         "pretrained_minus_random": {"mean": 0.10234, "low": 0.03, "high": 0.17},
     },
 }
+REPORT["linear_probe"] = REPORT["probe"] | {"pretrained": {"accuracy": 0.4321, "low": 0.4, "high": 0.5}}
 
 
 @pytest.fixture
@@ -72,7 +73,15 @@ def test_the_template_is_filled_and_its_metadata_are_valid(tmp_path, template):
     assert card.data.eval_results[0].metric_value == 0.5123
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     assert "{{" not in card.text
-    for text in ("31.2 %", "51.2 % (44.0 to 58.0)", "+10.2 points (+3.0 to +17.0)", "2,987,654", "6.5 for the whole"):
+    for text in (
+        "31.2 %",
+        "51.2 % (44.0 to 58.0)",
+        "+10.2 points (+3.0 to +17.0)",
+        texts = ("43.2 % (40.0 to 50.0)")
+        for text in texts:
+        "2,987,654",
+        "6.5 for the whole",
+    ):
         assert text in card.text
 
 

@@ -25,15 +25,16 @@ def demo():
     del sys.modules["demo"]
 
 
-def check_report(folder, clips):
+def check_report(folder, words, notes):
     """Fields that the README and the card rely on."""
     report = json.loads((folder / "report.json").read_text())
     for name in ("masked_accuracy", "unigram_accuracy"):
         assert 0 < report[name] < 1
     for name in ("pretrained", "random", "log_mel"):
-        result = report["probe"][name]
-        assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
-        assert result["test_utterances"] == clips
+        for probe, items in (("probe", words), ("linear_probe", notes)):
+            result = report[probe][name]
+            assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
+            assert result["test_utterances"] == items
     assert len(report["probe"]["per_layer"]["pretrained"]) == report["model"]["num_hidden_layers"] + 1
     assert set(report["stages"]) == {"quantize", "tokenize", "pretrain", "embed", "probe", "plot"}
     assert all(stage["complete"] for stage in report["stages"].values())
@@ -54,14 +55,14 @@ def test_smoke(demo, tmp_path, capsys):
     folder = tmp_path / "demo"
     command = ["--smoke", "--output", str(folder)]
     assert demo.main(command) == 0
-    report = check_report(folder, clips=30)
+    report = check_report(folder, words=60, notes=30)
     assert f"{report['masked_accuracy']:.1%}" in capsys.readouterr().out
     # As if it had been stopped before the last stage: the others are not done again.
     (folder / "stages" / "plot.json").unlink()
     (folder / "report.json").unlink()
     assert demo.main(command) == 0
     assert capsys.readouterr().out.count("done before") == 5
-    assert check_report(folder, clips=30)["masked_accuracy"] == report["masked_accuracy"]
+    assert check_report(folder, words=60, notes=30)["masked_accuracy"] == report["masked_accuracy"]
     # Another demo does not mix with it.
     assert demo.main(["--output", str(folder)]) == 1
     assert "other settings" in capsys.readouterr().err
@@ -92,7 +93,7 @@ def test_whole_demo(tmp_path):
     folder = tmp_path / "demo"
     script = ROOT / "examples" / "demo.py"
     done = subprocess.run([sys.executable, script, "--output", folder], capture_output=True, text=True, check=False)
-    report = check_report(folder, clips=205)
+    report = check_report(folder, words=166, notes=205)
     assert done.returncode == 0, done.stdout[-2000:]
     assert all(claim["holds"] for claim in report["claims"])
     assert report["wall_seconds"] < 480

@@ -87,7 +87,7 @@ def card_metadata(report: Mapping[str, Any]) -> ModelCardData:
             dataset_name=f"{lookup(report, 'data.name')}, {lookup(report, 'probe.task')}",
             dataset_split=lookup(report, "probe.test_split"),
             metric_type="accuracy",
-            metric_name="Linear probe accuracy (frozen encoder)",
+            metric_name="Accuracy of the probe (frozen encoder)",
             metric_value=round(lookup(report, "probe.pretrained.accuracy"), 4),
         )
     ]

@@ -68,10 +68,31 @@ def log_mel_features(feature_extractor: SpearFeatureExtractor, utterances: Seque
     """The pooled filter bank, which is the input of the model: float32 (1, utterances, 2 * num_mel_bins)."""
     rows = []
     for utterance in utterances:
-        waveform = load_audio(utterance.path)
-        frames = feature_extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_features"][0]
+        frames = log_mel_frames(feature_extractor, utterance)
         rows.append(np.concatenate([frames.mean(axis=0), frames.std(axis=0)]))
     return np.stack(rows)[None]
+
+
+def frame_states(
+    model: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    utterances: Sequence[Utterance],
+    batch_seconds: float = 120.0,
+) -> list[np.ndarray]:
+    """Hidden states of the frozen `model`, float32 (layers, frames, dim) for each utterance; see `pooled_features`."""
+    states: dict[str, np.ndarray] = {}
+    files = embed_files(utterances, model, feature_extractor, layer="all", pool="none", batch_seconds=batch_seconds)
+    for file in files:
+        if file.embedding is None:
+            raise ValueError(f"{file.id}: {file.error}")
+        states[file.id] = file.embedding
+    return [states[utterance.id] for utterance in utterances]
+
+
+def log_mel_frames(feature_extractor: SpearFeatureExtractor, utterance: Utterance) -> np.ndarray:
+    """The filter bank of an utterance, which is the input of the model: float32 (frames at 100 Hz, num_mel_bins)."""
+    waveform = load_audio(utterance.path)
+    return feature_extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_features"][0]
 
 
 def concatenated(features: np.ndarray) -> np.ndarray:
@@ -92,8 +113,8 @@ class ProbeResult:
     low: float
     """Lower end of the interval (95 %, percentiles)."""
     high: float
-    penalty: float
-    """scikit-learn's C, chosen by cross-validation."""
+    penalty: float | None
+    """scikit-learn's C, chosen by cross-validation; None where nothing is trained (retrieval.py)."""
     validation_accuracy: float | None
     """Of the cross-validation, on the training set; None where a class has too few examples for one."""
     predictions: np.ndarray

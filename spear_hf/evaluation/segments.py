@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..data.audio import SAMPLING_RATE, load_audio
 from ..data.manifest import Utterance
 from ..data.segments import FrameGrid, Segment
 from ..feature_extraction_spear import SpearFeatureExtractor
-from .embedding import embed_files
+from .probe import frame_states, log_mel_frames
 
 
 FILTER_BANK_CENTRE, FILTER_BANK_STEP = 0.005, 0.010  # seconds: frame t stands for the 10 ms from 10 t on
@@ -35,13 +34,9 @@ def segment_features(
     Layer 0 is the stem's output. A segment in which no frame is centred takes the nearest one. ValueError for an
     utterance without segments, or one that cannot be embedded.
     """
-    frames: dict[str, np.ndarray] = {}
-    files = embed_files(utterances, model, feature_extractor, layer="all", pool="none", batch_seconds=batch_seconds)
-    for file in files:
-        if file.embedding is None:
-            raise ValueError(f"{file.id}: {file.error}")
-        frames[file.id] = file.embedding  # (layers, frames, dim)
-    times = {name: FrameGrid().centres(states.shape[1]) for name, states in frames.items()}
+    states = frame_states(model, feature_extractor, utterances, batch_seconds)
+    frames = {utterance.id: hidden for utterance, hidden in zip(utterances, states)}
+    times = {name: FrameGrid().centres(hidden.shape[1]) for name, hidden in frames.items()}
     return _averaged(frames, times, utterances, segments)
 
 
@@ -53,9 +48,7 @@ def log_mel_segments(
     """The same of the filter bank, which is the input of the model: (1, segments, num_mel_bins), labels, ids."""
     frames, times = {}, {}
     for utterance in utterances:
-        waveform = load_audio(utterance.path)
-        inputs = feature_extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")
-        frames[utterance.id] = inputs["input_features"]  # (1, frames, bins)
+        frames[utterance.id] = log_mel_frames(feature_extractor, utterance)[None]  # (1, frames, bins)
         times[utterance.id] = FILTER_BANK_CENTRE + FILTER_BANK_STEP * np.arange(frames[utterance.id].shape[1])
     return _averaged(frames, times, utterances, segments)
 

@@ -1,0 +1,104 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Retrieval of recordings of the same content in another voice, by dynamic time warping of frozen frames.
+
+    result = match_recordings(first, second, labels, pools)
+    result.accuracy, result.low, result.high
+
+The measure of query by example, as in SUPERB: nothing is trained, so it tells how a representation is laid out.
+Each of the two voices says every item once, and each item is looked up among all of the other voice's.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from .probe import ProbeResult, bootstrap_interval
+
+
+def match_recordings(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    labels: Sequence[Hashable],
+    pools: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> ProbeResult:
+    """Share of the items whose nearest recording of the other voice is the same item, looked up in both directions.
+
+    Args:
+        first, second: frames (frames, dim) of item k by one voice and by the other.
+        labels: of the items.
+        pools: an item is looked up among those of its own pool (a language). Every pool has a pair of voices: frames
+            are standardised by voice, and compared by the angle between them.
+        seed: of the bootstrap, which draws items with both directions.
+
+    Returns:
+        The results of the first voice's items, then those of the second's, in the order of `labels`.
+    """
+    if not len(first) == len(second) == len(labels) > 0:
+        raise ValueError(
+            f"{len(first)} and {len(second)} recordings of {len(labels)} items: one by each voice is needed."
+        )
+    names = np.asarray(labels)
+    pool_of = (
+        np.zeros(len(names), dtype=int) if pools is None else np.unique(np.asarray(pools), return_inverse=True)[1]
+    )
+    if len(pool_of) != len(names):
+        raise ValueError(f"There are {len(pool_of)} pools for {len(names)} items.")
+    nearest = np.zeros((2, len(names)), dtype=int)
+    for pool in np.unique(pool_of):
+        items = np.flatnonzero(pool_of == pool)
+        sides = [_directions([side[item] for item in items.tolist()]) for side in (first, second)]
+        distances = np.stack([dtw_distances(query, sides[1]) for query in sides[0]])  # (items, items)
+        nearest[0, items] = items[distances.argmin(axis=1)]
+        nearest[1, items] = items[distances.argmin(axis=0)]
+    predictions = names[nearest.reshape(-1)]
+    correct = predictions == np.tile(names, 2)
+    groups = np.tile(np.arange(len(names)), 2)
+    low, high = bootstrap_interval(correct, seed, groups=groups)
+    return ProbeResult(
+        accuracy=float(correct.mean()),
+        low=low,
+        high=high,
+        penalty=None,
+        validation_accuracy=None,
+        predictions=predictions,
+        correct=correct,
+        groups=groups,
+    )
+
+
+def _directions(recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Recordings (frames, dim) of one voice, standardised by all its frames, every frame of length 1."""
+    frames = np.concatenate(recordings)
+    if not np.isfinite(frames).all():
+        raise ValueError("The frames hold NaN or infinity.")
+    mean, scale = frames.mean(axis=0), frames.std(axis=0)
+    scale[scale < 1e-8] = 1.0  # a channel that is constant says nothing
+    found = []
+    for recording in recordings:
+        standardised = (recording - mean) / scale
+        found.append(standardised / np.maximum(np.linalg.norm(standardised, axis=1, keepdims=True), 1e-8))
+    return found
+
+
+def dtw_distances(query: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
+    """Costs of the best alignments of a query (n, dim) with references (m, dim): float64 (references,).
+
+    Frames are of length 1 and cost 1 - cosine; a step goes on by a frame in one or in both, and the sum over the path
+    is divided by n + m. All references are done at once, an antidiagonal of the table after the other.
+    """
+    n, lengths = len(query), np.array([len(reference) for reference in references])
+    if n == 0 or len(lengths) == 0 or lengths.min() == 0:
+        raise ValueError("A recording without frames cannot be aligned.")
+    longest = int(lengths.max())
+    costs = np.full((len(references), n, longest), np.inf)
+    for place, reference in enumerate(references):
+        costs[place, :, : len(reference)] = 1.0 - query @ reference.T
+    table = np.full((len(references), n + 1, longest + 1), np.inf)
+    table[:, 0, 0] = 0.0
+    for diagonal in range(2, n + longest + 1):
+        i = np.arange(max(1, diagonal - longest), min(n, diagonal - 1) + 1)
+        j = diagonal - i
+        before = np.minimum(np.minimum(table[:, i - 1, j - 1], table[:, i - 1, j]), table[:, i, j - 1])
+        table[:, i, j] = before + costs[:, i - 1, j - 1]
+    return table[np.arange(len(references)), n, lengths] / (n + lengths)
