@@ -77,8 +77,7 @@ def test_the_template_is_filled_and_its_metadata_are_valid(tmp_path, template):
         "31.2 %",
         "51.2 % (44.0 to 58.0)",
         "+10.2 points (+3.0 to +17.0)",
-        texts = ("43.2 % (40.0 to 50.0)")
-        for text in texts:
+        "43.2 % (40.0 to 50.0)",
         "2,987,654",
         "6.5 for the whole",
     ):

@@ -125,8 +125,8 @@ class ProbeResult:
     """What the bootstrap draws instead of single ones (utterances,); see `linear_probe`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers, without what is per utterance, for JSON."""
-        return {
+        """The numbers that there are, without what is per utterance, for JSON."""
+        numbers = {
             "accuracy": self.accuracy,
             "low": self.low,
             "high": self.high,
@@ -134,6 +134,7 @@ class ProbeResult:
             "validation_accuracy": self.validation_accuracy,
             "test_utterances": len(self.correct),
         }
+        return {name: number for name, number in numbers.items() if number is not None}
 
 
 @dataclass(frozen=True)
