@@ -29,7 +29,7 @@ demo: setup
 	$(BIN)/python examples/demo.py --output runs/demo
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

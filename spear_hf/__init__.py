@@ -1,8 +1,11 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """SPEAR speech and audio encoders in transformers. Importing this package registers them with the Auto classes.
 
-It also registers `pipeline("audio-feature-extraction")`.
+It also registers `pipeline("audio-feature-extraction")`. The tokeniser's classes are loaded when they are first asked
+for, as an import should cost little.
 """
+
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -44,8 +47,23 @@ AutoModelForPreTraining.register(SpearConfig, SpearForPreTraining, exist_ok=True
 AutoProcessor.register(SpearConfig, SpearProcessor, exist_ok=True)
 register_pipeline()
 
+_OF_MVQ = ("MultiCodebookQuantizer", "MvqTokenizer", "QuantizerConfig", "QuantizerTrainer")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_MVQ:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import mvq
+
+    return getattr(mvq, name)
+
+
 __all__ = [
     "AudioEmbeddingPipeline",
+    "MultiCodebookQuantizer",
+    "MvqTokenizer",
+    "QuantizerConfig",
+    "QuantizerTrainer",
     "SpearConfig",
     "SpearFeatureExtractor",
     "SpearForAudioFrameClassification",
