@@ -12,8 +12,8 @@ Each stage is what a user would do on audio of their own, and prints the command
     tokenize   OUTPUT/tokens        the tokens of the training and held-out clips
     pretrain   OUTPUT/pretraining   a small SPEAR learns to predict the tokens of masked frames
     embed      OUTPUT/embeddings.safetensors   the held-out clips, by the model that AutoModel loads
-    probe      OUTPUT/probe.json    words looked up in another voice by the frozen encoder's frames, against the same
-                                    encoder before training and against log-mel; and a linear probe of instruments
+    probe      OUTPUT/probe.json    ABX tests of words across voices on the frozen encoder, against the same encoder
+                                    before training and against log-mel; and a linear probe of instruments
     plot       OUTPUT/plots         loss, masked accuracy, probe by layer, a spectrogram with its tokens
 
 and at the end OUTPUT/report.json and the model's card, OUTPUT/pretraining/final/README.md. A finished stage leaves
@@ -277,7 +277,7 @@ class Demo:
         )
 
     def _word_probe(self, models: dict[str, Any], extractor: SpearFeatureExtractor) -> dict[str, Any]:
-        """Words of one voice looked up among those of another voice, which was never heard."""
+        """ABX tests of words by a voice that was heard and one that was not."""
         sides = [
             {utterance.label: utterance for utterance in self.utterances(split, task=WORDS)}
             for split in ("probe_train", "probe_test")
@@ -285,7 +285,7 @@ class Demo:
         words = sorted(set(sides[0]) & set(sides[1]))
         clips = [[side[word] for word in words] for side in sides]
         languages = [word.split(":")[0] for word in words]
-        print(f"{WORDS}: each of {len(words)} words by one voice is looked up among those by another voice.")
+        print(f"{WORDS}: ABX tests of {len(words)} words by two voices in each language.")
 
         def result(frames: list[list[np.ndarray]]) -> ProbeResult:
             return match_recordings(*frames, words, languages, seed=self.config.seed)
@@ -294,22 +294,24 @@ class Demo:
         per_layer: dict[str, list[dict]] = {}
         for name, model in models.items():
             states = [frame_states(model, extractor, side) for side in clips]  # (layers, frames, dim) each
-            results[name] = result([[np.concatenate(item, axis=1) for item in side] for side in states])
-            per_layer[name] = [
-                result([[item[layer] for item in side] for side in states]).to_dict()
-                for layer in range(len(states[0][0]))
+            layers = [
+                result([[item[layer] for item in side] for side in states]) for layer in range(len(states[0][0]))
             ]
+            results[name], per_layer[name] = layers[-1], [layer.to_dict() for layer in layers]
         mels = [[log_mel_frames(extractor, utterance)[::2] for utterance in side] for side in clips]  # 50 Hz, as above
         results["log_mel"] = result(mels)
         return {
             "task": WORDS,
-            "measure": "query by example: dynamic time warping, the nearest recording is of the same word",
+            "measure": "ABX accuracy across voices, by dynamic time warping; chance is 0.5",
             "classes": len(words),
             "train_utterances": len(words),
             "test_utterances": len(words),
             "test_split": "probe_test",
-            "features": "frames, all layers concatenated, standardised by voice",
+            "features": "frames of the last layer, standardised by voice",
             **compared(results),
+            "nearest_is_the_word": {
+                name: float((value.predictions == np.tile(words, 2)).mean()) for name, value in results.items()
+            },
             "per_layer": per_layer,
         }
 
@@ -346,7 +348,7 @@ class Demo:
         evaluation = read_json_lines(self.pretraining / "evaluation.jsonl")
         probe = json.loads(self.probe.read_text(encoding="utf-8"))["probe"]
         per_layer = {"pre-trained": probe["per_layer"]["pretrained"], "random weights": probe["per_layer"]["random"]}
-        title = "Words found in another voice, by layer, with 95 % intervals"
+        title = "ABX accuracy of words across voices by layer, with 95 % intervals"
         for name, figure in (
             ("loss", plots.plot_losses(metrics, evaluation)),
             ("masked_accuracy", plots.plot_masked_accuracy(evaluation)),
@@ -555,7 +557,7 @@ def table(report: dict[str, Any]) -> str:
         "held-out audio, tokens of masked frames",
         f"  predicted by the model      {report['masked_accuracy']:6.1%}",
         f"  unigram baseline            {report['unigram_accuracy']:6.1%}",
-        f"{probe['classes']} spoken words, found in another voice",
+        f"ABX tests of {probe['classes']} spoken words across voices (chance: 50 %)",
         f"  pre-trained                 {interval(probe['pretrained'])}",
         f"  random weights              {interval(probe['random'])}",
         f"  log-mel                     {interval(probe['log_mel'])}",

@@ -48,10 +48,30 @@ def voices(items: int, noise: float):
     return sides
 
 
+def test_the_accuracy_is_that_of_all_triples():
+    first, second = voices(6, noise=2.0)
+    result = match_recordings(first, second, labels=list("abcdef"))
+    sides = [
+        [(item - np.concatenate(side).mean(0)) / np.concatenate(side).std(0) for item in side]
+        for side in (first, second)
+    ]
+    sides = [[item / np.linalg.norm(item, axis=1, keepdims=True) for item in side] for side in sides]
+    answers = [
+        slow_dtw(sides[voice][x], sides[1 - voice][x]) < slow_dtw(sides[voice][x], sides[1 - voice][b])
+        for voice in range(2)
+        for x in range(6)
+        for b in range(6)
+        if b != x
+    ]
+    assert 0.5 < np.mean(answers) < 1
+    assert result.accuracy == pytest.approx(np.mean(answers))
+    np.testing.assert_allclose(result.correct, np.reshape(answers, (12, 5)).mean(axis=1))
+
+
 def test_the_same_items_are_found_in_another_voice():
     labels = [f"word {item}" for item in range(20)]
     result = match_recordings(*voices(20, noise=0.1), labels)
-    assert result.accuracy > 0.9
+    assert result.accuracy > 0.98
     assert len(result.correct) == 40
     assert (result.predictions[:20] == np.array(labels)).mean() > 0.9
     poor = match_recordings(*voices(20, noise=3.0), labels)
@@ -66,7 +86,11 @@ def test_only_the_own_pool_is_searched():
     again = [*first, *first], [*second, *second]  # every item twice: in one pool a coin would have to decide
     result = match_recordings(*again, labels=list(range(8)), pools=[0] * 4 + [1] * 4)
     assert result.accuracy == 1
-    assert match_recordings(*again, labels=list(range(8))).accuracy == 0.5
+    assert list(result.predictions) == [*range(8), *range(8)]
+    together = match_recordings(*again, labels=list(range(8)))
+    assert together.accuracy == pytest.approx(6.5 / 7)  # one of seven is as near
+    with pytest.raises(ValueError, match="item 2 is alone in its pool"):
+        match_recordings(first, second, [0, 1, 2, 3], [0, 0, 1, 0])
 
 
 def test_wrong_arguments():

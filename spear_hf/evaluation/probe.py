@@ -120,7 +120,7 @@ class ProbeResult:
     predictions: np.ndarray
     """Labels given to the test utterances, (utterances,)."""
     correct: np.ndarray
-    """Whether they are right, bool (utterances,)."""
+    """Whether they are right, bool (utterances,); of comparisons the share of right ones, float."""
     groups: np.ndarray | None = None
     """What the bootstrap draws instead of single ones (utterances,); see `linear_probe`."""
 

@@ -1,11 +1,12 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Retrieval of recordings of the same content in another voice, by dynamic time warping of frozen frames.
+"""Recordings of the same content in two voices, compared by dynamic time warping of frozen frames: ABX and retrieval.
 
     result = match_recordings(first, second, labels, pools)
     result.accuracy, result.low, result.high
 
-The measure of query by example, as in SUPERB: nothing is trained, so it tells how a representation is laid out.
-Each of the two voices says every item once, and each item is looked up among all of the other voice's.
+Nothing is trained, so this tells how a representation is laid out. Each of the two voices says every item once. The
+accuracy is that of ABX tests, as in the Zero Resource challenges: given an item X by one voice, and A and B by the
+other, of which A is the same item, is X closer to A? Chance is 50 %. `predictions` are the nearest items.
 """
 
 from collections.abc import Hashable, Sequence
@@ -22,7 +23,7 @@ def match_recordings(
     pools: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> ProbeResult:
-    """Share of the items whose nearest recording of the other voice is the same item, looked up in both directions.
+    """ABX accuracy over all triples, X by either voice.
 
     Args:
         first, second: frames (frames, dim) of item k by one voice and by the other.
@@ -32,7 +33,8 @@ def match_recordings(
         seed: of the bootstrap, which draws items with both directions.
 
     Returns:
-        The results of the first voice's items, then those of the second's, in the order of `labels`.
+        X by the first voice, then by the second, in the order of `labels`; `correct` is the share of the items B for
+        which the answer is right (one half where A and B are equally far), (2 * items,).
     """
     if not len(first) == len(second) == len(labels) > 0:
         raise ValueError(
@@ -44,15 +46,20 @@ def match_recordings(
     )
     if len(pool_of) != len(names):
         raise ValueError(f"There are {len(pool_of)} pools for {len(names)} items.")
-    nearest = np.zeros((2, len(names)), dtype=int)
+    nearest, shares = np.zeros((2, len(names)), dtype=int), np.zeros((2, len(names)))
     for pool in np.unique(pool_of):
         items = np.flatnonzero(pool_of == pool)
         sides = [_directions([side[item] for item in items.tolist()]) for side in (first, second)]
         distances = np.stack([dtw_distances(query, sides[1]) for query in sides[0]])  # (items, items)
-        nearest[0, items] = items[distances.argmin(axis=1)]
-        nearest[1, items] = items[distances.argmin(axis=0)]
-    predictions = names[nearest.reshape(-1)]
-    correct = predictions == np.tile(names, 2)
+        if len(items) < 2:
+            raise ValueError(f"The item {names[items[0]]} is alone in its pool: there is nothing to compare it with.")
+        for direction, rows in enumerate((distances, distances.T)):  # (item X, item of the other voice)
+            nearest[direction, items] = items[rows.argmin(axis=1)]
+            same = np.diagonal(rows)[:, None]
+            # The same item, which is as far as itself, counts one half: taken away again.
+            farther = (rows > same).sum(axis=1) + (rows == same).sum(axis=1) / 2 - 0.5
+            shares[direction, items] = farther / (len(items) - 1)
+    correct = shares.reshape(-1)
     groups = np.tile(np.arange(len(names)), 2)
     low, high = bootstrap_interval(correct, seed, groups=groups)
     return ProbeResult(
@@ -61,7 +68,7 @@ def match_recordings(
         high=high,
         penalty=None,
         validation_accuracy=None,
-        predictions=predictions,
+        predictions=names[nearest.reshape(-1)],
         correct=correct,
         groups=groups,
     )
