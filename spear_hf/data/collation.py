@@ -22,6 +22,7 @@ from .audio import SAMPLING_RATE, load_audio
 from .bucketing import BucketingSampler, crop_window, split_batch
 from .manifest import Utterance
 from .masking import MaskingConfig, sample_masks
+from .segments import FrameGrid
 
 
 CROP_GRID = 640  # samples: 40 ms, a token of a 25 Hz teacher and two of a 50 Hz teacher
@@ -30,8 +31,8 @@ CROP_GRID = 640  # samples: 40 ms, a token of a 25 Hz teacher and two of a 50 Hz
 TARGET_DOMAINS: dict[str, frozenset[str] | None] = {"speech": None, "audio": frozenset({"audio"})}
 
 
-class Tokens(Protocol):
-    """What is needed of a token store."""
+class TokenShape(Protocol):
+    """What the heads of a model depend on; a token store has it."""
 
     @property
     def num_codebooks(self) -> int: ...
@@ -41,6 +42,10 @@ class Tokens(Protocol):
 
     @property
     def frame_rate(self) -> float: ...
+
+
+class Tokens(TokenShape, Protocol):
+    """What is needed of a token store."""
 
     def __contains__(self, id: object) -> bool: ...
 
@@ -73,8 +78,7 @@ class Example:
 
 def encoder_frames(num_frames: int, config: SpearConfig) -> int:
     """Frames of the last hidden state for so many frames of the filter bank."""
-    frames = (num_frames - 7) // 2
-    return (frames + 1) // 2 if config.output_downsampling_factor == 2 else frames
+    return FrameGrid(config.output_downsampling_factor).frames(num_frames)
 
 
 def check_tokens(utterances: Sequence[Utterance], stores: Mapping[str, Tokens], config: SpearConfig) -> None:

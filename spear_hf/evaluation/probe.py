@@ -53,15 +53,7 @@ def pooled_features(
     Entry 0 is what enters the first layer (the stem's output), entry k the output of layer k. ValueError naming the
     file if one cannot be embedded.
     """
-    rows: dict[str, np.ndarray] = {}
-    files = embed_files(
-        utterances, model, feature_extractor, layer="all", pool="mean+std", batch_seconds=batch_seconds
-    )
-    for file in files:
-        if file.embedding is None:
-            raise ValueError(f"{file.id}: {file.error}")
-        rows[file.id] = file.embedding
-    return np.stack([rows[utterance.id] for utterance in utterances], axis=1)
+    return np.stack(_all_layers(model, feature_extractor, utterances, "mean+std", batch_seconds), axis=1)
 
 
 def log_mel_features(feature_extractor: SpearFeatureExtractor, utterances: Sequence[Utterance]) -> np.ndarray:
@@ -80,9 +72,19 @@ def frame_states(
     batch_seconds: float = 120.0,
 ) -> list[np.ndarray]:
     """Hidden states of the frozen `model`, float32 (layers, frames, dim) for each utterance; see `pooled_features`."""
+    return _all_layers(model, feature_extractor, utterances, "none", batch_seconds)
+
+
+def _all_layers(
+    model: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    utterances: Sequence[Utterance],
+    pool: str,
+    batch_seconds: float,
+) -> list[np.ndarray]:
+    """Hidden states, pooled or not, in the utterances' order. ValueError naming the file that cannot be embedded."""
     states: dict[str, np.ndarray] = {}
-    files = embed_files(utterances, model, feature_extractor, layer="all", pool="none", batch_seconds=batch_seconds)
-    for file in files:
+    for file in embed_files(utterances, model, feature_extractor, "all", pool, batch_seconds=batch_seconds):
         if file.embedding is None:
             raise ValueError(f"{file.id}: {file.error}")
         states[file.id] = file.embedding

@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -71,7 +72,7 @@ def plan_windows(num_samples: int, window_frames: int, context_frames: int, hop:
     return [*windows, Window(start, num_samples, first, None)]
 
 
-class Teacher:
+class Teacher(ABC):
     """Base of all teachers; subclasses set the attributes below and write `_features`.
 
     `frame_rate` in Hz, `feature_size` in channels, `min_samples` for a first frame; `layer` and `revision` are None
@@ -174,9 +175,9 @@ class Teacher:
             "options": self.options,
         }
 
+    @abstractmethod
     def _features(self, waveforms: list[np.ndarray]) -> list[Tensor]:
         """Features (frames, feature_size) of waveforms no longer than a window, each independent of the others."""
-        raise NotImplementedError
 
     def _batches(self, jobs: list[tuple[int, int, Window]]) -> list[list[tuple[int, int, Window]]]:
         """Runs of the sorted jobs whose padded audio is within `batch_seconds`."""

@@ -10,12 +10,13 @@ import torch
 
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import split_batch
+from ..data.collation import TokenShape
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.quantizer import MultiCodebookQuantizer
 from ..mvq.store import TokenStore
 from .config import PreTrainingConfig, TargetConfig
 from .corpus import load_corpus
-from .setup import TokenShape, build_model, build_sampler
+from .setup import build_model, build_sampler
 
 
 # float32 weights, gradients and the two averages of Adam.

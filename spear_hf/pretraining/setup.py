@@ -2,7 +2,7 @@
 """What a configuration stands for: the model, and the datasets with their batches."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler
-from ..data.collation import PreTrainingDataset, Tokens
+from ..data.collation import PreTrainingDataset, Tokens, TokenShape
 from ..data.manifest import Utterance
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
@@ -18,19 +18,6 @@ from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import label_ratio
 from .config import ModelConfig, PreTrainingConfig, TargetConfig
 from .corpus import Corpus
-
-
-class TokenShape(Protocol):
-    """What the heads depend on: a token store has it."""
-
-    @property
-    def num_codebooks(self) -> int: ...
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def frame_rate(self) -> float: ...
 
 
 def pretraining_targets(
