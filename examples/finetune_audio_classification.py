@@ -28,7 +28,7 @@ from transformers import AutoModelForAudioClassification, EvalPrediction
 from spear_hf.evaluation.metrics import Accuracy, MeanAveragePrecision
 from spear_hf.finetuning.arguments import DataArguments, FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import ClassificationCollator
-from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows
+from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with_column
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import class_ids, load_config, load_feature_extractor, load_model, set_labels
 from spear_hf.finetuning.reporting import run
@@ -126,9 +126,9 @@ def fine_tune(
     extractor = load_feature_extractor(model_arguments, config)
 
     ids = [class_ids(row, label2id, row_id) for row, row_id in zip(train_labels, train["id"])]
-    train = train.add_column("labels", ids)
+    train = with_column(train, "labels", ids)
     eval_ids = [class_ids(row, label2id, row_id) for row, row_id in zip(eval_labels, evaluation["id"])]
-    evaluation = evaluation.add_column("labels", eval_ids)
+    evaluation = with_column(evaluation, "labels", eval_ids)
 
     epochs = EpochCounter()
     common = {"max_seconds": data.max_seconds, "num_labels": len(label2id) if labels.multi_label else None}

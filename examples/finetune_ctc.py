@@ -31,7 +31,7 @@ from spear_hf.data.segments import FrameGrid
 from spear_hf.evaluation.metrics import CharacterErrorRate, WordErrorRate
 from spear_hf.finetuning.arguments import DataArguments, FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import IGNORED, CTCCollator
-from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, without_long_rows
+from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with_column, without_long_rows
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model
 from spear_hf.finetuning.reporting import run
@@ -84,7 +84,7 @@ def transcribed(dataset: Dataset, arguments: TextArguments) -> Dataset:
         texts = [normalize(text) for text in texts]
     if empty := [row_id for row_id, text in zip(dataset["id"], texts) if not text]:
         raise ValueError(f"{len(empty)} transcripts have neither letters nor digits, the first of {empty[0]}")
-    return dataset.add_column("text", texts)
+    return with_column(dataset, "text", texts)
 
 
 def labelled(
@@ -96,7 +96,7 @@ def labelled(
     frames = [grid.frames(extractor.num_frames(length)) for length in dataset["length"]]
     if short := sum(len(ids) > available for ids, available in zip(labels, frames)):
         logger.warning(f"{short} of {len(labels)} rows have more tokens than frames: CTC cannot learn them.")
-    return dataset.add_column("labels", labels)
+    return with_column(dataset, "labels", labels)
 
 
 def error_rates(tokenizer: PreTrainedTokenizerBase, references: list[str]) -> Any:

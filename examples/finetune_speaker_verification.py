@@ -28,7 +28,7 @@ from transformers import AutoModelForAudioXVector, EvalPrediction
 from spear_hf.evaluation.metrics import EqualErrorRate
 from spear_hf.finetuning.arguments import DataArguments, FineTuningArguments, ModelArguments, parse_arguments
 from spear_hf.finetuning.collation import ClassificationCollator, SpeakerCollator
-from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows
+from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with_column
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model, set_labels
 from spear_hf.finetuning.reporting import run
@@ -97,8 +97,8 @@ def fine_tune(
     label2id = set_labels(config, speakers)
     model = load_model(AutoModelForAudioXVector, model_arguments, config)
     extractor = load_feature_extractor(model_arguments, config)
-    train = train.add_column("labels", [[label2id[speaker]] for speaker in speakers])
-    evaluation = evaluation.add_column("row", list(range(len(evaluation))))
+    train = with_column(train, "labels", [[label2id[speaker]] for speaker in speakers])
+    evaluation = with_column(evaluation, "row", list(range(len(evaluation))))
 
     epochs = EpochCounter()
     trainer = SpeakerTrainer(

@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""What test_hub.py runs in processes of their own, as huggingface_hub reads its environment once.
+"""What the tests of the Hub run in processes of their own, as huggingface_hub reads its environment once.
 
     python hub_client.py ROLE FOLDER
 
@@ -145,6 +145,59 @@ def quantizer(task: dict, folder: Path) -> None:
     write(folder / "results.json", results)
 
 
+def stock(task: dict, folder: Path) -> None:
+    """Uploads each of (folder, name, configuration, private) of `datasets`, and each of (folder, name) of `models`."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    for source, repo_id, configuration, private in task["datasets"]:
+        datasets.load_from_disk(source).push_to_hub(repo_id, configuration, private=private)
+    for source, repo_id in task["models"]:
+        HfApi().create_repo(repo_id)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=["config.json", "model.safetensors"])
+    write(folder / "results.json", {})
+
+
+def rows(task: dict, folder: Path) -> None:
+    """Ids and lengths of the rows of each of (name, token, arguments, split), or the error there was."""
+    from spear_hf.finetuning.arguments import DataArguments
+    from spear_hf.finetuning.datasets import load_rows
+
+    results: dict[str, dict] = {}
+    for name, (source, token, arguments, split) in task["calls"].items():
+        os.environ["HF_TOKEN"] = token
+        try:
+            found = load_rows(source, [], split, DataArguments(**arguments))
+            results[name] = {column: found[column][:] for column in ("id", "length")}
+        except ValueError as error:
+            results[name] = {"error": str(error)}
+    write(folder / "results.json", results)
+
+
+def heads(task: dict, folder: Path) -> None:
+    """Logits of each of (Auto class, name) for one audio file, what they say in text, and the names of labels."""
+    import transformers
+
+    from spear_hf.data.audio import load_audio
+
+    audio = load_audio(task["audio"])
+    results: dict = {"labels": {}}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (auto_class, repo_id) in task["heads"].items():
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(repo_id)
+        model = getattr(transformers, auto_class).from_pretrained(repo_id).eval()
+        with torch.no_grad():
+            outputs = model(**extractor(audio, sampling_rate=16000, return_tensors="pt"))
+        tensors[name] = outputs.logits
+        results["labels"][name] = list(model.config.label2id)
+        if auto_class == "AutoModelForCTC":
+            processor = transformers.AutoProcessor.from_pretrained(repo_id)
+            results["text"] = processor.batch_decode(outputs.logits.argmax(-1))[0]
+        elif auto_class == "AutoModelForAudioXVector":
+            tensors["embeddings"] = outputs.embeddings
+    save(folder, results, tensors)
+
+
 def save(folder: Path, results: dict, tensors: dict[str, torch.Tensor]) -> None:
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / "tensors.safetensors")
@@ -162,10 +215,18 @@ def main() -> None:
     role, folder = sys.argv[1], Path(sys.argv[2])
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    {"publish": published, "load": loaded, "without_package": without_package, "quantizer": quantizer}[role](
-        task, folder
-    )
+    ROLES[role](task, folder)
 
+
+ROLES = {
+    "publish": published,
+    "load": loaded,
+    "without_package": without_package,
+    "quantizer": quantizer,
+    "stock": stock,
+    "rows": rows,
+    "heads": heads,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,16 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""A Hub on the loopback interface: what `huggingface_hub` needs to create, fill, read and revise model repositories.
+"""A Hub on the loopback interface: what `huggingface_hub` and `datasets` need of repositories of models and datasets.
+
+They create, fill, read and revise them. A dataset is known by its path, as "datasets/tester/voices".
 
 Two listeners, as with the real Hub: the Hub itself, and the storage that large files are sent to and read from under
 signed addresses. Point a client at it with HF_ENDPOINT, set before huggingface_hub is imported, and with
 HF_HUB_DISABLE_XET=1: the Xet protocol is a compiled client of its own, which without it would be used for uploads.
+The host of the dataset viewer, which `datasets` derives from the Hub's, has no address: the Hub is its proxy. All of
+this is in `hub_process.environment`.
 
     with HubServer(tokens={"hf_good": "tester"}) as hub:
-        subprocess.run(..., env={"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_good", "HF_HUB_DISABLE_XET": "1"})
+        subprocess.run(..., env=environment(hub, home, token="hf_good"))
         hub.repos["tester/model"].files("main")
 """
 
@@ -19,12 +23,16 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
 
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+# Models lie at the root and under api/models, datasets under datasets/ and api/datasets/.
+REPO = r"(?P<repo>(?:datasets/)?[\w.-]+/[\w.-]+)"
+API = rf"/api/(?:models/|(?=datasets/)){REPO}"
 DATE = "2026-01-01T00:00:00.000Z"
 # What the Hub stores outside of git, whatever its size; other files are large from 10 MB on.
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".parquet")
@@ -245,7 +253,7 @@ class HubHandler(Handler):
     def repo(self, name: str, write: bool = False) -> Repo | None:
         """The repository, or None once the error has been sent."""
         repo = self.hub.repos.get(name)
-        may_write = self.user() == name.split("/")[0]
+        may_write = self.user() == owner(name)
         if repo is None or (repo.private and not may_write):
             self.error(404 if self.user() else 401, "RepoNotFound", "Repository not found")
         elif write and not may_write:
@@ -270,15 +278,17 @@ class HubHandler(Handler):
         name = f"{values.get('organization') or user}/{values['name']}"
         if user is None or not name.startswith(f"{user}/"):
             return self.error(403 if user else 401, "", f"You may not create {name}")
+        kind = values.get("type") or "model"
+        path = f"datasets/{name}" if kind == "dataset" else name
         with self.hub.lock:
-            known = name in self.hub.repos
+            known = path in self.hub.repos
             if not known:
-                repo = self.hub.repos[name] = Repo(private=values.get("visibility") == "private")
+                repo = self.hub.repos[path] = Repo(private=values.get("visibility") == "private")
                 attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
                 repo.commit("main", "initial commit", {".gitattributes": regular_blob(attributes)})
-        answer = {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name}
+        answer = {"url": f"{self.hub.endpoint}/{path}", "name": name, "id": name}
         if known:
-            answer["error"] = "You already created this model repo"
+            answer["error"] = f"You already created this {kind} repo"
         self.send_json(answer, 409 if known else 200)
 
     def validate_yaml(self) -> None:
@@ -383,7 +393,7 @@ class HubHandler(Handler):
 
     def commits(self, repo: str, revision: str) -> None:
         if (found := self.repo(repo)) and self.commit_of(found, revision):
-            authors = [{"user": repo.split("/")[0]}]
+            authors = [{"user": owner(repo)}]
             self.send_json(
                 [
                     {"id": commit.sha, "title": commit.title, "message": "", "date": DATE, "authors": authors}
@@ -391,27 +401,27 @@ class HubHandler(Handler):
                 ]
             )
 
-    def model_info(self, repo: str, revision: str = "main") -> None:
+    def repo_info(self, repo: str, revision: str = "main") -> None:
         if (found := self.repo(repo)) and (commit := self.commit_of(found, revision)):
             siblings = [{"rfilename": path} for path in sorted(commit.files)]
-            values = {"id": repo, "modelId": repo, "sha": commit.sha, "lastModified": DATE, "tags": []}
+            name = repo.removeprefix("datasets/")
+            values = {"id": name, "modelId": name, "sha": commit.sha, "lastModified": DATE, "tags": []}
             self.send_json({**values, "private": found.private, "siblings": siblings})
 
     def tree(self, repo: str, revision: str, folder: str = "") -> None:
+        """What a folder holds, or with `recursive` also what its folders hold."""
         if not (found := self.repo(repo)) or not (commit := self.commit_of(found, revision)):
             return
-        prefix = f"{folder}/" if folder else ""
-        entries = []
-        for path, blob in sorted(commit.files.items()):
-            inside = path.startswith(prefix)
-            if inside and (self.query.get("recursive") == "true" or "/" not in path[len(prefix) :]):
-                entry = {"type": "file", "path": path, "size": blob.size, "oid": blob.git_sha}
-                if blob.sha256:
-                    entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
-                entries.append(entry)
-        if folder and not entries:
+        inside = [entry for entry in entries(commit) if not folder or entry["path"].startswith(f"{folder}/")]
+        if folder and not inside:
             return self.error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
-        self.send_json(entries)
+        depth = folder.count("/") + 1 if folder else 0
+        whole = self.query.get("recursive", "").lower() == "true"
+        self.send_json([entry for entry in inside if whole or entry["path"].count("/") == depth])
+
+    def viewer(self) -> None:
+        """The dataset viewer, which has yet to look at what was pushed a moment ago."""
+        self.error(500, "ResponseNotReady", "The server is busier than usual and the response is not ready yet.")
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         """A regular file itself; for a large file the way to the storage, with what is known of it."""
@@ -429,17 +439,18 @@ class HubHandler(Handler):
         ("GET", "/api/whoami-v2", whoami),
         ("POST", "/api/repos/create", create_repo),
         ("POST", "/api/validate-yaml", validate_yaml),
-        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", preupload),
-        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", make_commit),
-        ("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)", create_branch),
-        ("GET", rf"/api/models/{REPO}/refs", refs),
-        ("GET", rf"/api/models/{REPO}/commits/(?P<revision>[^/]+)", commits),
-        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
-        ("GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", model_info),
+        ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", preupload),
+        ("POST", rf"{API}/commit/(?P<revision>[^/]+)", make_commit),
+        ("POST", rf"{API}/branch/(?P<branch>[^/]+)", create_branch),
+        ("GET", rf"{API}/refs", refs),
+        ("GET", rf"{API}/commits/(?P<revision>[^/]+)", commits),
+        ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
+        ("GET", rf"{API}(?:/revision/(?P<revision>[^/]+))?", repo_info),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/complete", lfs_complete),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", lfs_verify),
         ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        ("GET", "/info", viewer),
     ]
 
 
@@ -486,3 +497,21 @@ def git_sha(content: bytes) -> str:
 
 def regular_blob(content: bytes) -> Blob:
     return Blob(len(content), git_sha(content), content=content)
+
+
+def owner(repo: str) -> str:
+    return repo.removeprefix("datasets/").split("/")[0]
+
+
+def entries(commit: Commit) -> list[dict[str, Any]]:
+    """What the Hub says of every folder and file, by path."""
+    folders = {str(folder) for path in commit.files for folder in PurePosixPath(path).parents} - {"."}
+    listed: list[dict[str, Any]] = [
+        {"type": "directory", "path": path, "size": 0, "oid": git_sha(path.encode())} for path in folders
+    ]
+    for path, blob in commit.files.items():
+        entry = {"type": "file", "path": path, "size": blob.size, "oid": blob.git_sha}
+        if blob.sha256:
+            entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
+        listed.append(entry)
+    return sorted(listed, key=lambda entry: entry["path"])

@@ -5,10 +5,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
-import time
 import venv
 from collections import Counter
 from collections.abc import Callable
@@ -26,10 +23,11 @@ from spear_hf.hub_checks import check_card
 from spear_hf.hub_staging import AUTO_CLASSES, CODE_FILES, MODEL_CLASSES, stage
 from spear_hf.mvq import MultiCodebookQuantizer
 
+from .hub_process import GOOD, Client
 from .hub_server import HubServer
 
 
-GOOD, WRONG = "hf_good", "hf_wrong"
+WRONG = "hf_wrong"
 ENCODER, CTC, WITH_CODE = "tester/encoder", "tester/ctc", "tester/with-code"
 HEADS = [name for name in MODEL_CLASSES if name != "AutoModel"]
 
@@ -74,54 +72,6 @@ def inputs(tmp_path_factory, golden):
     features = SpearFeatureExtractor()(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
     save_file({"waveform": waveform, "input_features": features}, path)
     return path
-
-
-class Client:
-    """A process with a home of its own, that knows no Hub but ours."""
-
-    def __init__(
-        self, hub: HubServer, role: str, folder: Path, task: dict, python: str | Path = sys.executable, **env
-    ):
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "PYTHON")) and "proxy" not in name.lower()
-        }
-        settings = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(folder / "home"),
-            "HF_TOKEN": GOOD,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        self.process = subprocess.Popen(
-            [python, Path(__file__).with_name("hub_client.py"), role, folder],
-            cwd=folder,
-            env={**inherited, **settings, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / "stderr").open("wb"),
-        )
-
-    def result(self, name: str = "results") -> dict:
-        """The content of NAME.json, once it is there."""
-        path = self.folder / f"{name}.json"
-        while True:
-            ended = self.process.poll() is not None
-            if path.is_file():
-                return json.loads(path.read_text(encoding="utf-8"))
-            assert not ended, f"{path.name} was not written:\n{self.errors()}"
-            time.sleep(0.1)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "tensors.safetensors")
-
-    def errors(self) -> str:
-        return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +381,7 @@ def test_where_the_package_is_not_installed(hub, codes, folders, inputs, tmp_pat
     # A plain line adds a folder, and leaves alone the .pth files in it: that of the editable install, too.
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     task = {"ctc": CTC, "with_code": WITH_CODE, "inputs": str(inputs), "heads": HEADS}
-    client = Client(hub, "without_package", tmp_path / "client", task, python=scripts / "python")
+    client = Client(hub, "without_package", tmp_path / "client", task, python=scripts / "python", PYTHONPATH="")
     result, tensors = client.result(), client.tensors()
     with torch.no_grad():
         features = load_file(inputs)["input_features"]

@@ -21,6 +21,8 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Audio, Dataset
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
@@ -106,6 +108,13 @@ def single_texts(dataset: Dataset, column: str) -> list[str]:
                 f"({values}); leave such rows out, for instance with --where COLUMN=VALUE"
             )
     return [values[0] for values in rows]
+
+
+def with_column(dataset: Dataset, name: str, values: list[Any]) -> Dataset:
+    """With a column that a script names itself, in place of one that the source may call the same."""
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    return dataset.add_column(name, values)
 
 
 def decode_row(row: dict[str, Any]) -> np.ndarray:
@@ -212,9 +221,17 @@ def _hub_rows(source: str, split: str | None, arguments: DataArguments) -> Datas
     try:
         dataset = datasets.load_dataset(source, arguments.dataset_config, split=split)
     except (FileNotFoundError, ConnectionError) as error:
+        hint = "; a private one needs the token of an account that may read it: `hf auth login`"
         raise ValueError(
             f"{source} is neither a folder or manifest here nor a dataset that the Hub gives ({error})"
+            f"{hint if isinstance(error, DatasetNotFoundError) else ''}"
         ) from error
+    except (
+        ValueError,
+        DatasetsError,
+        HfHubHTTPError,
+    ) as error:  # no such configuration or split, a refused token, ...
+        raise ValueError(f"{source}, split {split}, of the Hub: {error}") from error
     column = arguments.audio_column
     if column not in dataset.column_names:
         raise ValueError(
