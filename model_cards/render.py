@@ -25,6 +25,13 @@ MIXING = (
     "In part of the utterances a second one was mixed in, and its tokens with it, which the first version had not."
 )
 
+# Where the checkpoint is; the second for an id that no file or page read for this project names.
+SEEN = ", as its authors\npublished it at [{id}](https://huggingface.co/{id})."
+INFERRED = (
+    ".\nIts repository id, `{id}`, is inferred from the names of the other checkpoints: the repository was not\n"
+    "seen when this card was written. Check that it exists; the card says what the paper and the others let expect."
+)
+
 
 def render(checkpoint: dict[str, Any], facts: dict[str, Any]) -> str:
     """The card of one checkpoint: metadata for the Hub, then Markdown."""
@@ -35,11 +42,13 @@ def render(checkpoint: dict[str, Any], facts: dict[str, Any]) -> str:
     reference = paper["reference"]["results"]
     results = paper["results"][f"{checkpoint['size']} {checkpoint['domains']}"]
     rows = [f"| {paper['measures'][key]} | {value} | {reference.get(key, '–')} |" for key, value in results.items()]
+    whereabouts = INFERRED if checkpoint.get("id_inferred") else SEEN
     domains = checkpoint["domains"].replace("+", " and general ")
     values = {
         **checkpoint,
         "name": checkpoint["id"].split("/")[1],
         "size": size,
+        "whereabouts": whereabouts.format(id=checkpoint["id"]),
         "domains": domains,
         "output": f"{size['hidden_size']} values, {rate}; the layers' states at 50 Hz",
         "states": size["num_hidden_layers"] + 1,

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -159,16 +160,17 @@ def stock(task: dict, folder: Path) -> None:
 
 
 def rows(task: dict, folder: Path) -> None:
-    """Ids and lengths of the rows of each of (name, token, arguments, split), or the error there was."""
+    """The rows of each of (name, token, arguments, split, columns), with hashes of the waveforms, or the error."""
     from spear_hf.finetuning.arguments import DataArguments
-    from spear_hf.finetuning.datasets import load_rows
+    from spear_hf.finetuning.datasets import decode_row, load_rows
 
     results: dict[str, dict] = {}
-    for name, (source, token, arguments, split) in task["calls"].items():
+    for name, (source, token, arguments, split, columns) in task["calls"].items():
         os.environ["HF_TOKEN"] = token
         try:
-            found = load_rows(source, [], split, DataArguments(**arguments))
-            results[name] = {column: found[column][:] for column in ("id", "length")}
+            found = load_rows(source, columns, split, DataArguments(**arguments))
+            results[name] = {column: found[column][:] for column in ("id", "length", *columns)}
+            results[name]["sha256"] = [sha256(decode_row(row).tobytes()).hexdigest() for row in found]
         except ValueError as error:
             results[name] = {"error": str(error)}
     write(folder / "results.json", results)

@@ -8,6 +8,7 @@ is that of hub_server.py. Its datasets were uploaded by `Dataset.push_to_hub`, a
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
@@ -110,10 +111,21 @@ def voices(rows: list[dict]) -> datasets.Dataset:
 def odd(rows: list[dict], size: int | None = None) -> datasets.Dataset:
     """Other names of columns, a `length` that means something else, and but the first `size` bytes of each file."""
     features = datasets.Features(
-        {"sound": ENCODED_AUDIO, "length": datasets.Value("string"), "id": datasets.Value("int32")}
+        {
+            "sound": ENCODED_AUDIO,
+            "length": datasets.Value("string"),
+            "id": datasets.Value("int32"),
+            "kind": datasets.ClassLabel(names=["cat", "dog"]),
+            "tags": datasets.List(datasets.ClassLabel(names=["loud", "wet"])),
+        }
     )
-    sounds = [{"path": Path(row["path"]).name, "bytes": Path(row["path"]).read_bytes()[:size]} for row in rows]
-    columns = {"sound": sounds, "length": ["short"] * len(rows), "id": range(7, 7 + len(rows))}
+    columns = {
+        "sound": [{"path": Path(row["path"]).name, "bytes": Path(row["path"]).read_bytes()[:size]} for row in rows],
+        "length": ["short"] * len(rows),
+        "id": range(7, 7 + len(rows)),
+        "kind": ["cat", None, "dog"],
+        "tags": [[0, 1], [], [1]],
+    }
     return datasets.Dataset.from_dict(columns, features=features).cast_column("sound", datasets.Audio())
 
 
@@ -252,35 +264,43 @@ def test_a_dataset_that_is_not_there(hub, tmp_path):
 
 def test_rows_and_errors(hub, tmp_path):
     """Names, configurations, splits and columns, right and wrong, of `load_rows` with the real client."""
-    odd_column = {"audio_column": "sound"}
+    sound = {"audio_column": "sound"}
+    # What is private comes last: `datasets` gives what it has in its cache to anybody.
     calls = {
-        "odd": [ODD, GOOD, odd_column, None],
-        "secret of others": [SECRET, STRANGER, {}, None],
-        "secret without a token": [SECRET, "", {}, None],
-        "wrong token": [VOICES, "hf_wrong", {}, None],
-        "unknown": ["tester/voises", GOOD, {}, None],
-        "unknown without an owner": ["voises", GOOD, {}, None],
-        "no name": ["a name", GOOD, {}, None],
-        "configuration": [VOICES, GOOD, {"dataset_config": "dirty"}, None],
-        "split": [VOICES, GOOD, {}, "trian"],
-        "column": [ODD, GOOD, {}, None],
-        "broken": [ODD, GOOD, {**odd_column, "dataset_config": "broken"}, None],
-        "secret": [SECRET, GOOD, {}, None],  # last: `datasets` gives what it has in its cache to anybody
+        "odd": [ODD, GOOD, sound, None, ["kind", "tags"]],
+        "secret of others": [SECRET, STRANGER, {}, None, []],
+        "secret without a token": [SECRET, "", {}, None, []],
+        "wrong token": [VOICES, "hf_wrong", {}, None, []],
+        "unknown": ["tester/voises", GOOD, {}, None, []],
+        "unknown without an owner": ["voises", GOOD, {}, None, []],
+        "no name": ["a name", GOOD, {}, None, []],
+        "configuration": [VOICES, GOOD, {"dataset_config": "dirty"}, None, []],
+        "split": [VOICES, GOOD, {}, "trian", []],
+        "column": [ODD, GOOD, {}, None, []],
+        "broken": [ODD, GOOD, {**sound, "dataset_config": "broken"}, None, []],
+        "secret": [SECRET, GOOD, {}, None, ["language"]],
     }
     results = Client(hub, "rows", tmp_path, {"calls": calls}).result()
     rows = clips("it", 3)
-    assert results["odd"] == {"id": ["7", "8", "9"], "length": [row["num_samples"] for row in rows]}
+    assert results["odd"] == {
+        "id": ["7", "8", "9"],
+        "length": [row["num_samples"] for row in rows],
+        "kind": [["cat"], [], ["dog"]],
+        "tags": [["loud", "wet"], [], ["wet"]],
+        "sha256": [sha256(load_audio(row["path"]).tobytes()).hexdigest() for row in rows],
+    }
     assert results["secret"]["id"] == [f"{SECRET}[{index}]" for index in range(4)]
+    assert results["secret"]["language"] == [["fr"], ["it"]] * 2
     for name, pattern in {
         "secret of others": f"{SECRET} is neither .* that may read it",
         "secret without a token": f"{SECRET} is neither .* that may read it",
-        "wrong token": VOICES,
+        "wrong token": f"{VOICES}, split train, of the Hub(.|\\n)*Invalid credentials",
         "unknown": "tester/voises is neither",
         "unknown without an owner": "voises is neither",
-        "no name": "a name",
+        "no name": "a name, split train, of the Hub: Repo id must use",
         "configuration": f"{VOICES}.*'dirty' not found.*clean",
         "split": f"{VOICES}.*trian.*test",
-        "column": f"{ODD} has no column 'audio' of audio; name it with --audio_column: sound, length, id",
+        "column": f"{ODD} has no column 'audio' of audio; name it with --audio_column: sound, length, id, ",
         "broken": rf"3 of 3 files cannot be used(.|\n)*7 \({Path(rows[0]['path']).name}\) cannot be read",
     }.items():
         assert re.search(pattern, results[name]["error"]), (name, results[name])

@@ -1,17 +1,15 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Rows for fine-tuning from folders, manifests and Hub datasets, the model's labels, and what bad input says."""
+"""Rows for fine-tuning from folders and manifests, the model's labels, and what bad input says."""
 
 import json
 import wave
 
-import datasets
 import numpy as np
 import pytest
 from transformers import AutoModelForAudioClassification
 
 from spear_hf import SpearConfig, SpearModel
 from spear_hf.data.audio import load_audio
-from spear_hf.finetuning import datasets as finetuning_datasets
 from spear_hf.finetuning.arguments import DataArguments, ModelArguments
 from spear_hf.finetuning.datasets import (
     decode_row,
@@ -87,58 +85,7 @@ def test_several_labels(folder):
         single_texts(found, "label")
 
 
-def hub_dataset(folder, tmp_path):
-    """As a Hub gives it: the files' bytes in parquet, class ids, and a column `length` that means something else."""
-    paths = sorted(folder.rglob("*.wav"))
-    features = datasets.Features(
-        {
-            "sound": finetuning_datasets.ENCODED_AUDIO,
-            "label": datasets.ClassLabel(names=["cat", "dog"]),
-            "tags": datasets.List(datasets.ClassLabel(names=["loud", "wet"])),
-            "length": datasets.Value("string"),
-        }
-    )
-    columns = {
-        "sound": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
-        "label": [0, 1, 1],
-        "tags": [[0, 1], [], [1]],
-        "length": ["short"] * 3,
-    }
-    made = datasets.Dataset.from_dict(columns, features=features).cast_column("sound", datasets.Audio())
-    made.to_parquet(str(tmp_path / "hub.parquet"))
-    return datasets.Dataset.from_parquet(str(tmp_path / "hub.parquet"), cache_dir=str(tmp_path / "cache"))
-
-
-def test_hub_dataset(folder, tmp_path, monkeypatch):
-    made, asked = hub_dataset(folder, tmp_path), []
-
-    def load_dataset(name, config, split):
-        asked.append((name, config, split))
-        return made
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    arguments = DataArguments(dataset="me/sounds", dataset_config="small", audio_column="sound")
-    rows = load_rows("me/sounds", ["label", "tags"], None, arguments)
-    assert asked == [("me/sounds", "small", "train")]
-    assert rows["label"][:] == [["cat"], ["dog"], ["dog"]]
-    assert rows["tags"][:] == [["loud", "wet"], [], ["wet"]]
-    assert rows["length"][:] == [12000, 4000, 8000]
-    assert np.array_equal(decode_row(rows[1]), load_audio(folder / "dog" / "0.wav"))
-    with pytest.raises(ValueError, match=r"no column 'audio' of audio; name it with --audio_column: sound, label"):
-        load_rows("me/sounds", [], None, DataArguments())
-
-
-def test_bad_bytes_are_named(folder, tmp_path, monkeypatch):
-    made = hub_dataset(folder, tmp_path).cast_column("sound", finetuning_datasets.ENCODED_AUDIO)
-    broken = made.map(lambda row: {"sound": {"bytes": row["sound"]["bytes"][:20], "path": row["sound"]["path"]}})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: broken)
-    with pytest.raises(
-        ValueError, match=r"3 of 3 files cannot be used(.|\n)*me/sounds\[1\] \(0\.wav\) cannot be read"
-    ):
-        load_rows("me/sounds", [], None, DataArguments(audio_column="sound"))
-
-
-def test_unreachable_hub(monkeypatch):
+def test_unreachable_hub():
     with pytest.raises(ValueError, match=r"someone/nothing is neither a folder or manifest here nor a dataset"):
         load_rows("someone/nothing", [])
 
