@@ -147,15 +147,15 @@ def quantizer(task: dict, folder: Path) -> None:
 
 
 def stock(task: dict, folder: Path) -> None:
-    """Uploads each of (folder, name, configuration, private) of `datasets`, and each of (folder, name) of `models`."""
+    """Uploads each of (folder, name, configuration, private) of `datasets`, and (folder, name, kind) of `folders`."""
     import datasets
     from huggingface_hub import HfApi
 
     for source, repo_id, configuration, private in task["datasets"]:
         datasets.load_from_disk(source).push_to_hub(repo_id, configuration, private=private)
-    for source, repo_id in task["models"]:
-        HfApi().create_repo(repo_id)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=["config.json", "model.safetensors"])
+    for source, repo_id, kind in task["folders"]:
+        HfApi().create_repo(repo_id, repo_type=kind)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=source, repo_type=kind)
     write(folder / "results.json", {})
 
 

@@ -6,6 +6,7 @@ is that of hub_server.py. Its datasets were uploaded by `Dataset.push_to_hub`, a
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from hashlib import sha256
@@ -28,6 +29,7 @@ from .test_finetune_examples import bundled_rows, losses_of, metrics_of
 
 STRANGER = "hf_stranger"  # a token of someone who may not read what is private
 VOICES, ODD, SECRET = "tester/voices", "tester/odd", "tester/secret"
+TABLE, PATHS = "tester/table", "tester/paths"
 ENCODER = "tester/encoder"  # in the published format
 # fmt: off
 SCRIPTS = {
@@ -129,6 +131,20 @@ def odd(rows: list[dict], size: int | None = None) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features).cast_column("sound", datasets.Audio())
 
 
+def loose_files(folder: Path) -> list[list[str]]:
+    """Repositories of files as they are: one with a table of texts, one with the labels in the paths."""
+    (folder / "table").mkdir()
+    table = ["file_name,text"]
+    for row in clips("it", 3):
+        name = Path(shutil.copy(row["path"], folder / "table")).name
+        table.append(f"{name},{row['transcript']}")
+        for split in ("train", "test"):
+            (folder / "paths" / split / row["label"]).mkdir(parents=True)
+            shutil.copy(row["path"], folder / "paths" / split / row["label"])
+    (folder / "table" / "metadata.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    return [[str(folder / "table"), TABLE, "dataset"], [str(folder / "paths"), PATHS, "dataset"]]
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, golden_folder):
     """With the datasets and the encoder in it."""
@@ -147,7 +163,8 @@ def hub(tmp_path_factory, golden_folder):
         datasets.DatasetDict(splits).save_to_disk(folder / str(number))
         pushes.append([str(folder / str(number)), repo_id, config, private])
     with HubServer(tokens={GOOD: "tester", STRANGER: "stranger"}) as server:
-        task = {"datasets": pushes, "models": [[str(golden_folder), ENCODER]]}
+        folders = [[str(golden_folder), ENCODER, "model"], *loose_files(folder)]
+        task = {"datasets": pushes, "folders": folders}
         Client(server, "stock", folder, task).result()
         yield server
 
@@ -240,16 +257,9 @@ def test_pushing_while_the_training_goes_on(hub, runs):
 
 
 def test_a_dataset_that_is_not_there(hub, tmp_path):
+    options = [*COMMON, "--dataset", "tester/voises", "--output_dir", "x"]
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "examples" / "finetune_ctc.py",
-            *COMMON,
-            "--dataset",
-            "tester/voises",
-            "--output_dir",
-            "x",
-        ],
+        [sys.executable, ROOT / "examples" / "finetune_ctc.py", *options],
         cwd=tmp_path,
         env=environment(hub, tmp_path / "home"),
         capture_output=True,
@@ -268,6 +278,8 @@ def test_rows_and_errors(hub, tmp_path):
     # What is private comes last: `datasets` gives what it has in its cache to anybody.
     calls = {
         "odd": [ODD, GOOD, sound, None, ["kind", "tags"]],
+        "table": [TABLE, GOOD, {}, None, ["text"]],
+        "paths": [PATHS, GOOD, {}, "test", ["label"]],
         "secret of others": [SECRET, STRANGER, {}, None, []],
         "secret without a token": [SECRET, "", {}, None, []],
         "wrong token": [VOICES, "hf_wrong", {}, None, []],
@@ -275,7 +287,7 @@ def test_rows_and_errors(hub, tmp_path):
         "unknown without an owner": ["voises", GOOD, {}, None, []],
         "no name": ["a name", GOOD, {}, None, []],
         "configuration": [VOICES, GOOD, {"dataset_config": "dirty"}, None, []],
-        "split": [VOICES, GOOD, {}, "trian", []],
+        "split": [ODD, GOOD, sound, "trian", []],
         "column": [ODD, GOOD, {}, None, []],
         "broken": [ODD, GOOD, {**sound, "dataset_config": "broken"}, None, []],
         "secret": [SECRET, GOOD, {}, None, ["language"]],
@@ -289,6 +301,9 @@ def test_rows_and_errors(hub, tmp_path):
         "tags": [["loud", "wet"], [], ["wet"]],
         "sha256": [sha256(load_audio(row["path"]).tobytes()).hexdigest() for row in rows],
     }
+    for name, column, known in (("table", "text", "transcript"), ("paths", "label", "label")):
+        found = {waveform: text for waveform, (text,) in zip(results[name]["sha256"], results[name][column])}
+        assert found == {waveform: row[known] for waveform, row in zip(results["odd"]["sha256"], rows)}
     assert results["secret"]["id"] == [f"{SECRET}[{index}]" for index in range(4)]
     assert results["secret"]["language"] == [["fr"], ["it"]] * 2
     for name, pattern in {
@@ -299,7 +314,7 @@ def test_rows_and_errors(hub, tmp_path):
         "unknown without an owner": "voises is neither",
         "no name": "a name, split train, of the Hub: Repo id must use",
         "configuration": f"{VOICES}.*'dirty' not found.*clean",
-        "split": f"{VOICES}.*trian.*test",
+        "split": f"{ODD}.*trian.*train",
         "column": f"{ODD} has no column 'audio' of audio; name it with --audio_column: sound, length, id, ",
         "broken": rf"3 of 3 files cannot be used(.|\n)*7 \({Path(rows[0]['path']).name}\) cannot be read",
     }.items():

@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Audio, Dataset
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
@@ -216,22 +216,42 @@ def _folder_values(utterance: Utterance) -> dict[str, str]:
     return values
 
 
+class EncodedAudio(Audio):
+    """An audio column that takes files as they are; `datasets.Audio` wants torchcodec even to note a file's path."""
+
+    def encode_example(self, value: Any) -> dict[str, Any]:
+        value = {"path": value} if isinstance(value, str) else value
+        return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+
+def _hub_dataset(source: str, config: str | None, split: str) -> Dataset:
+    """As `datasets.load_dataset`, and without torchcodec also for repositories of loose or archived audio files."""
+    builder = datasets.load_dataset_builder(source, config)
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        found = builder.info.features  # read off the repository before the first row failed
+        if not isinstance(error.__cause__, ImportError) or found is None:
+            raise
+        features = {name: EncodedAudio() if isinstance(feature, Audio) else feature for name, feature in found.items()}
+        builder = datasets.load_dataset_builder(source, config, features=datasets.Features(features))
+        builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
 def _hub_rows(source: str, split: str | None, arguments: DataArguments) -> Dataset:
     split = split or "train"
     try:
-        dataset = datasets.load_dataset(source, arguments.dataset_config, split=split)
+        dataset = _hub_dataset(source, arguments.dataset_config, split)
     except (FileNotFoundError, ConnectionError) as error:
         hint = "; a private one needs the token of an account that may read it: `hf auth login`"
         raise ValueError(
             f"{source} is neither a folder or manifest here nor a dataset that the Hub gives ({error})"
             f"{hint if isinstance(error, DatasetNotFoundError) else ''}"
         ) from error
-    except (
-        ValueError,
-        DatasetsError,
-        HfHubHTTPError,
-    ) as error:  # no such configuration or split, a refused token, ...
-        raise ValueError(f"{source}, split {split}, of the Hub: {error}") from error
+    except (ValueError, DatasetsError, HfHubHTTPError) as error:  # no such configuration or split, a wrong token, ...
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"{source}, split {split}, of the Hub: {error}{cause}") from error
     column = arguments.audio_column
     if column not in dataset.column_names:
         raise ValueError(
