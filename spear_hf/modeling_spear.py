@@ -1078,12 +1078,15 @@ class SpearForPreTraining(SpearHeadModel):
 
         frames_at_once = max(1, LOGITS_AT_ONCE // self.prediction_heads[name].out_features)
         rows = [tensor.split(frames_at_once) for tensor in (hidden_states, labels, masked, has_target)]
-        if len(rows[0]) <= 1 or not torch.is_grad_enabled():
-            return sum(self._chunk_statistics(name, *chunk) for chunk in zip(*rows))
-        return sum(
-            checkpoint(self._chunk_statistics, name, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(*rows)
-        )
+        sums = hidden_states.new_zeros(2, 3, dtype=torch.float32)
+        for chunk in zip(*rows):
+            if len(rows[0]) > 1 and torch.is_grad_enabled():
+                sums = sums + checkpoint(
+                    self._chunk_statistics, name, *chunk, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                sums = sums + self._chunk_statistics(name, *chunk)
+        return sums
 
     def _chunk_statistics(
         self,

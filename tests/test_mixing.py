@@ -27,7 +27,7 @@ from spear_hf.data.seeding import keyed_generator
 from spear_hf.pretraining.setup import build_dataset
 
 from .pretraining_corpus import small_config
-from .test_collation import Prepared, make_dataset, prepared  # the last is a fixture
+from .test_collation import Prepared, make_dataset, prepared  # noqa: F401 (the last is a fixture)
 
 
 ALWAYS = MixingConfig(token_probability=1.0)
@@ -117,7 +117,9 @@ def test_targets_are_replaced_with_beta(snr, beta):
 @pytest.mark.parametrize("snr", [-5.0, 0.3, 20.0])
 def test_the_ratio_heard_is_the_ratio_drawn(snr):
     rng = np.random.default_rng(1)
-    main, second = (scale * rng.standard_normal(size).astype(np.float32) for scale, size in ((0.1, 9000), (0.02, 7000)))
+    main, second = (
+        scale * rng.standard_normal(size).astype(np.float32) for scale, size in ((0.1, 9000), (0.02, 7000))
+    )
     added = mix_waveforms(main, second, snr, 2560).astype(np.float64)
     added[:9000] -= main
     assert len(added) == 9560
@@ -164,7 +166,9 @@ def slow_tokens(main, second, offset, probability, rng):
     return np.array(mixed)
 
 
-@pytest.mark.parametrize(("sizes", "offset"), [((30, 20), 5), ((30, 40), 0), ((20, 5), 19), ((20, 5), 23), ((9, 9), 9)])
+@pytest.mark.parametrize(
+    ("sizes", "offset"), [((30, 20), 5), ((30, 40), 0), ((20, 5), 19), ((20, 5), 23), ((9, 9), 9)]
+)
 def test_mixed_tokens_are_those_of_the_slow_reference(sizes, offset):
     rng = np.random.default_rng(2)
     main, second = (rng.integers(0, 256, (size, 3)).astype(np.uint8) for size in sizes)

@@ -2,8 +2,8 @@
 """Utterances and their tokens -> batches of `SpearForPreTraining`.
 
 The way of an utterance: decode, random crop, mixing with a second utterance and with noise, filter bank, masks, tokens
-of the crop aligned with the encoder's frames. Each random choice depends on (seed, epoch, utterance id) alone, so batches come out the same in whatever process,
-order or epoch position they are made.
+of the crop aligned with the encoder's frames. Each random choice depends on (seed, epoch, utterance id) alone, so
+batches come out the same in whatever process, order or epoch position they are made.
 """
 
 import math
@@ -119,7 +119,9 @@ def check_tokens(
                 f"The {name} tokens have {have[0]} codebooks of {have[1]} entries at the encoder's frame rate, but "
                 f"the config's target has {want[0]} of {want[1]}: use the other tokens or change the target."
             )
-        missing = [utt.id for utt in utterances if needs_target(name, utt.domain, domains.get(name)) and utt.id not in store]
+        missing = [
+            utt.id for utt in utterances if needs_target(name, utt.domain, domains.get(name)) and utt.id not in store
+        ]
         if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             raise ValueError(
@@ -206,7 +208,7 @@ class PreTrainingDataset:
     def _aligned(
         self, name: str, tokens: np.ndarray, start: int, stop: int | None, num_frames: int, utterance: Utterance
     ) -> np.ndarray:
-        """Labels (num_frames, codebooks) of the samples [start, stop) of what has `tokens`; `stop` None: to its end."""
+        """Labels (num_frames, codebooks) of the samples [start, stop) of what has `tokens`; stop None: its end."""
         rate = self.stores[name].frame_rate
         offset = self.offsets.get(name, 0)
         first = round(start * rate / SAMPLING_RATE) + offset

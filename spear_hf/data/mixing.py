@@ -5,7 +5,7 @@ Noise mixing adds noise and leaves the targets clean. Token mixing adds a second
 the overlap is taken with the probability beta, the second's share of the power (paper: separation, diarisation and
 enhancement improve, recognition stays as it was).
 
-What is drawn is a function of (seed, epoch, utterance id) and of the training utterances' lengths and domains, never of
+What is drawn is a function of (seed, epoch, utterance id) and of the training utterances with their lengths, never of
 the batch that an utterance comes in. The paper takes the second "from the batch"; here it is drawn from the whole
 corpus among the utterances of like length, of which a batch of the sampler consists anyway, so that an example can be
 made again alone, on any rank, in any worker and after a resume.
@@ -27,8 +27,8 @@ from .manifest import Utterance
 from .seeding import keyed_generator
 
 
-# Seconds of a mixture are offered to one another by length: shares by which the length of the second may differ, the
-# first that offers any. A batch's utterances differ by 2 x `data.length_jitter`, 10 %.
+# By what share of the first's length that of the second may differ: the least with which there is a second. In a batch
+# the lengths differ by about twice `data.length_jitter`, 10 %.
 LENGTH_TOLERANCES = (0.1, 0.2, 0.4, 0.8)
 
 
@@ -224,7 +224,7 @@ class Mixer:
         latest = min(self.config.token_offset_seconds * SAMPLING_RATE, length)
         return TokenMix(
             second=self._draw_second(index, length, rng),
-            snr=float(rng.uniform(*self.config.token_snr)),
+            snr=_uniform(rng, self.config.token_snr),
             offset=int(rng.uniform(0, latest)) // self.grid * self.grid,
             window=rng.random(),
         )
@@ -232,8 +232,8 @@ class Mixer:
     def _draw_second(self, index: int, length: int, rng: np.random.Generator) -> int:
         """Uniformly one of the eligible utterances of like length, but not `index`."""
         for tolerance in LENGTH_TOLERANCES:
-            low = np.searchsorted(self._sorted_lengths, length * (1 - tolerance), side="left")
-            high = np.searchsorted(self._sorted_lengths, length * (1 + tolerance), side="right")
+            low = int(np.searchsorted(self._sorted_lengths, length * (1 - tolerance), side="left"))
+            high = int(np.searchsorted(self._sorted_lengths, length * (1 + tolerance), side="right"))
             if high - low >= 2:  # one of them is `index`, which is speech
                 break
         else:
@@ -258,5 +258,10 @@ class Mixer:
         if rng.random() >= self.config.noise_probability:
             return None
         clip = self.noise[int(rng.integers(len(self.noise)))]
-        mix = NoiseMix(clip, snr=float(rng.uniform(*self.config.noise_snr)), start=rng.random())
+        mix = NoiseMix(clip, snr=_uniform(rng, self.config.noise_snr), start=rng.random())
         return None if clip.path == utterance.path else mix
+
+
+def _uniform(rng: np.random.Generator, bounds: tuple[float, ...]) -> float:
+    low, high = bounds
+    return float(rng.uniform(low, high))

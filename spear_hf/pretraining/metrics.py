@@ -45,7 +45,9 @@ class StepSums:
         self.vector[size] += loss.detach()
         counters = [batch.num_samples, batch.num_padded_samples, len(batch.ids), batch.num_items]
         counters += [batch.num_mixed, batch.num_noisy]
-        self.vector[size + 1 : size + 1 + len(counters)] += torch.tensor(counters, dtype=self.vector.dtype, device=self.vector.device)
+        self.vector[size + 1 : size + 1 + len(counters)] += torch.tensor(
+            counters, dtype=self.vector.dtype, device=self.vector.device
+        )
 
     def request_stop(self) -> None:
         """This rank was told to stop; after the reduction all ranks know."""
