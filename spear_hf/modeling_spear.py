@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -28,6 +29,7 @@ from .configuration_spear import SpearConfig
 logger = logging.get_logger(__name__)
 
 MIN_FRAMES = 9  # of the 100 Hz filter bank: the stem turns m frames into (m - 7) // 2
+LOGITS_AT_ONCE = 2**24  # of the pre-training heads: 67 MB in float32
 
 # Names in published checkpoints -> ours. No rule matches a key of ours.
 PUBLISHED_NAMES = {
@@ -1063,9 +1065,9 @@ class SpearForPreTraining(SpearHeadModel):
         """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, `(2, 3)`.
 
         hidden_states `(batch, frames, dim)`, labels `(batch, frames, codebooks)` with -100 ignored, masked
-        `(batch, frames)`.
+        `(batch, frames)`. Logits exist for `LOGITS_AT_ONCE` at a time, in the backward pass too, which computes them
+        again (2 % of the base encoder's work): kept for a batch of 600 s they would take 1.6 GB in float32.
         """
-        codebook_size = self.config.pretraining_targets[name]["codebook_size"]
         has_target = (labels != -100).any(dim=-1)  # (batch, frames)
         masked = torch.zeros_like(has_target) if masked is None else masked
         if not torch.compiler.is_compiling():  # logits of frames without a target are never computed
@@ -1074,6 +1076,28 @@ class SpearForPreTraining(SpearHeadModel):
         hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten(0, -2)  # (n, dim), (n, codebooks)
         masked, has_target = masked.flatten(), has_target.flatten()
 
+        frames_at_once = max(1, LOGITS_AT_ONCE // self.prediction_heads[name].out_features)
+        rows = [tensor.split(frames_at_once) for tensor in (hidden_states, labels, masked, has_target)]
+        sums = hidden_states.new_zeros(2, 3, dtype=torch.float32)
+        for chunk in zip(*rows):
+            if len(rows[0]) > 1 and torch.is_grad_enabled():
+                sums = sums + checkpoint(
+                    self._chunk_statistics, name, *chunk, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                sums = sums + self._chunk_statistics(name, *chunk)
+        return sums
+
+    def _chunk_statistics(
+        self,
+        name: str,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        masked: torch.Tensor,
+        has_target: torch.Tensor,
+    ) -> torch.Tensor:
+        """`_codebook_statistics` of frames `(n, dim)`, `(n, codebooks)`, `(n,)` and `(n,)`."""
+        codebook_size = self.config.pretraining_targets[name]["codebook_size"]
         logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size)).float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         known = labels != -100
@@ -1121,10 +1145,15 @@ class SpearForPreTraining(SpearHeadModel):
             Tokens of the speech teacher at the encoder's frame rate; -100 is ignored.
         audio_labels (`torch.LongTensor` of shape `(batch_size, sequence_length, num_codebooks)`, *optional*):
             Tokens of the audio teacher; rows of speech hold -100, which makes the asymmetric loss of the paper.
+            Any other teacher of `config.pretraining_targets` has its tokens given in the same way: `{name}_labels`.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*):
             What the summed loss is divided by: the number of target frames of the whole global batch, when gradients
             are accumulated or summed over ranks. By default the frames of this batch that have any target.
         """
+        labels = {"speech": speech_labels, "audio": audio_labels}
+        for key in [key for key in kwargs if key.endswith("_labels")]:
+            labels[key.removesuffix("_labels")] = kwargs.pop(key)
+        labels = {name: tokens for name, tokens in labels.items() if tokens is not None}
         outputs: SpearModelOutput = self.spear(
             input_features,
             attention_mask=attention_mask,
@@ -1139,8 +1168,6 @@ class SpearForPreTraining(SpearHeadModel):
             attentions=outputs.attentions,
             attention_mask=outputs.attention_mask,
         )
-        labels = {"speech": speech_labels, "audio": audio_labels}
-        labels = {name: tokens for name, tokens in labels.items() if tokens is not None}
         if not labels:
             return result
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from spear_hf import SpearModel
+from spear_hf.data.mixing import MixingConfig
 from spear_hf.pretraining import config as config_module
 from spear_hf.pretraining.config import ModelConfig, PreTrainingConfig, TargetConfig, load_config, shipped_configs
 from spear_hf.pretraining.config_loading import build, changed_keys, to_plain
@@ -47,6 +48,17 @@ def test_masking_of_the_shipped_configs_is_the_papers():
     speech, both = load_config("base-speech").masking, load_config("base-speech-audio").masking
     assert (speech.time_probability, speech.feature_span) == (0.5, 15)
     assert (both.time_probability, both.feature_span) == (0.65, 20)
+
+
+def test_mixing_of_the_shipped_configs_is_the_papers():
+    assert load_config("base-speech").mixing == load_config("base-speech-audio").mixing == MixingConfig.paper()
+    assert load_config("tiny").mixing == MixingConfig()
+
+
+def test_a_target_has_any_name_and_domains_of_its_own():
+    config = load_config("tiny", ["targets.music.store=x", "targets.music.domains=[audio]"])
+    assert config.targets["music"].domains == ("audio",)
+    assert build(PreTrainingConfig, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
 
 
 def test_overrides_at_the_top_and_below():
@@ -89,7 +101,11 @@ def test_a_target_can_be_removed():
         ("execution.batch_seconds_per_device=2", "must hold a crop"),
         ("masking.time_span=0", "masking: time_span must be at least 1"),
         ("targets.speech.store=x", "store and teacher are both set"),
-        ("targets.music.store=x", "targets must be speech, audio or both"),
+        ("targets.keys.store=x", "targets.keys cannot be the name of a target"),
+        ("targets={}", "targets must name a teacher at least"),
+        ("targets.speech.domains=[music]", "targets.speech: domains must be of speech, audio, or null"),
+        ("mixing.noise_probability=2", "mixing: noise_probability must lie between 0 and 1"),
+        ("mixing.token_second=music", "mixing.token_second='music' must be one of 'speech', 'any'"),
         ("max_steps", "must have the form key=value"),
         ("max_steps=[1", "not valid YAML"),
     ],
@@ -123,7 +139,7 @@ def test_every_field_is_explained():
     for definition in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for place, node in enumerate(definition.body):
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in (
-                "ModelConfig", "DataConfig", "MaskingConfig", "OptimizerConfig", "ScheduleConfig",
+                "ModelConfig", "DataConfig", "MaskingConfig", "MixingConfig", "OptimizerConfig", "ScheduleConfig",
                 "CheckpointingConfig", "LoggingConfig", "ExecutionConfig",
             ):  # fmt: skip
                 following = definition.body[place + 1]

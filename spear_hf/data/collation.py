@@ -1,14 +1,15 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Utterances and their tokens -> batches of `SpearForPreTraining`.
 
-The way of an utterance: decode, random crop, filter bank, masks, tokens of the crop aligned with the encoder's frames.
-Each random choice depends on (seed, epoch, utterance id) alone, so batches come out the same in whatever process,
-order or epoch position they are made.
+The way of an utterance: decode, random crop, mixing with a second utterance and with noise, filter bank, masks, tokens
+of the crop aligned with the encoder's frames. Each random choice depends on (seed, epoch, utterance id) alone, so
+batches come out the same in whatever process, order or epoch position they are made.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,15 +21,17 @@ from ..feature_extraction_spear import SpearFeatureExtractor
 from ..mvq.alignment import IGNORED, align_labels, label_ratio
 from .audio import SAMPLING_RATE, load_audio
 from .bucketing import BucketingSampler, crop_window, split_batch
-from .manifest import Utterance
+from .manifest import DOMAINS, Utterance
 from .masking import MaskingConfig, sample_masks
+from .mixing import Mixer, TokenMix, add_noise, mix_waveforms
 from .segments import FrameGrid
 
 
 CROP_GRID = 640  # samples: 40 ms, a token of a 25 Hz teacher and two of a 50 Hz teacher
 
-# Which utterances predict a teacher's tokens, by domain; None: all. The paper's asymmetric loss.
-TARGET_DOMAINS: dict[str, frozenset[str] | None] = {"speech": None, "audio": frozenset({"audio"})}
+# Which utterances predict a teacher's tokens, by domain, where nothing else is said; all for names that are not here.
+# This is the paper's asymmetric loss.
+DEFAULT_DOMAINS: dict[str, Sequence[str]] = {"audio": ("audio",)}
 
 
 class TokenShape(Protocol):
@@ -63,6 +66,10 @@ class MicroBatch(NamedTuple):
     """Of audio, after cropping, without padding."""
     num_padded_samples: int
     """The same with padding."""
+    num_mixed: int = 0
+    """Utterances that a second one was added to."""
+    num_noisy: int = 0
+    """Utterances that noise was added to."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,21 @@ class Example:
     """One utterance of a batch."""
 
     id: str
-    waveform: np.ndarray  # (samples,), cropped
+    waveform: np.ndarray  # (samples,), cropped and mixed
     time_mask: np.ndarray  # (filter-bank frames,)
     feature_mask: np.ndarray  # (mel bins,)
     labels: dict[str, np.ndarray]  # per teacher (encoder frames, codebooks); absent where it has no target
+    second: str | None = None  # id of the utterance that was added
+    noisy: bool = False
+
+
+class Crop(NamedTuple):
+    """The part of an utterance that an epoch takes."""
+
+    utterance: Utterance
+    waveform: np.ndarray  # (samples,)
+    start: int
+    stop: int | None  # None at the utterance's end
 
 
 def encoder_frames(num_frames: int, config: SpearConfig) -> int:
@@ -81,8 +99,14 @@ def encoder_frames(num_frames: int, config: SpearConfig) -> int:
     return FrameGrid(config.output_downsampling_factor).frames(num_frames)
 
 
-def check_tokens(utterances: Sequence[Utterance], stores: Mapping[str, Tokens], config: SpearConfig) -> None:
+def check_tokens(
+    utterances: Sequence[Utterance],
+    stores: Mapping[str, Tokens],
+    config: SpearConfig,
+    domains: Mapping[str, Sequence[str] | None] | None = None,
+) -> None:
     """ValueError unless every store fits the config's targets and holds the tokens that the utterances need."""
+    domains = domains or {}
     targets = config.pretraining_targets or {}
     if set(stores) != set(targets):
         raise ValueError(f"Token stores {sorted(stores)} do not match the config's targets {sorted(targets)}.")
@@ -95,7 +119,9 @@ def check_tokens(utterances: Sequence[Utterance], stores: Mapping[str, Tokens], 
                 f"The {name} tokens have {have[0]} codebooks of {have[1]} entries at the encoder's frame rate, but "
                 f"the config's target has {want[0]} of {want[1]}: use the other tokens or change the target."
             )
-        missing = [utt.id for utt in utterances if needs_target(name, utt.domain) and utt.id not in store]
+        missing = [
+            utt.id for utt in utterances if needs_target(name, utt.domain, domains.get(name)) and utt.id not in store
+        ]
         if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             raise ValueError(
@@ -104,10 +130,13 @@ def check_tokens(utterances: Sequence[Utterance], stores: Mapping[str, Tokens], 
             )
 
 
-def needs_target(name: str, domain: str | None) -> bool:
-    """Whether an utterance of `domain` predicts the tokens of teacher `name`. Without a domain it counts as speech."""
-    domains = TARGET_DOMAINS[name]
-    return domains is None or (domain or "speech") in domains
+def needs_target(name: str, domain: str | None, domains: Sequence[str] | None = None) -> bool:
+    """Whether an utterance of `domain` predicts the tokens of teacher `name`. Without a domain it counts as speech.
+
+    `domains` are those of the teacher; None: as the paper has it, `audio` for utterances of audio, any other for all.
+    """
+    chosen = DEFAULT_DOMAINS.get(name, DOMAINS) if domains is None else domains
+    return (domain or "speech") in chosen
 
 
 class PreTrainingDataset:
@@ -123,6 +152,8 @@ class PreTrainingDataset:
         max_seconds: longer utterances are cropped, anew in every epoch.
         cache_audio: keep decoded audio in memory.
         offsets: teacher name -> by how many tokens its labels are taken later; 0 where it is not named.
+        domains: teacher name -> domains of the utterances that predict its tokens; see `needs_target`.
+        mixer: of the same utterances; None adds nothing to them.
     """
 
     def __init__(
@@ -136,8 +167,10 @@ class PreTrainingDataset:
         max_seconds: float = 10.0,
         cache_audio: bool = False,
         offsets: Mapping[str, int] | None = None,
+        domains: Mapping[str, Sequence[str] | None] | None = None,
+        mixer: Mixer | None = None,
     ) -> None:
-        check_tokens(utterances, stores, config)
+        check_tokens(utterances, stores, config, domains)
         self.utterances = list(utterances)
         self.stores = dict(stores)
         self.config = config
@@ -147,7 +180,9 @@ class PreTrainingDataset:
         self.max_samples = round(max_seconds * SAMPLING_RATE)
         self.frame_rate = SAMPLING_RATE / config.inputs_to_logits_ratio
         self.offsets = dict(offsets or {})
-        self._cache: dict[str, np.ndarray] | None = {} if cache_audio else None
+        self.domains = dict(domains or {})
+        self.mixer = mixer
+        self._cache: dict[Path, np.ndarray] | None = {} if cache_audio else None
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -156,39 +191,102 @@ class PreTrainingDataset:
         """(samples,) float32; decoded once if there is a cache."""
         if self._cache is None:
             return load_audio(utterance.path)
-        if utterance.id not in self._cache:
-            self._cache[utterance.id] = load_audio(utterance.path)
-        return self._cache[utterance.id]
+        if utterance.path not in self._cache:
+            self._cache[utterance.path] = load_audio(utterance.path)
+        return self._cache[utterance.path]
 
-    def _labels(self, name: str, utterance_id: str, start: int, stop: int | None, num_frames: int) -> np.ndarray:
-        """Tokens of the samples [start, stop), aligned: (num_frames, codebooks). `stop` is None at the audio's end."""
-        store = self.stores[name]
-        rate = store.frame_rate
+    def _crop(self, index: int, epoch: int) -> Crop:
+        """What `epoch` takes of utterance `index`."""
+        utterance = self.utterances[index]
+        waveform = self._waveform(utterance)
+        start, stop = crop_window(len(waveform), self.max_samples, CROP_GRID, self.seed, epoch, utterance.id)
+        return Crop(utterance, waveform[start:stop], start, stop if stop < len(waveform) else None)
+
+    def _needs(self, name: str, utterance: Utterance) -> bool:
+        return needs_target(name, utterance.domain, self.domains.get(name))
+
+    def _aligned(
+        self, name: str, tokens: np.ndarray, start: int, stop: int | None, num_frames: int, utterance: Utterance
+    ) -> np.ndarray:
+        """Labels (num_frames, codebooks) of the samples [start, stop) of what has `tokens`; stop None: its end."""
+        rate = self.stores[name].frame_rate
         offset = self.offsets.get(name, 0)
         first = round(start * rate / SAMPLING_RATE) + offset
         last = None if stop is None else math.ceil(stop * rate / SAMPLING_RATE) + offset
         try:
-            return align_labels(store[utterance_id][first:last], rate, num_frames, self.frame_rate)
+            return align_labels(tokens[first:last], rate, num_frames, self.frame_rate)
         except ValueError as error:
-            raise ValueError(f"{name} tokens of utterance {utterance_id}: {error}") from None
+            raise ValueError(f"{name} tokens of utterance {utterance.id}: {error}") from None
+
+    def _crop_tokens(self, name: str, crop: Crop) -> np.ndarray:
+        """The tokens (tokens, codebooks) that the crop's samples span; -100 for a teacher that it does not predict."""
+        store = self.stores[name]
+        count = math.ceil(len(crop.waveform) * store.frame_rate / SAMPLING_RATE)
+        if not self._needs(name, crop.utterance):
+            return np.full((count, store.num_codebooks), IGNORED)
+        first = round(crop.start * store.frame_rate / SAMPLING_RATE)
+        return store[crop.utterance.id][first : first + count]
+
+    def _mixture(
+        self, main: Crop, mix: TokenMix, index: int, epoch: int, num_frames: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], str] | None:
+        """Waveform and labels of `main` with the second utterance, and its id; None where one of them is silent.
+
+        The row has the samples of `main`, whose frames `num_frames` are: it is a window of the mixture.
+        """
+        assert self.mixer is not None
+        second = self._crop(mix.second, epoch)
+        mixture = mix_waveforms(main.waveform, second.waveform, mix.snr, mix.offset)
+        if mixture is None:
+            return None
+        size = len(main.waveform)
+        start = int(mix.window * ((len(mixture) - size) // CROP_GRID + 1)) * CROP_GRID
+        stop = start + size if start + size < len(mixture) else None
+        labels = {}
+        for name, store in self.stores.items():
+            if self._needs(name, main.utterance) or self._needs(name, second.utterance):
+                parts = self._crop_tokens(name, main), self._crop_tokens(name, second)
+                offset = round(mix.offset * store.frame_rate / SAMPLING_RATE)
+                tokens = self.mixer.tokens(index, epoch, name, *parts, mix, offset)
+                labels[name] = self._aligned(name, tokens, start, stop, num_frames, main.utterance)
+        return mixture[start:stop], labels, second.utterance.id
+
+    def _noisy(self, waveform: np.ndarray, index: int, epoch: int) -> np.ndarray | None:
+        """`waveform` with the noise of `epoch`; None where none is added."""
+        mix = None if self.mixer is None else self.mixer.noise_mix(index, epoch)
+        return None if mix is None else add_noise(waveform, self._waveform(mix.clip), mix.snr, mix.start)
 
     def example(self, index: int, epoch: int) -> Example:
         """Utterance `index` as it is seen in `epoch`."""
-        utterance = self.utterances[index]
-        waveform = self._waveform(utterance)
-        start, stop = crop_window(len(waveform), self.max_samples, CROP_GRID, self.seed, epoch, utterance.id)
-        num_frames, num_bins = self.feature_extractor.num_frames(stop - start), self.config.num_mel_bins
+        main = self._crop(index, epoch)
+        utterance = main.utterance
+        num_frames, num_bins = self.feature_extractor.num_frames(len(main.waveform)), self.config.num_mel_bins
         if self.masking is None:
             time_mask, feature_mask = np.zeros(num_frames, bool), np.zeros(num_bins, bool)
         else:
             time_mask, feature_mask = sample_masks(num_frames, num_bins, self.masking, self.seed, epoch, utterance.id)
         targets = encoder_frames(num_frames, self.config)
-        labels = {
-            name: self._labels(name, utterance.id, start, stop if stop < len(waveform) else None, targets)
-            for name in self.stores
-            if needs_target(name, utterance.domain)
-        }
-        return Example(utterance.id, waveform[start:stop], time_mask, feature_mask, labels)
+        mix = None if self.mixer is None else self.mixer.token_mix(index, epoch)
+        mixture = None if mix is None else self._mixture(main, mix, index, epoch, targets)
+        if mixture is None:
+            waveform, second = main.waveform, None
+            labels = {
+                name: self._aligned(name, store[utterance.id], main.start, main.stop, targets, utterance)
+                for name, store in self.stores.items()
+                if self._needs(name, utterance)
+            }
+        else:
+            waveform, labels, second = mixture
+        noisy = self._noisy(waveform, index, epoch)  # last: its power is measured against all that is heard
+        return Example(
+            utterance.id,
+            waveform if noisy is None else noisy,
+            time_mask,
+            feature_mask,
+            labels,
+            second,
+            noisy=noisy is not None,
+        )
 
     def collate(self, examples: Sequence[Example]) -> MicroBatch:
         """Filter bank of all rows, padded on the right; masks are padded with False, labels with -100."""
@@ -224,6 +322,8 @@ class PreTrainingDataset:
             num_items=count_items(inputs),
             num_samples=sum(len(example.waveform) for example in examples),
             num_padded_samples=rows * max(len(example.waveform) for example in examples),
+            num_mixed=sum(example.second is not None for example in examples),
+            num_noisy=sum(example.noisy for example in examples),
         )
 
     def micro_batch(self, indices: Sequence[int] | np.ndarray, epoch: int) -> MicroBatch:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from torch import nn
 
 from ..configuration_spear import SpearConfig
+from ..data.manifest import DOMAINS
 from ..data.masking import MaskingConfig
+from ..data.mixing import MixingConfig
 from .config_loading import apply_overrides, build, parse_yaml
 
 
@@ -58,6 +61,11 @@ class TargetConfig:
     weight: float = 1.0
     """Weight of this teacher's loss (paper: speech 1, audio 0.1)."""
 
+    domains: tuple[str, ...] | None = None
+    """Domains of the utterances that predict these tokens; without a domain an utterance is speech. null: the target
+    `audio` is for utterances of audio, any other for all, which makes the paper's asymmetric loss. Its joint loss:
+    [speech, audio] for both targets; its disjoint loss: [speech] for `speech`."""
+
     offset: int = 0
     """The label of student frame t is token t + offset. 0: frames of one number, as in the paper. The frame t of the
     student is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
@@ -91,6 +99,8 @@ class TargetConfig:
             raise ValueError(f"{self.num_codebooks} codebooks of {self.codebook_size} entries cannot be predicted.")
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, not {self.weight}.")
+        if self.domains is not None and (not self.domains or not set(self.domains) <= set(DOMAINS)):
+            raise ValueError(f"domains must be of {', '.join(DOMAINS)}, or null, not {list(self.domains)}.")
         if not 0 <= self.offset <= 5:
             raise ValueError(f"offset must lie between 0 and 5 tokens, not {self.offset}.")
         if self.quantizer_steps < 1 or self.quantizer_frames < 1:
@@ -265,14 +275,15 @@ class PreTrainingConfig:
     """Save after every so many steps, and after the last."""
 
     seed: int = 0
-    """Of the initialisation, order, crops, masks and dropout."""
+    """Of the initialisation, order, crops, masks, mixing and dropout."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     targets: dict[str, TargetConfig] = field(default_factory=lambda: {"speech": TargetConfig()})
-    """Teachers by name: `speech` (every utterance predicts its tokens) and `audio` (utterances of domain audio do)."""
+    """Teachers by name, as many as wanted. `speech` and `audio` are those of the paper; see `TargetConfig.domains`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
@@ -284,8 +295,10 @@ class PreTrainingConfig:
             raise ValueError(
                 f"max_steps={self.max_steps} and checkpoint_every={self.checkpoint_every} must be positive."
             )
-        if not self.targets or not set(self.targets) <= {"speech", "audio"}:
-            raise ValueError(f"targets must be speech, audio or both, not {sorted(self.targets)}.")
+        if not self.targets:
+            raise ValueError("targets must name a teacher at least.")
+        if wrong := [name for name in self.targets if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
+            raise ValueError(f"targets.{wrong[0]} cannot be the name of a target: take a plain word, such as speech.")
         device = self.execution.batch_seconds_per_device
         if device is not None and device < self.data.max_seconds:
             raise ValueError(

@@ -106,7 +106,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         extractor = SpearFeatureExtractor()
         sampler = build_sampler(config, corpus)
         steps = StepDataset(
-            build_dataset(config, corpus.training, stores, bare_model.config, extractor),
+            build_dataset(config, corpus.training, stores, bare_model.config, extractor, corpus.training_lengths),
             sampler,
             accelerator.process_index,
             accelerator.num_processes,
@@ -294,6 +294,8 @@ def train_step(
         "grad_norm": grad_norm,
         "utterances": round(counts["utterances"]),
         "target_frames": round(counts["items"]),
+        "mixed_share": ratio(counts["mixed"], counts["utterances"]),
+        "noisy_share": ratio(counts["noisy"], counts["utterances"]),
         "batch_seconds": counts["samples"] / SAMPLING_RATE,
         "padding_share": 1.0 - (ratio(counts["samples"], counts["padded_samples"]) or 0.0),
         "hours": progress.hours,
@@ -369,8 +371,8 @@ def summary(record: dict[str, Any]) -> str:
     def parts() -> Iterator[str]:
         if "loss" in record:
             yield f"loss {record['loss']:.3f}"
-        for name in ("speech", "audio"):
-            if record.get(f"{name}_masked_accuracy") is not None:
+        for name in (key.removesuffix("_masked_accuracy") for key in record if key.endswith("_masked_accuracy")):
+            if record[f"{name}_masked_accuracy"] is not None:
                 text = f"{name} masked accuracy {record[f'{name}_masked_accuracy']:.3f}"
                 if record.get(f"{name}_unigram_accuracy") is not None:
                     text += f" (unigram {record[f'{name}_unigram_accuracy']:.3f})"

@@ -21,7 +21,7 @@ from ..data.collation import MicroBatch
 TIMING_FIELDS = ("step_seconds", "audio_seconds_per_second", "data_wait_share", "memory_mb")
 
 # Places of the counters that are summed with the model's statistics.
-COUNTERS = ("loss", "samples", "padded_samples", "utterances", "items", "stop")
+COUNTERS = ("loss", "samples", "padded_samples", "utterances", "items", "mixed", "noisy", "stop")
 
 
 class StepSums:
@@ -44,7 +44,10 @@ class StepSums:
         self.vector[:size] += statistics.detach().flatten()
         self.vector[size] += loss.detach()
         counters = [batch.num_samples, batch.num_padded_samples, len(batch.ids), batch.num_items]
-        self.vector[size + 1 : size + 5] += torch.tensor(counters, dtype=self.vector.dtype, device=self.vector.device)
+        counters += [batch.num_mixed, batch.num_noisy]
+        self.vector[size + 1 : size + 1 + len(counters)] += torch.tensor(
+            counters, dtype=self.vector.dtype, device=self.vector.device
+        )
 
     def request_stop(self) -> None:
         """This rank was told to stop; after the reduction all ranks know."""

@@ -10,8 +10,9 @@ import torch
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler
-from ..data.collation import PreTrainingDataset, Tokens, TokenShape
-from ..data.manifest import Utterance
+from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape
+from ..data.manifest import Utterance, read_manifest
+from ..data.mixing import Mixer
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
@@ -81,8 +82,12 @@ def build_dataset(
     stores: Mapping[str, Tokens],
     architecture: SpearConfig,
     feature_extractor: SpearFeatureExtractor,
+    lengths: np.ndarray | None = None,
 ) -> PreTrainingDataset:
-    """Batches of `utterances`, masked as the configuration says."""
+    """Batches of `utterances`, masked as the configuration says; with their `lengths` in samples mixed as well.
+
+    Without, nothing is mixed: held-out audio is heard as it is.
+    """
     return PreTrainingDataset(
         utterances,
         stores,
@@ -93,4 +98,17 @@ def build_dataset(
         max_seconds=config.data.max_seconds,
         cache_audio=config.execution.cache_audio,
         offsets={name: target.offset for name, target in config.targets.items()},
+        domains={name: target.domains for name, target in config.targets.items()},
+        mixer=None if lengths is None else build_mixer(config, utterances, lengths),
     )
+
+
+def build_mixer(config: PreTrainingConfig, utterances: list[Utterance], lengths: np.ndarray) -> Mixer | None:
+    """What is added to the training utterances; None where the configuration adds nothing."""
+    mixing = config.mixing
+    if mixing.noise_probability == 0 and mixing.token_probability == 0:
+        return None
+    noise = None
+    if mixing.noise_probability and mixing.noise_manifest is not None:
+        noise = read_manifest(mixing.noise_manifest)
+    return Mixer(mixing, utterances, cropped(lengths, config), noise, config.seed, CROP_GRID)

@@ -40,7 +40,7 @@ def prepare_stores(
                 f"tokenizer with --set targets.{name}.tokenizer=PATH."
             )
         training, validation = (
-            [utterance for utterance in group if needs_target(name, utterance.domain)]
+            [utterance for utterance in group if needs_target(name, utterance.domain, target.domains)]
             for group in (corpus.training, corpus.validation)
         )
         if not training:
