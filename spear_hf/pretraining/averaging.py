@@ -7,8 +7,8 @@
         average.update(step)
     model.load_state_dict(average.averaged_state())
 
-The arithmetic mean of the weights after steps `every`, 2 `every`, ... that come after `start`, all of equal weight. What
-is kept is their sum, so the mean between two checkpoints of a run follows from both: `averaged_state(earlier)`.
+The arithmetic mean of the weights after steps `every`, 2 `every`, ... that come after `start`, all of equal weight.
+What is kept is their sum, so the mean between two checkpoints of a run follows from both: `averaged_state(earlier)`.
 
 Sums are float64, on the CPU: float32 weights are added without an error that float32 could show (2^-53 of the sum for
 each of some thousand samples), and the difference of two sums is as exact. They take 8 bytes a weight of host memory,
@@ -71,14 +71,12 @@ class RunningAverage:
         samples, sums = self.samples, self._sums
         if earlier is not None:
             samples -= earlier["samples"]
-            if (
-                samples < 1
-                or earlier["every"] != self.every
-                or (earlier["samples"] and earlier["start"] != self.start)
-            ):
+            same = earlier["every"] == self.every and earlier["start"] == self.start
+            if samples < 1 or (earlier["samples"] and not same):
                 raise ValueError(
-                    f"The mean since a checkpoint of {earlier['samples']} samples every {earlier['every']} steps after "
-                    f"step {earlier['start']} does not follow from {self.samples} every {self.every} after {self.start}."
+                    f"The mean since a checkpoint of {earlier['samples']} samples (every {earlier['every']} steps "
+                    f"after step {earlier['start']}) does not follow from {self.samples} (every {self.every} after "
+                    f"step {self.start}): give the state of an earlier checkpoint of the same run."
                 )
             if earlier["samples"]:
                 sums = {name: total - earlier["sums"][name] for name, total in sums.items()}

@@ -196,7 +196,7 @@ class OptimizerConfig:
     """Added to the root of the averaged squares (paper: 1e-8)."""
 
     weight_decay: float | None = None
-    """adamw only; null: 0.01. Of matrices and kernels: biases, norms, bypass scales and the mask embedding keep out."""
+    """adamw only; null: 0.01. Of matrices and kernels, not of biases, norms, bypass scales and the mask embedding."""
 
     max_grad_norm: float | None = None
     """adamw only; null: 5. Gradients of a larger norm are scaled down to it."""
@@ -215,8 +215,8 @@ class OptimizerConfig:
                 object.__setattr__(self, name, value)  # as in __init__: from here on it is frozen
         if self.name == "scaled_adam" and (self.weight_decay is not None or self.max_grad_norm is not None):
             raise ValueError(
-                "weight_decay and max_grad_norm are of adamw: set them to null. scaled_adam learns the size of tensors "
-                "within bounds, and clips by scaled_adam.clipping_scale."
+                "weight_decay and max_grad_norm are of adamw: set them to null. scaled_adam learns the size of "
+                "tensors within bounds, and clips by scaled_adam.clipping_scale."
             )
         if self.peak_rate <= 0 or self.eps <= 0 or (self.max_grad_norm or 1) <= 0 or (self.weight_decay or 0) < 0:
             raise ValueError("learning_rate, eps and max_grad_norm must be positive, weight_decay not negative.")
@@ -238,7 +238,7 @@ class AveragingConfig:
     """Steps between two samples (paper: 200)."""
 
     last_fraction: float = 0.25
-    """Samples are taken in this last share of `max_steps`; 1: in the whole run; 0: none, the last weights are published."""
+    """Samples are taken in this last share of `max_steps`; 0: none, and the last weights are published."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.last_fraction <= 1:

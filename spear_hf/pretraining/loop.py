@@ -350,7 +350,7 @@ def load_checkpoint(
     average: RunningAverage,
     corpus: Corpus,
 ) -> Progress:
-    """Puts a checkpoint's weights, optimiser state and running average in place. ValueError if the data is not what it was."""
+    """Puts weights, optimiser state and running average in place. ValueError if the data is not what it was."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state.pop("corpus") != corpus.fingerprint:
         raise ValueError(

@@ -18,8 +18,8 @@ beta = beta2^size_update_period:
     r      = -scalar_lr_scale lr sqrt(1 - beta^n) Σ s / (sqrt(w) + eps), at the n-th time
     delta <- delta + (1 - beta1) p · min(r, (param_max_rms - rms(p)) / rms(p)), nothing where rms(p) < param_min_rms
 
-A tensor of one element is a scalar: its factor in place of rms(p) is `scalar_lr_scale`, it has no size to learn, and it
-is held within ±`scalar_max` before delta is added.
+A tensor of one element is a scalar: its factor in place of rms(p) is `scalar_lr_scale`, it has no size to learn, and
+it is held within ±`scalar_max` before delta is added.
 
 Clipping is global: the norm over all tensors of g·rms(p) is held below `clipping_scale` times the median of the
 `clipping_update_period` latest norms, which is taken anew every so many steps; at first, when it changes fast, after
