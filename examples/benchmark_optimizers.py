@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""A step of ScaledAdam against those of torch's AdamW, and a sample of the running average, on the base model's weights.
+"""A step of ScaledAdam against torch's AdamW, and a sample of the running average, on the weights of the base model.
 
     python examples/benchmark_optimizers.py             # a minute; writes model_cards/benchmarks/optimizers.csv
     python examples/benchmark_optimizers.py --profile   # only says where the time of ScaledAdam goes

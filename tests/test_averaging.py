@@ -108,11 +108,16 @@ def test_a_prolonged_run_drops_what_lies_wholly_before_its_window():
     assert torch.equal(a_little.averaged_state()["weight"], mean(a_little.model, range(65, 101, 5)))
 
 
-def test_without_a_sample_it_is_the_model_as_it_is():
-    average = RunningAverage(Drifting(), every=200)
-    run(average, range(1, 100))
-    assert torch.equal(average.averaged_state()["weight"], average.model.at(99))
+def test_of_few_samples_it_is_the_model_as_it_is():
+    average = RunningAverage(Drifting(), every=20)
+    run(average, range(1, 20))
+    assert torch.equal(average.averaged_state()["weight"], average.model.at(19))
     assert average.state_dict()["sums"] == {}
+    run(average, range(20, 100))
+    assert average.samples == 4
+    assert torch.equal(average.averaged_state()["weight"], average.model.at(99))
+    run(average, range(100, 103))
+    assert torch.equal(average.averaged_state()["weight"], mean(average.model, range(20, 101, 20)))
 
 
 def test_mistakes_are_named():

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 
+# A mean of fewer is rather an older state of the model than an average: of a short run, the last weights are better.
+FEWEST_SAMPLES = 5
+
 
 class RunningAverage:
     """See the module.
@@ -65,8 +68,8 @@ class RunningAverage:
         Args:
             earlier: the `state_dict()` of an earlier checkpoint of the same run: only samples since then count.
 
-        ValueError if no samples would remain or if `earlier` is not of the same sequence of samples. Without any
-        sample and without `earlier`, it is the state of the model as it is now.
+        ValueError if no samples would remain or if `earlier` is not of the same sequence of samples. Without
+        `earlier`, and with less than `FEWEST_SAMPLES` samples, it is the state of the model as it is now.
         """
         samples, sums = self.samples, self._sums
         if earlier is not None:
@@ -81,7 +84,7 @@ class RunningAverage:
             if earlier["samples"]:
                 sums = {name: total - earlier["sums"][name] for name, total in sums.items()}
         state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
-        if samples:
+        if earlier is not None or samples >= FEWEST_SAMPLES:
             state |= {name: (total / samples).to(state[name].dtype) for name, total in sums.items()}
         return state
 

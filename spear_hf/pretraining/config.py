@@ -238,7 +238,7 @@ class AveragingConfig:
     """Steps between two samples (paper: 200)."""
 
     last_fraction: float = 0.25
-    """Samples are taken in this last share of `max_steps`; 0: none, and the last weights are published."""
+    """Samples are taken in this last share of `max_steps`; of less than 5 samples, the last weights are published."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.last_fraction <= 1:

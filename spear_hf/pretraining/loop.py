@@ -129,7 +129,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         optimizer = build_optimizer(bare_model, config.optimizer, accelerator.distributed_type)
         first_averaged = config.max_steps - round(config.max_steps * config.averaging.last_fraction)
-        average = RunningAverage(bare_model, config.averaging.every, start=first_averaged)
+        average = None
+        if accelerator.is_main_process:  # all ranks have the same weights: one keeps their average
+            average = RunningAverage(bare_model, config.averaging.every, start=first_averaged)
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = checkpoints.latest() if resume else None
         progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
@@ -152,7 +154,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 logger.info("Step %d, held-out audio: %s.", progress.step, summary(record))
 
         def save() -> None:
-            if accelerator.is_main_process:
+            if average is not None:
                 for file in (metrics_file, evaluation_file):
                     assert file is not None
                     file.sync()
@@ -196,7 +198,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             record, must_stop = train_step(
                 config, accelerator, model, bare_model, optimizer, batches, progress, stop.received is not None
             )
-            if accelerator.is_main_process:  # all ranks have the same weights, one keeps their average
+            if average is not None:
                 average.update(progress.step)
             record["epoch"] = progress.step / sampler.batches_per_epoch
             record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE))
@@ -222,7 +224,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 return Outcome(progress.step, final=None, interrupted_by=name)
             clock.restart()
 
-        if accelerator.is_main_process:
+        if average is not None:
             bare_model.load_state_dict(average.averaged_state())
             write_folder(folder.final, lambda into: write_final(into, bare_model, extractor))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
@@ -347,7 +349,7 @@ def load_checkpoint(
     path: Path,
     model: SpearForPreTraining,
     optimizer: torch.optim.Optimizer,
-    average: RunningAverage,
+    average: RunningAverage | None,
     corpus: Corpus,
 ) -> Progress:
     """Puts weights, optimiser state and running average in place. ValueError if the data is not what it was."""
@@ -360,7 +362,8 @@ def load_checkpoint(
     weights = SpearForPreTraining.from_pretrained(path / "model").state_dict()
     model.load_state_dict(weights)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    average.load_state_dict(torch.load(path / "average.pt", map_location="cpu", weights_only=True))
+    if average is not None:
+        average.load_state_dict(torch.load(path / "average.pt", map_location="cpu", weights_only=True))
     logger.info("Resuming from %s.", path)
     return Progress(**state)
 

@@ -3,7 +3,7 @@
 
     optimizer = ScaledAdam(model.named_parameters(), lr=0.045)
 
-The optimiser of Zipformer (arXiv 2310.11230, section 3.4), which the paper trains SPEAR with. Of a tensor p with
+The optimiser of Zipformer (arXiv 2310.11230), which the paper trains SPEAR with. Of a tensor p with
 gradient g and root mean square rms(p), in every step, after g has been clipped (all in float32):
 
     v     <- beta2 v + (1 - beta2) g²
@@ -26,7 +26,7 @@ Clipping is global: the norm over all tensors of g·rms(p) is held below `clippi
 10, 20 and 40 steps, and then doubled. There is none before. One difference to the published recipe, which stops
 correcting v when the correction is below one per cent: here it is always corrected.
 
-Cost: two float32 averages a parameter, as AdamW, and a temporary of one chunk of tensors; a step reads the gradients
+Cost: two float32 averages a parameter, as AdamW, and a temporary of some tensors at a time; a step reads the gradients
 once more than AdamW's and, for Σ p·g, the weights. The host reads one short vector every `size_update_period` steps,
 and is otherwise ahead of the device.
 """
