@@ -217,7 +217,9 @@ def test_resumes_bit_for_bit(half):
 def test_groups_have_rates_of_their_own():
     values = initial(torch.float64)
     grouped = [nn.Parameter(value) for value in values]
-    optimizer = ScaledAdam([{"params": grouped[:4]}, {"params": grouped[4:], "lr": 0.0}], clipping_scale=None)
+    optimizer = ScaledAdam(
+        [{"params": grouped[:4]}, {"params": []}, {"params": grouped[4:], "lr": 0.0}], clipping_scale=None
+    )
     alone = [nn.Parameter(value.clone()) for value in values[:4]]
     other = ScaledAdam(alone, clipping_scale=None)
     for step in range(8):

@@ -345,7 +345,8 @@ def chunks(tensors: list[Tensor], start: int, end: int) -> Iterable[range]:
             yield range(first, place)
             first, elements = place, 0
         elements += tensors[place].numel()
-    yield range(first, end)
+    if first < end:  # a group may be empty
+        yield range(first, end)
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:
