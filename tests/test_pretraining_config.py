@@ -12,7 +12,14 @@ import yaml
 from spear_hf import SpearModel
 from spear_hf.data.mixing import MixingConfig
 from spear_hf.pretraining import config as config_module
-from spear_hf.pretraining.config import ModelConfig, PreTrainingConfig, TargetConfig, load_config, shipped_configs
+from spear_hf.pretraining.config import (
+    ModelConfig,
+    OptimizerConfig,
+    PreTrainingConfig,
+    TargetConfig,
+    load_config,
+    shipped_configs,
+)
 from spear_hf.pretraining.config_loading import build, changed_keys, to_plain
 from spear_hf.pretraining.planning import PlannedTokens
 from spear_hf.pretraining.setup import build_model
@@ -94,6 +101,10 @@ def test_a_target_can_be_removed():
         ("execution.cache_audio=1", "execution.cache_audio=1 is a int, but must be bool"),
         ("schedule.name=linear", "must be one of 'cosine', 'eden', 'constant'"),
         ("optimizer.betas=[0.9]", "optimizer: betas must be two numbers"),
+        ("optimizer.weight_decay=-1", "weight_decay not negative"),
+        ("optimizer.name=adam", "must be one of 'adamw', 'scaled_adam'"),
+        ("optimizer.scaled_adam.clipping_scale=3", "scaled_adam is set, but name is adamw"),
+        ("averaging.last_fraction=2", "last_fraction lie in [0, 1]"),
         ("data=3", "must be a mapping"),
         ("max_steps.x=3", "holds a value, not a section"),
         ("data.max_seconds=9.99", "multiple of 0.04"),
@@ -113,6 +124,22 @@ def test_a_target_can_be_removed():
 def test_mistakes_are_named(override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config("tiny", [override])
+
+
+def test_an_optimiser_brings_its_own_rate_and_clipping():
+    adamw, scaled = OptimizerConfig(), load_config("base-speech").optimizer
+    assert (adamw.learning_rate, adamw.weight_decay, adamw.max_grad_norm) == (5e-4, 0.01, 5.0)
+    assert OptimizerConfig(name="scaled_adam").learning_rate == scaled.learning_rate == 0.045
+    assert (scaled.max_grad_norm, scaled.scaled_adam.clipping_scale) == (None, 2.0)
+    for override, message in [
+        ("optimizer.weight_decay=0.1", "weight_decay and max_grad_norm are of adamw: set them to null"),
+        ("optimizer.scaled_adam.clipping_scale=-1", "optimizer.scaled_adam: clipping_scale must be positive"),
+        ("optimizer.scaled_adam.param_min_rms=5", "param_min_rms < param_max_rms must hold: 5.0, 3.0"),
+        ("optimizer.scaled_adam.size_update_period=0", "must be at least 1 step"),
+        ("optimizer.scaled_adam.scalar_max=0", "scalar_max must be positive"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_config("base-speech", [override])
 
 
 def test_unknown_names_and_files_are_refused(tmp_path):
@@ -140,6 +167,7 @@ def test_every_field_is_explained():
         for place, node in enumerate(definition.body):
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in (
                 "ModelConfig", "DataConfig", "MaskingConfig", "MixingConfig", "OptimizerConfig", "ScheduleConfig",
+                "AveragingConfig",
                 "CheckpointingConfig", "LoggingConfig", "ExecutionConfig",
             ):  # fmt: skip
                 following = definition.body[place + 1]

@@ -90,7 +90,10 @@ def assert_same_run(output: Path, reference: Path) -> None:
     assert metrics(output) == metrics(reference)
     assert read_json_lines(output / "evaluation.jsonl") == read_json_lines(reference / "evaluation.jsonl")
     last = f"checkpoints/step-{STEPS:08d}"
-    for name in ("final/model.safetensors", f"{last}/optimizer.pt", f"{last}/state.json"):
+    for name in (
+        "final/model.safetensors",
+        *(f"{last}/{file}" for file in ("optimizer.pt", "average.pt", "state.json")),
+    ):
         assert (output / name).read_bytes() == (reference / name).read_bytes(), name
 
 
@@ -200,6 +203,40 @@ def test_killed_and_resumed_equals_uninterrupted(runs, finished):
     assert runs.run(output, "execution.num_workers=1", "logging.validate_every=10", resume=True) == 0, runs.log(output)
     assert "Resuming from" in runs.log(output)
     assert_same_run(output, finished)
+
+
+# The paper's optimiser, and an average of the weights after steps 7, 8, ..., 12.
+SCALED = (
+    "optimizer.name=scaled_adam", "optimizer.learning_rate=0.045", "schedule.name=eden",
+    "averaging.every=1", "averaging.last_fraction=0.5",
+)  # fmt: skip
+
+
+def test_scaled_adam_learns_is_killed_and_publishes_the_average(runs, finished):
+    whole, killed = runs.folder / "scaled", runs.folder / "scaled-killed"
+    assert runs.run(whole, *SCALED) == 0, runs.log(whole)
+    losses = [record["loss"] for record in metrics(whole)]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 0.01
+    for record in metrics(whole):
+        assert 0 < record["clipping_factor"] <= 1
+        assert record["parameter_norm"] > 1
+
+    process = runs.start(killed, *SCALED)
+    wait_for(has_steps(killed, 9), process)
+    process.kill()
+    process.join()
+    assert len(metrics(killed)) < STEPS, "the run was over before it was killed"
+    assert runs.run(killed, *SCALED, resume=True) == 0, runs.log(killed)
+    assert_same_run(killed, whole)
+
+    average = torch.load(whole / "checkpoints" / f"step-{STEPS:08d}" / "average.pt", weights_only=True)
+    assert (average["samples"], average["start"]) == (6, 6)
+    last = load_file(whole / "checkpoints" / f"step-{STEPS:08d}" / "model" / "model.safetensors")
+    final = load_file(whole / "final" / "model.safetensors")
+    for name, tensor in final.items():
+        assert torch.equal(tensor, (average["sums"][name] / 6).float()), name
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in final.items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from spear_hf import SpearConfig, SpearForPreTraining
-from spear_hf.pretraining.config import OptimizerConfig, ScheduleConfig
+from spear_hf.pretraining.config import OptimizerConfig, ScheduleConfig, load_config
 from spear_hf.pretraining.optimization import build_optimizer, set_learning_rate
 from spear_hf.pretraining.schedules import learning_rate_factor
 
@@ -27,6 +27,25 @@ def test_eden_is_the_formula_of_the_paper(step, hours):
     by_hours = ((hours**2 + 25000**2) / 25000**2) ** -0.25
     warmup = 1.0 if step >= 500 else 0.5 + 0.5 * step / 500
     assert learning_rate_factor(config, step, hours) == pytest.approx(batches * by_hours * warmup)
+
+
+@pytest.mark.parametrize(
+    ("step", "hours", "factor"),
+    [
+        (0, 0.0, 0.5),
+        (250, 0.0, 0.749791811),  # 0.75 · (1 + 1/900)^-1/4
+        (500, 0.0, 0.998891965),  # (1 + 1/225)^-1/4
+        (7500, 0.0, 0.840896415),  # 2^-1/4
+        (500, 25_000.0, 0.839964673),
+        (7500, 25_000.0, 0.707106781),  # 2^-1/2
+        (22_500, 75_000.0, 0.316227766),  # 10^-1/2
+        (400_000, 600_000.0, 0.0279362764),  # (1 + 53.333²)^-1/4 · (1 + 24²)^-1/4
+    ],
+)
+def test_eden_by_hand(step, hours, factor):
+    config = load_config("base-speech").schedule
+    assert (config.name, config.warmup_start) == ("eden", 0.5)
+    assert learning_rate_factor(config, step, hours) == pytest.approx(factor, rel=1e-8)
 
 
 def test_eden_at_its_scales_is_two_to_minus_one_half():

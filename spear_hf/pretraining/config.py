@@ -152,32 +152,107 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ScaledAdamConfig:
+    """What only ScaledAdam has, see scaled_adam.py. The defaults are those of the published recipe."""
+
+    clipping_scale: float | None = 2.0
+    """The norm of the gradients, each relative to its tensor's size, is held below so many medians; null: no limit."""
+
+    clipping_update_period: int = 100
+    """That median is of so many steps, and taken anew as often."""
+
+    scalar_lr_scale: float = 0.1
+    """The rate of scalars, and of the tensors' sizes, over `learning_rate`."""
+
+    param_min_rms: float = 1e-5
+    """Tensors of a smaller root mean square are updated as if they had this one, and their size is not learnt."""
+
+    param_max_rms: float = 3.0
+    """The learning of sizes does not go beyond this root mean square."""
+
+    scalar_max: float = 10.0
+    """Largest absolute value of a scalar."""
+
+    size_update_period: int = 4
+    """Steps between two updates of the tensors' sizes."""
+
+    def __post_init__(self) -> None:
+        if self.clipping_scale is not None and self.clipping_scale <= 0:
+            raise ValueError(f"clipping_scale must be positive, or null for no clipping, not {self.clipping_scale}.")
+        if self.clipping_update_period < 1 or self.size_update_period < 1:
+            raise ValueError("clipping_update_period and size_update_period must be at least 1 step.")
+        if not 0 < self.param_min_rms < self.param_max_rms:
+            raise ValueError(
+                f"0 < param_min_rms < param_max_rms must hold: {self.param_min_rms}, {self.param_max_rms}."
+            )
+        if self.scalar_lr_scale <= 0 or self.scalar_max <= 0:
+            raise ValueError("scalar_lr_scale and scalar_max must be positive.")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients become updates."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimiser."""
+    name: Literal["adamw", "scaled_adam"] = "adamw"
+    """scaled_adam: steps relative to the size of each tensor, with its own clipping (the paper's); adamw: absolute."""
 
-    learning_rate: float = 5e-4
-    """Its highest rate."""
+    learning_rate: float | None = None
+    """Its highest rate; null: 5e-4 for adamw, 0.045 for scaled_adam (paper)."""
 
     betas: tuple[float, ...] = (0.9, 0.98)
-    """Decay of the averages of gradients and of their squares."""
+    """Decay of the averages of gradients and of their squares (paper: 0.9, 0.98)."""
 
     eps: float = 1e-8
-    """Added to the root of the averaged squares."""
+    """Added to the root of the averaged squares (paper: 1e-8)."""
 
-    weight_decay: float = 0.01
-    """Of matrices and kernels only: biases, norms, bypass scales and the mask embedding are not decayed."""
+    weight_decay: float | None = None
+    """adamw only; null: 0.01. Of matrices and kernels, not of biases, norms, bypass scales and the mask embedding."""
 
-    max_grad_norm: float = 5.0
-    """Gradients of a larger norm are scaled down to it."""
+    max_grad_norm: float | None = None
+    """adamw only; null: 5. Gradients of a larger norm are scaled down to it."""
+
+    scaled_adam: ScaledAdamConfig = field(default_factory=ScaledAdamConfig)
+    """scaled_adam only."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.eps <= 0 or self.max_grad_norm <= 0 or self.weight_decay < 0:
+        defaults: dict[str, float] = {"learning_rate": 0.045}
+        if self.name == "adamw":
+            defaults = {"learning_rate": 5e-4, "weight_decay": 0.01, "max_grad_norm": 5.0}
+            if self.scaled_adam != ScaledAdamConfig():
+                raise ValueError("scaled_adam is set, but name is adamw: set name to scaled_adam, or leave it out.")
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # as in __init__: from here on it is frozen
+        if self.name == "scaled_adam" and (self.weight_decay is not None or self.max_grad_norm is not None):
+            raise ValueError(
+                "weight_decay and max_grad_norm are of adamw: set them to null. scaled_adam learns the size of "
+                "tensors within bounds, and clips by scaled_adam.clipping_scale."
+            )
+        if self.peak_rate <= 0 or self.eps <= 0 or (self.max_grad_norm or 1) <= 0 or (self.weight_decay or 0) < 0:
             raise ValueError("learning_rate, eps and max_grad_norm must be positive, weight_decay not negative.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), not {list(self.betas)}.")
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate`, which is a number once the configuration is made."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+
+@dataclass(frozen=True)
+class AveragingConfig:
+    """The running average of the weights, which is what the finished run publishes, see averaging.py."""
+
+    every: int = 200
+    """Steps between two samples (paper: 200)."""
+
+    last_fraction: float = 0.25
+    """Samples are taken in this last share of `max_steps`; of less than 5 samples, the last weights are published."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.last_fraction <= 1:
+            raise ValueError("every must be at least 1 step, and last_fraction lie in [0, 1].")
 
 
 @dataclass(frozen=True)
@@ -286,6 +361,7 @@ class PreTrainingConfig:
     mixing: MixingConfig = field(default_factory=MixingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)

@@ -30,11 +30,12 @@ from ..data.collation import MicroBatch, StepDataset, loader_arguments
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
+from .averaging import RunningAverage
 from .checkpoints import CheckpointFolder, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .metrics import JsonLines, StepClock, StepSums, memory_mb, ratio, teacher_metrics
-from .optimization import build_optimizer, set_learning_rate
+from .optimization import build_optimizer, clip_gradients, set_learning_rate, update_metrics
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped
@@ -126,10 +127,14 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 accelerator,
             )
 
-        optimizer = build_optimizer(bare_model, config.optimizer)
+        optimizer = build_optimizer(bare_model, config.optimizer, accelerator.distributed_type)
+        first_averaged = config.max_steps - round(config.max_steps * config.averaging.last_fraction)
+        average = None
+        if accelerator.is_main_process:  # all ranks have the same weights: one keeps their average
+            average = RunningAverage(bare_model, config.averaging.every, start=first_averaged)
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = checkpoints.latest() if resume else None
-        progress = load_checkpoint(saved, bare_model, optimizer, corpus) if saved else Progress()
+        progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
         model, optimizer = accelerator.prepare(bare_model, optimizer)
 
         metrics_file, evaluation_file = None, None
@@ -149,12 +154,13 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 logger.info("Step %d, held-out audio: %s.", progress.step, summary(record))
 
         def save() -> None:
-            if accelerator.is_main_process:
+            if average is not None:
                 for file in (metrics_file, evaluation_file):
                     assert file is not None
                     file.sync()
                 path = checkpoints.save(
-                    progress.step, lambda into: write_checkpoint(into, bare_model, optimizer, progress, corpus)
+                    progress.step,
+                    lambda into: write_checkpoint(into, bare_model, optimizer, average, progress, corpus),
                 )
                 logger.info("Saved %s.", path)
             accelerator.wait_for_everyone()
@@ -192,6 +198,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             record, must_stop = train_step(
                 config, accelerator, model, bare_model, optimizer, batches, progress, stop.received is not None
             )
+            if average is not None:
+                average.update(progress.step)
             record["epoch"] = progress.step / sampler.batches_per_epoch
             record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE))
             record["memory_mb"] = round(memory_mb(accelerator.device), 1)
@@ -216,7 +224,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 return Outcome(progress.step, final=None, interrupted_by=name)
             clock.restart()
 
-        if accelerator.is_main_process:
+        if average is not None:
+            bare_model.load_state_dict(average.averaged_state())
             write_folder(folder.final, lambda into: write_final(into, bare_model, extractor))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
@@ -252,9 +261,7 @@ def train_step(
     """
     device, num_ranks = accelerator.device, accelerator.num_processes
     torch.manual_seed(keyed_seed(config.seed, progress.step, accelerator.process_index, "dropout"))
-    learning_rate = config.optimizer.learning_rate * learning_rate_factor(
-        config.schedule, progress.step, progress.hours
-    )
+    learning_rate = config.optimizer.peak_rate * learning_rate_factor(config.schedule, progress.step, progress.hours)
     set_learning_rate(optimizer, learning_rate)
 
     items = torch.tensor([sum(batch.num_items for batch in batches)], device=device)
@@ -274,7 +281,7 @@ def train_step(
         sums.add(batch, output.loss / num_ranks, output.statistics)
         if not torch.isfinite(output.loss):
             suspects += batch.ids
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
+    grad_norm = clip_gradients(accelerator, model, config.optimizer)
 
     sums.vector = accelerator.reduce(sums.vector, "sum")
     statistics, counts = sums.read()
@@ -292,6 +299,7 @@ def train_step(
         **teacher_metrics(sums.teachers, statistics),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
+        **update_metrics(optimizer, bare_model, config.optimizer, grad_norm),
         "utterances": round(counts["utterances"]),
         "target_frames": round(counts["items"]),
         "mixed_share": ratio(counts["mixed"], counts["utterances"]),
@@ -324,19 +332,29 @@ def gather_ids(accelerator: Accelerator, ids: list[str]) -> list[str]:
 
 
 def write_checkpoint(
-    into: Path, model: SpearForPreTraining, optimizer: Any, progress: Progress, corpus: Corpus
+    into: Path,
+    model: SpearForPreTraining,
+    optimizer: Any,
+    average: RunningAverage,
+    progress: Progress,
+    corpus: Corpus,
 ) -> None:
     """The files of a checkpoint; see checkpoints.py. Called on one rank: all have the same weights."""
     model.save_pretrained(into / "model")
     torch.save(optimizer.state_dict(), into / "optimizer.pt")
+    torch.save(average.state_dict(), into / "average.pt")
     state = {**vars(progress), "corpus": corpus.fingerprint}
     (into / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 def load_checkpoint(
-    path: Path, model: SpearForPreTraining, optimizer: torch.optim.Optimizer, corpus: Corpus
+    path: Path,
+    model: SpearForPreTraining,
+    optimizer: torch.optim.Optimizer,
+    average: RunningAverage | None,
+    corpus: Corpus,
 ) -> Progress:
-    """Puts a checkpoint's weights and optimiser state in place. ValueError if the data is not what it was."""
+    """Puts weights, optimiser state and running average in place. ValueError if the data is not what it was."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state.pop("corpus") != corpus.fingerprint:
         raise ValueError(
@@ -346,6 +364,8 @@ def load_checkpoint(
     weights = SpearForPreTraining.from_pretrained(path / "model").state_dict()
     model.load_state_dict(weights)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    if average is not None:
+        average.load_state_dict(torch.load(path / "average.pt", map_location="cpu", weights_only=True))
     logger.info("Resuming from %s.", path)
     return Progress(**state)
 

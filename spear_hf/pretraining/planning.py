@@ -19,7 +19,7 @@ from .corpus import load_corpus
 from .setup import build_model, build_sampler
 
 
-# float32 weights, gradients and the two averages of Adam.
+# float32 weights, gradients and the two averages of AdamW or ScaledAdam.
 BYTES_PER_PARAMETER = 16
 STUDENT_RATE = 50.0  # assumed of tokens that do not exist yet
 
@@ -56,7 +56,7 @@ class Plan:
             "forward passes per step": f"{self.micro_batches} on each of {self.num_ranks} ranks",
             "parameters": f"{parameters:,} ({self.encoder_parameters:,} encoder, {self.head_parameters:,} heads)",
             "memory per device": f"about {(self.state_bytes + self.activation_bytes) / 1e9:.2f} GB in float32: "
-            f"{self.state_bytes / 1e9:.2f} weights, gradients, AdamW; {self.activation_bytes / 1e9:.2f} activations",
+            f"{self.state_bytes / 1e9:.2f} weights and optimiser; {self.activation_bytes / 1e9:.2f} activations",
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

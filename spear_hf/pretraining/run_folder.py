@@ -8,7 +8,7 @@ OUTPUT/
     tensorboard/        what the trackers write
     tokenizers/  tokens/   quantisers and tokens that the run made itself
     checkpoints/        see checkpoints.py
-    final/              the model at the end: AutoModel, AutoModelForPreTraining, AutoFeatureExtractor
+    final/              the averaged model: AutoModel, AutoModelForPreTraining, AutoFeatureExtractor
         encoder/        the encoder alone, without the heads of pre-training
 """
 
