@@ -17,6 +17,7 @@ import yaml
 from ..configuration_spear import SpearConfig
 from ..data.masking import MaskingConfig
 from .config_loading import apply_overrides, build, parse_yaml
+from .regularizers_config import RegularizersConfig
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,7 @@ class PreTrainingConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    regularizers: RegularizersConfig = field(default_factory=RegularizersConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)

@@ -35,6 +35,8 @@ from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .metrics import JsonLines, StepClock, StepSums, memory_mb, ratio, teacher_metrics
 from .optimization import build_optimizer, set_learning_rate
+from .regularizers import Regularizers, install_regularizers
+from .regularizers_schedules import adjusted_batches
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped
@@ -130,6 +132,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = checkpoints.latest() if resume else None
         progress = load_checkpoint(saved, bare_model, optimizer, corpus) if saved else Progress()
+        regularizers = install_regularizers(bare_model, config.regularizers)
+        if saved:
+            regularizers.load(saved)
         model, optimizer = accelerator.prepare(bare_model, optimizer)
 
         metrics_file, evaluation_file = None, None
@@ -154,7 +159,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                     assert file is not None
                     file.sync()
                 path = checkpoints.save(
-                    progress.step, lambda into: write_checkpoint(into, bare_model, optimizer, progress, corpus)
+                    progress.step,
+                    lambda into: write_checkpoint(into, bare_model, optimizer, regularizers, progress, corpus),
                 )
                 logger.info("Saved %s.", path)
             accelerator.wait_for_everyone()
@@ -190,7 +196,15 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         for batches in loader:
             clock.data_arrived()
             record, must_stop = train_step(
-                config, accelerator, model, bare_model, optimizer, batches, progress, stop.received is not None
+                config,
+                accelerator,
+                model,
+                bare_model,
+                optimizer,
+                regularizers,
+                batches,
+                progress,
+                stop.received is not None,
             )
             record["epoch"] = progress.step / sampler.batches_per_epoch
             record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE))
@@ -242,6 +256,7 @@ def train_step(
     model: torch.nn.Module,
     bare_model: SpearForPreTraining,
     optimizer: Any,
+    regularizers: Regularizers,
     batches: Sequence[MicroBatch],
     progress: Progress,
     stop_requested: bool,
@@ -261,6 +276,7 @@ def train_step(
     items = accelerator.reduce(items, "sum").clamp(min=1)
     # Distributed training averages gradients over the ranks, where their sum is wanted.
     normaliser = items[0] / num_ranks
+    regularizers.set_step(adjusted_batches(progress.step, config.data.batch_seconds), normaliser)
     sums = StepSums(list(bare_model.prediction_heads), device)
     if stop_requested:
         sums.request_stop()
@@ -274,6 +290,7 @@ def train_step(
         sums.add(batch, output.loss / num_ranks, output.statistics)
         if not torch.isfinite(output.loss):
             suspects += batch.ids
+    regularizers.end_step()
     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
 
     sums.vector = accelerator.reduce(sums.vector, "sum")
@@ -322,11 +339,17 @@ def gather_ids(accelerator: Accelerator, ids: list[str]) -> list[str]:
 
 
 def write_checkpoint(
-    into: Path, model: SpearForPreTraining, optimizer: Any, progress: Progress, corpus: Corpus
+    into: Path,
+    model: SpearForPreTraining,
+    optimizer: Any,
+    regularizers: Regularizers,
+    progress: Progress,
+    corpus: Corpus,
 ) -> None:
     """The files of a checkpoint; see checkpoints.py. Called on one rank: all have the same weights."""
     model.save_pretrained(into / "model")
     torch.save(optimizer.state_dict(), into / "optimizer.pt")
+    regularizers.save(into)
     state = {**vars(progress), "corpus": corpus.fingerprint}
     (into / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 

@@ -237,7 +237,9 @@ class Regularizers:
         self._undo.append(stack.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
 
     def _install_layer(self, layer: SpearLayer, name: str, skip: Schedule) -> None:
-        draws = self._draw_before(layer)
+        # Before the first module inside the layer, which gradient checkpointing calls again: whether it calls the hooks
+        # of the layer itself again differs between versions of transformers.
+        draws = self._draw_before(layer.self_attn_weights)
         self._install_attention_weights(layer.self_attn_weights, f"{name}.self_attn_weights", draws)
 
         attention_skip = self._skip("attention_skip", draws)  # one draw for the three modules
