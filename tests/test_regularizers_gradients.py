@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Balancer, Whiten, limits and penalties against literal versions of their formulas; the schedules at their corners."""
+"""Balancer, Whiten, limits and penalties against literal versions of their formulas; schedules at their corners."""
 
 import itertools
 import math
@@ -133,16 +133,19 @@ def slow_balanced_gradient(x, grad, limits):
 def channels_of_every_kind(generator):
     """(240, 12): means and sizes below, within and above the limits, in all combinations and a dead channel."""
     means, sizes = (-1.5, 0.1, 2.0), (0.05, 1.0, 30.0)
-    columns = [
-        (torch.randn(240, generator=generator) + mean) * size for mean, size in itertools.product(means, sizes)
-    ]
+    columns = [(torch.randn(240, generator=generator) + mean) * size for mean, size in itertools.product(means, sizes)]
     columns += [torch.zeros(240), torch.randn(240, generator=generator), torch.full((240,), 0.5)]
     columns[-1][:24] += 0.5
     return torch.stack(columns, dim=1)
 
 
 LIMITS = BalancerLimits(positive_share_to_mean(0.3), positive_share_to_mean(0.9), 0.25, 5.0, 1.0)
-BALANCED_CASES = [LIMITS, LIMITS._replace(max_mean=math.inf), BALANCERS["attention_keys"](0), BALANCERS["stem_conv1"](0)]
+BALANCED_CASES = [
+    LIMITS,
+    LIMITS._replace(max_mean=math.inf),
+    BALANCERS["attention_keys"](0),
+    BALANCERS["stem_conv1"](0),
+]
 
 
 @pytest.mark.parametrize("limits", BALANCED_CASES)

@@ -8,12 +8,12 @@
         regularizers.end_step()                                                    # counts Whiten's measurements
     regularizers.remove()
 
-They are hooks, and the `forward` of a few instances: nothing of them is in the modelling file, in the weights or in the
-saved configuration, and all of them do nothing in eval mode. Numbers: regularizers_schedules.py.
+They are hooks, and the `forward` of a few instances: nothing of them is in the modelling file, in the weights or in
+the saved configuration, and all of them do nothing in eval mode. Numbers: regularizers_schedules.py.
 
 Randomness: each layer, the stem and each `out_combiner` draws its numbers from torch's generators when it is called
-(see `Draws`), so a run that seeds them by step and rank repeats, and gradient checkpointing draws the same again. Ranks
-may draw differently. The only state is Whiten's (see `WhitenState`), which is the same on all ranks.
+(see `Draws`), so a run that seeds them by step and rank repeats, and gradient checkpointing draws the same again.
+Ranks may draw differently. The only state is Whiten's (see `WhitenState`), which is the same on all ranks.
 
 torch.compile: hooks and the replaced methods run eagerly (`torch.compiler.disable`), so a compiled model breaks its
 graph around them, but no schedule and no draw is a constant of a graph: nothing is compiled twice because of them.
@@ -37,7 +37,6 @@ from ..modeling_spear import (
     SpearLayer,
     SpearModel,
     SpearStack,
-    SpearStem,
 )
 from .regularizers_balancer import balance
 from .regularizers_config import RegularizersConfig
@@ -168,16 +167,17 @@ class Regularizers:
     def _install_encoder(self, encoder: SpearModel) -> None:
         config = encoder.config
         self._install_position_dropout(encoder)
-        self._install_stem(encoder.stem, config.unmasked_hidden_size)
+        self._install_stem(encoder)
         skips = layer_skip_schedules(config.num_layers_per_stack, config.downsampling_factors)
         for place, stack in enumerate(encoder.stacks):
             name = f"stacks.{place}"
             if isinstance(stack, SpearDownsampledStack):
-                draws = self._draw_before(stack)
-                self._install_bypass(stack.out_combiner, draws)
+                self._install_bypass(stack.out_combiner, self._draw_before(stack))
                 stack, name = stack.stack, f"{name}.stack"
+            assert isinstance(stack, SpearStack)
             self._install_feature_mask(stack)
             for index, layer in enumerate(stack.layers):
+                assert isinstance(layer, SpearLayer)
                 self._install_layer(layer, f"{name}.layers.{index}", skips[place][index])
 
     def _install_position_dropout(self, encoder: SpearModel) -> None:
@@ -198,7 +198,8 @@ class Regularizers:
         self._undo.append(encoder.register_forward_pre_hook(set_rate).remove)
         self._undo.append(encoder.register_forward_hook(put_back, always_call=True).remove)
 
-    def _install_stem(self, stem: SpearStem, unmasked_size: int) -> None:
+    def _install_stem(self, encoder: SpearModel) -> None:
+        stem, config = encoder.stem, encoder.config
         draws = self._draw_before(stem)
         scale = self._scale_gradient if self.config.stem_gradient_scale else None
         self._after(stem.conv1, scale, self._balancer("stem_conv1", draws, dim=1))
@@ -215,6 +216,8 @@ class Regularizers:
         self._install_dropout(stem.dropout)
         if self.config.feature_mask:
             places = draws.new_per_sequence(), draws.new_per_sequence()
+            unmasked_size = config.unmasked_hidden_size
+            assert unmasked_size is not None  # set by SpearConfig
 
             def draw_mask(output: torch.Tensor) -> torch.Tensor:
                 self._feature_mask = feature_mask(draws, places, output, unmasked_size)
@@ -237,16 +240,16 @@ class Regularizers:
         self._undo.append(stack.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
 
     def _install_layer(self, layer: SpearLayer, name: str, skip: Schedule) -> None:
-        # Before the first module inside the layer, which gradient checkpointing calls again: whether it calls the hooks
-        # of the layer itself again differs between versions of transformers.
+        # Before the first module inside the layer, which gradient checkpointing calls again: whether it calls the
+        # hooks of the layer itself again differs between versions of transformers.
         draws = self._draw_before(layer.self_attn_weights)
         self._install_attention_weights(layer.self_attn_weights, f"{name}.self_attn_weights", draws)
 
         attention_skip = self._skip("attention_skip", draws)  # one draw for the three modules
         nonlin, nonlin_name = layer.nonlin_attention, f"{name}.nonlin_attention"
-        inner = nonlin.out_proj.in_features
+        inner = 3 * self._encoder.config.hidden_size // 4
         self._after(
-            nonlin.in_proj,
+            nonlin.in_proj,  # gates, values, gates of the output
             self._balancer("nonlin_gate", draws, part=(0, inner)),
             self._whiten("nonlin_value", f"{nonlin_name}.in_proj", draws, part=(inner, inner)),
         )
@@ -281,7 +284,7 @@ class Regularizers:
     def _install_attention_weights(self, module: SpearAttentionWeights, name: str, draws: Draws) -> None:
         keys = module.num_heads * module.query_head_dim
         self._after(
-            module.in_proj,  # queries, then keys, then the queries of the positions
+            module.in_proj,  # queries, keys, queries of the positions
             self._balancer("attention_keys", draws, part=(keys, keys)),
             self._whiten("attention_keys", f"{name}.in_proj", draws, groups=module.num_heads, part=(keys, keys)),
         )
@@ -310,8 +313,8 @@ class Regularizers:
             self._replace_forward(module, forward)
 
     def _install_convolution(self, module: SpearConvolution, name: str, draws: Draws) -> None:
-        size = module.out_proj.in_features
-        self._after(module.in_proj, self._balancer("convolution_gate", draws, part=(size, size)))
+        size = self._encoder.config.hidden_size
+        self._after(module.in_proj, self._balancer("convolution_gate", draws, part=(size, size)))  # values, gates
         self._after(
             module.depthwise_conv,  # (batch, channels, frames)
             self._balancer("convolution_depthwise", draws, dim=1),
@@ -337,7 +340,7 @@ class Regularizers:
             return
 
         def forward(module: SpearBypass, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-            scale = module.bypass_scale
+            scale: torch.Tensor = module.bypass_scale
             if module.training and limit is not None and draws.happens(limit, BYPASS_LIMIT_PROBABILITY):
                 scale = LimitValue.apply(scale, self.bypass_minimum, BYPASS_MAXIMUM)
             if module.training and place is not None and skip is not None:

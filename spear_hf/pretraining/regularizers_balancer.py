@@ -22,9 +22,7 @@ def balance(
     return _Balance.apply(x, limits, dim, start, length)
 
 
-def balanced_gradient(
-    x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int = -1
-) -> torch.Tensor:
+def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> torch.Tensor:
     """`grad` + 0.04 * |`grad`| * (the loss's gradient with respect to `x`, of root mean square 1 in every channel).
 
     Statistics run over all other axes, padded frames included, as in the published recipe: batches of bucketed lengths
@@ -54,9 +52,7 @@ def balanced_gradient(
 
 class _Balance(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, limits: BalancerLimits, dim: int, start: int, length: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, limits: BalancerLimits, dim: int, start: int, length: int) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.limits, ctx.part = limits, (dim, start, length)
         return x.view_as(x)

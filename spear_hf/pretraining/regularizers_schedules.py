@@ -7,6 +7,7 @@ so that a recipe with larger steps gets through them in fewer. They are evaluate
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Schedule:
         return value
 
 
-def layer_skip_schedules(layers_per_stack: list[int], factors: list[int]) -> list[list[Schedule]]:
+def layer_skip_schedules(layers_per_stack: Sequence[int], factors: Sequence[int]) -> list[list[Schedule]]:
     """Rate at which each layer of each stack is skipped. Warm-up is staggered, the first layers are warm first.
 
     The 4,000 batches are divided into (stacks + 1) slots; the layers of stack i warm up one after the other in slot
@@ -110,59 +111,61 @@ def absolute_to_rms(absolute: float) -> float:
     return 1.25331413732 * absolute
 
 
-_DEFAULT_PROBABILITY = Schedule((0, 0.5), (8000, 0.125))
-
-
 @dataclass(frozen=True)
 class BalancerSchedule:
     """A row of the recipe's table: share of positive values and mean absolute value, each between two limits."""
 
-    min_positive: Schedule = Schedule(0.05)
-    max_positive: Schedule = Schedule(0.95)
-    min_absolute: Schedule = Schedule(0.2)
-    max_absolute: Schedule = Schedule(100.0)
-    probability: Schedule = _DEFAULT_PROBABILITY
+    positive: tuple[Schedule, Schedule]
+    absolute: tuple[Schedule, Schedule]
+    probability: Schedule
 
     def __call__(self, batches: float) -> BalancerLimits:
+        """The limits at so many adjusted batches."""
         return BalancerLimits(
-            positive_share_to_mean(self.min_positive(batches)),
-            positive_share_to_mean(self.max_positive(batches)),
-            absolute_to_rms(self.min_absolute(batches)),
-            absolute_to_rms(self.max_absolute(batches)),
+            positive_share_to_mean(self.positive[0](batches)),
+            positive_share_to_mean(self.positive[1](batches)),
+            absolute_to_rms(self.absolute[0](batches)),
+            absolute_to_rms(self.absolute[1](batches)),
             self.probability(batches),
         )
 
 
+_DEFAULT_PROBABILITY = Schedule((0, 0.5), (8000, 0.125))
+
+
+def _row(
+    positive: tuple[float | Schedule, float | Schedule],
+    absolute: tuple[float | Schedule, float | Schedule],
+    probability: float | Schedule = _DEFAULT_PROBABILITY,
+) -> BalancerSchedule:
+    """Numbers are constants."""
+
+    def schedule(value: float | Schedule) -> Schedule:
+        return value if isinstance(value, Schedule) else Schedule(value)
+
+    return BalancerSchedule(
+        (schedule(positive[0]), schedule(positive[1])),
+        (schedule(absolute[0]), schedule(absolute[1])),
+        schedule(probability),
+    )
+
+
 BALANCERS: dict[str, BalancerSchedule] = {
-    "feed_forward_hidden": BalancerSchedule(Schedule(0.3), Schedule(1.0), Schedule(0.75), Schedule(5.0)),
-    "nonlin_gate": BalancerSchedule(
-        Schedule((0, 0.25), (20_000, 0.05)), Schedule((0, 0.75), (20_000, 0.95)), Schedule(0.5), Schedule(5.0)
-    ),
-    "nonlin_output": BalancerSchedule(
-        Schedule(0.3), Schedule(0.7), Schedule((0, 0.004), (4000, 0.02)), Schedule(100.0), Schedule(0.05)
-    ),
-    "feed_forward2_output": BalancerSchedule(
-        Schedule(0.3), Schedule(0.7), Schedule((0, 0.0), (4000, 0.1)), Schedule(2.0), Schedule(0.05)
-    ),
-    "feed_forward3_output": BalancerSchedule(
-        Schedule(0.3), Schedule(0.7), Schedule((0, 0.0), (4000, 0.2)), Schedule(4.0), Schedule(0.05)
-    ),
-    "convolution_gate": BalancerSchedule(
-        Schedule((0, 0.05), (8000, 0.025)), Schedule(1.0), Schedule(1.5), Schedule((0, 5.0), (8000, 10.0))
-    ),
-    "convolution_depthwise": BalancerSchedule(
-        Schedule((0, 0.1), (8000, 0.05)), Schedule(1.0), Schedule((0, 0.2), (20_000, 0.5)), Schedule(10.0)
-    ),
-    "attention_keys": BalancerSchedule(
-        Schedule(0.4), Schedule(0.6), Schedule(0.0), Schedule(100.0), Schedule(0.025)
-    ),
-    "layer_before_norm": BalancerSchedule(Schedule(0.45), Schedule(0.55), Schedule(0.2), Schedule(4.0)),
-    "layer_output": BalancerSchedule(Schedule(0.45), Schedule(0.55), Schedule(0.1), Schedule(4.0)),
-    "stem_conv1": BalancerSchedule(max_absolute=Schedule(1.0)),
-    "stem_conv2": BalancerSchedule(max_absolute=Schedule(4.0)),
-    "stem_conv3": BalancerSchedule(max_absolute=Schedule(4.0)),
-    "convnext_hidden": BalancerSchedule(Schedule(0.3), Schedule(1.0), Schedule(0.75), Schedule(5.0)),
-    "convnext_output": BalancerSchedule(Schedule(0.4), Schedule(0.6), Schedule(1.0), Schedule(6.0)),
+    "feed_forward_hidden": _row((0.3, 1.0), (0.75, 5.0)),
+    "nonlin_gate": _row((Schedule((0, 0.25), (20_000, 0.05)), Schedule((0, 0.75), (20_000, 0.95))), (0.5, 5.0)),
+    "nonlin_output": _row((0.3, 0.7), (Schedule((0, 0.004), (4000, 0.02)), 100.0), 0.05),
+    "feed_forward2_output": _row((0.3, 0.7), (Schedule((0, 0.0), (4000, 0.1)), 2.0), 0.05),
+    "feed_forward3_output": _row((0.3, 0.7), (Schedule((0, 0.0), (4000, 0.2)), 4.0), 0.05),
+    "convolution_gate": _row((Schedule((0, 0.05), (8000, 0.025)), 1.0), (1.5, Schedule((0, 5.0), (8000, 10.0)))),
+    "convolution_depthwise": _row((Schedule((0, 0.1), (8000, 0.05)), 1.0), (Schedule((0, 0.2), (20_000, 0.5)), 10.0)),
+    "attention_keys": _row((0.4, 0.6), (0.0, 100.0), 0.025),
+    "layer_before_norm": _row((0.45, 0.55), (0.2, 4.0)),
+    "layer_output": _row((0.45, 0.55), (0.1, 4.0)),
+    "stem_conv1": _row((0.05, 0.95), (0.2, 1.0)),
+    "stem_conv2": _row((0.05, 0.95), (0.2, 4.0)),
+    "stem_conv3": _row((0.05, 0.95), (0.2, 4.0)),
+    "convnext_hidden": _row((0.3, 1.0), (0.75, 5.0)),
+    "convnext_output": _row((0.4, 0.6), (1.0, 6.0)),
 }
 
 

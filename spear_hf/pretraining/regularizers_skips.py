@@ -54,7 +54,8 @@ class Draws:
 
 
 def feature_mask(draws: Draws, places: tuple[int, int], like: torch.Tensor, unmasked_size: int) -> torch.Tensor:
-    """`(batch, 1, dim)`: with p = 0.125 no channel above the first `unmasked_size`, with a further 0.125 half of them."""
+    """`(batch, 1, dim)`: of the channels above the first `unmasked_size`, a sequence goes without all of them with
+    p = 0.125, else with a further p = 0.125 without the upper half."""
     size = like.shape[-1]
     lower = draws.keep(places[0], FEATURE_MASK_PROBABILITY, like)  # (batch, 1, 1)
     upper = lower * draws.keep(places[1], FEATURE_MASK_PROBABILITY, like)
