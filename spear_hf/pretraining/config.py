@@ -277,6 +277,8 @@ class PreTrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     regularizers: RegularizersConfig = field(default_factory=RegularizersConfig)
+    """Training-only regularisers; off unless `regularizers.enabled`."""
+
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)

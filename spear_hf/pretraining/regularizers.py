@@ -97,11 +97,12 @@ class Regularizers:
         self._dropouts: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._feature_mask: torch.Tensor | None = None
-        self._encoder = getattr(model, "spear", model)
-        if not isinstance(self._encoder, SpearModel):
+        encoder = getattr(model, "spear", model)
+        if not isinstance(encoder, SpearModel):
             raise TypeError(f"install_regularizers needs a SPEAR model, not a {type(model).__name__}.")
+        self._encoder: SpearModel = encoder
         if config.enabled:
-            self._install_encoder(self._encoder)
+            self._install_encoder(encoder)
         self.set_step(0.0)
 
     # --------------------------------------------------------------------------------------------------- every step
