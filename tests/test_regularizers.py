@@ -494,6 +494,27 @@ def test_bf16_autocast_has_finite_gradients_in_float32(certain):
     assert all(gradient.dtype == torch.float32 and torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.slow
+def test_schedules_do_not_compile_a_model_again():
+    torch._dynamo.reset()
+    compiled_model, model = make_model(), make_model()
+    compiled = torch.compile(compiled_model, backend="eager")
+    both = [install_regularizers(each, RegularizersConfig(enabled=True)) for each in (compiled_model, model)]
+    graphs = []
+    for seed in range(6):
+        losses = []
+        for regularizers, forward in zip(both, (compiled, model)):
+            regularizers.set_step(seed * 700.0, 20.0)
+            torch.manual_seed(seed)
+            losses.append(forward(**make_inputs()).loss)
+            losses[-1].backward()
+            regularizers.end_step()
+        assert torch.equal(*losses)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[2:] == graphs[2:3] * 4  # shapes become dynamic within the first two
+    torch._dynamo.reset()
+
+
 def test_every_parameter_has_a_gradient_where_everything_is_skipped():
     model = make_model()
     regularizers = install_regularizers(model, RegularizersConfig(enabled=True))

@@ -351,10 +351,17 @@ class Regularizers:
         self._replace_forward(module, forward)
 
     def _install_dropout(self, dropout: Any) -> None:
-        if self.config.dropout:
-            configured = dropout.p
-            self._dropouts.append(dropout)
-            self._undo.append(lambda: setattr(dropout, "p", configured))
+        """The module's own rate follows the schedule."""
+        if not self.config.dropout:
+            return
+        configured = dropout.p
+        self._dropouts.append(dropout)
+        self._undo.append(lambda: setattr(dropout, "p", configured))
+
+        def forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+            return type(module).forward(module, hidden_states)
+
+        self._replace_forward(dropout, forward)  # out of compiled graphs, which would hold the rate as a constant
 
     # --------------------------------------------------------------------------- what a place does with its features
 
