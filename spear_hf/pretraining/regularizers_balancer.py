@@ -30,10 +30,10 @@ def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimit
     in float32, returned in the dtype of `grad`.
     """
     axes = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
-    values = x.numel() // x.shape[dim]
-    mean = x.mean(axes, keepdim=True, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
-    mean_square = (norm.square() / values).clamp(min=1e-20)
+    x = x.float()
+    mean = x.mean(axes, keepdim=True)
+    buffer = x.square()  # used again below: new memory is what costs most here
+    mean_square = buffer.mean(axes, keepdim=True).clamp(min=1e-20)
     deviation = (mean_square - mean.square()).clamp(min=1e-20).sqrt()
     ratio, rms = mean / deviation, mean_square.sqrt()
     by_mean = (ratio > limits.max_mean).float() - (ratio < limits.min_mean).float()
@@ -46,8 +46,8 @@ def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimit
     slope = by_rms / quotient - by_mean * ratio  # of z, whose mean is 0 and mean square 1
     scale = BALANCER_GRADIENT_SCALE / torch.hypot(center, slope).clamp(min=1e-20)
     slope = slope / deviation
-    direction = torch.addcmul((center - slope * mean) * scale, x, slope * scale)
-    return torch.addcmul(grad, grad.abs(), direction).to(grad.dtype)
+    torch.addcmul((center - slope * mean) * scale, x, slope * scale, out=buffer)
+    return buffer.mul_(grad.abs()).add_(grad).to(grad.dtype)
 
 
 class _Balance(torch.autograd.Function):
