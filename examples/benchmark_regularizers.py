@@ -6,9 +6,9 @@
 
 A step is the forward and backward pass of 2 utterances of 10 seconds, of `tiny` and of base. `all` and `without NAME`
 are at the start of the schedules, where everything acts most often, `all, late` after 20,000 adjusted batches, with
-half of Whiten's places beyond their limit. The variants take turns; `cpu_seconds` is the mean of the repeats in seconds
-of this process's CPU time, which other work on the machine disturbs least. `saved_mib` is what autograd keeps for the
-backward pass, without parameters, in the mean of the repeats.
+half of Whiten's places beyond their limit. The variants take turns; `cpu_seconds` is the mean of the repeats in
+seconds of this process's CPU time, which other work on the machine disturbs least. `saved_mib` is what autograd keeps
+for the backward pass, without parameters, in the mean of the repeats.
 """
 
 import argparse

@@ -125,7 +125,7 @@ class Regularizers:
 
     def end_step(self) -> None:
         """To be called on every rank after the last backward pass of a step: settles Whiten's state."""
-        if self.whiten_state.names:
+        if self._undo and self.whiten_state.names:
             self.whiten_state.end_step(next(self._encoder.parameters()).device)
 
     def state_dict(self) -> dict[str, Any]:
