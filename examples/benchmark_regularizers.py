@@ -102,22 +102,23 @@ def late(regularizers: Regularizers, batches: float) -> None:
         state.exceeded = [place % 2 == 0 for place in range(len(state.names))]
 
 
-def benchmark(size: str, repeats: int) -> list[dict[str, Any]]:
-    """One row per variant."""
+def benchmark(size: str, repeats: int, names: list[str]) -> list[dict[str, Any]]:
+    """One row per variant of these names; all variants if there are none."""
+    chosen = {name: variant for name, variant in variants().items() if not names or name in ("off", *names)}
     torch.manual_seed(0)
     model = SpearForPreTraining(architecture(size)).train()
     inputs = make_inputs(model)
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in variants()}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     timed_step(model, inputs, RegularizersConfig(), 0.0, 0)  # the first step allocates
     for repeat in range(repeats):
-        for name, (config, batches) in variants().items():
+        for name, (config, batches) in chosen.items():
             measured[name].append(timed_step(model, inputs, config, batches, repeat))
     means = {name: [statistics.mean(column) for column in zip(*steps)] for name, steps in measured.items()}
     return [
         {
             "model": size,
             "variant": name,
-            "adjusted_batches": round(variants()[name][1]),
+            "adjusted_batches": round(chosen[name][1]),
             "cpu_seconds": round(seconds, 4),
             "over_off": round(seconds / means["off"][0], 3),
             "saved_mib": round(kept, 1),
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--sizes", nargs="*", default=["tiny", "base"])
     parser.add_argument("--repeats", type=int, nargs="*", default=[12, 4], help="of every variant, per size")
+    parser.add_argument("--variants", nargs="*", default=[], help="besides `off`; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="only profile the first size")
     arguments = parser.parse_args()
@@ -168,7 +170,7 @@ def main() -> None:
         return
     rows = []
     for size, repeats in zip(arguments.sizes, arguments.repeats):
-        for row in benchmark(size, repeats):
+        for row in benchmark(size, repeats, arguments.variants):
             print(*(f"{name}={value}" for name, value in row.items()), sep="  ", flush=True)
             rows.append(row | setting())
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
