@@ -167,7 +167,7 @@ def test_every_field_is_explained():
         for place, node in enumerate(definition.body):
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in (
                 "ModelConfig", "DataConfig", "MaskingConfig", "MixingConfig", "OptimizerConfig", "ScheduleConfig",
-                "AveragingConfig",
+                "AveragingConfig", "RegularizersConfig",
                 "CheckpointingConfig", "LoggingConfig", "ExecutionConfig",
             ):  # fmt: skip
                 following = definition.body[place + 1]

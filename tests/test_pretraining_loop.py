@@ -239,6 +239,28 @@ def test_scaled_adam_learns_is_killed_and_publishes_the_average(runs, finished):
     assert any(not torch.equal(tensor, last[name]) for name, tensor in final.items())
 
 
+def test_regularisers_are_resumed_exactly_too(runs, finished):
+    settings = ("regularizers.enabled=true", "data.batch_seconds=12", "logging.validate_every=0")
+    reference, output = runs.folder / "regularised", runs.folder / "regularised-killed"
+    assert runs.run(reference, *settings) == 0, runs.log(reference)
+    process = runs.start(output, *settings)
+    wait_for(has_steps(output, 6), process)
+    process.kill()
+    process.join()
+    assert len(metrics(output)) < STEPS, "the run was over before it was killed"
+    assert runs.run(output, *settings, resume=True) == 0, runs.log(output)
+    assert "Resuming from" in runs.log(output)
+    assert_same_run(output, reference)
+    state = f"checkpoints/step-{STEPS:08d}/regularizers.json"
+    assert (output / state).read_bytes() == (reference / state).read_bytes()
+    exceeded = json.loads((reference / state).read_text())["whiten_exceeded"].values()
+    assert True in exceeded
+    assert False in exceeded
+    assert metrics(reference)[-1]["loss"] != metrics(finished)[-1]["loss"]
+    config = json.loads((reference / "final/config.json").read_text())
+    assert (config["hidden_dropout"], config["position_dropout"]) == (0.05, 0.0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step(runs, finished, number):
     output = runs.folder / f"stopped-{number}"

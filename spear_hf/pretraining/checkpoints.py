@@ -6,6 +6,7 @@
             model/             what `save_pretrained` writes: AutoModel loads it
             optimizer.pt       state of the optimiser (torch.save, read with weights_only=True)
             average.pt         sums of the running average of the weights (likewise)
+            regularizers.json  state of the regularisers; see regularizers.py
             state.json         step, hours of audio seen, ... : plain values
             COMPLETE           format version; size and sha256 of every file above; written last
         step-00000200/

@@ -20,6 +20,7 @@ from ..data.manifest import DOMAINS
 from ..data.masking import MaskingConfig
 from ..data.mixing import MixingConfig
 from .config_loading import apply_overrides, build, parse_yaml
+from .regularizers_config import RegularizersConfig
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,9 @@ class PreTrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    regularizers: RegularizersConfig = field(default_factory=RegularizersConfig)
+    """Training-only regularisers; off unless `regularizers.enabled`."""
+
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)

@@ -36,6 +36,8 @@ from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .metrics import JsonLines, StepClock, StepSums, memory_mb, ratio, teacher_metrics
 from .optimization import build_optimizer, clip_gradients, set_learning_rate, update_metrics
+from .regularizers import Regularizers, install_regularizers
+from .regularizers_schedules import adjusted_batches
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped
@@ -135,6 +137,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = checkpoints.latest() if resume else None
         progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
+        regularizers = install_regularizers(bare_model, config.regularizers)
+        if saved:
+            regularizers.load(saved)
         model, optimizer = accelerator.prepare(bare_model, optimizer)
 
         metrics_file, evaluation_file = None, None
@@ -160,7 +165,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                     file.sync()
                 path = checkpoints.save(
                     progress.step,
-                    lambda into: write_checkpoint(into, bare_model, optimizer, average, progress, corpus),
+                    lambda into: write_checkpoint(
+                        into, bare_model, optimizer, average, regularizers, progress, corpus
+                    ),
                 )
                 logger.info("Saved %s.", path)
             accelerator.wait_for_everyone()
@@ -196,7 +203,15 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         for batches in loader:
             clock.data_arrived()
             record, must_stop = train_step(
-                config, accelerator, model, bare_model, optimizer, batches, progress, stop.received is not None
+                config,
+                accelerator,
+                model,
+                bare_model,
+                optimizer,
+                regularizers,
+                batches,
+                progress,
+                stop.received is not None,
             )
             if average is not None:
                 average.update(progress.step)
@@ -251,6 +266,7 @@ def train_step(
     model: torch.nn.Module,
     bare_model: SpearForPreTraining,
     optimizer: Any,
+    regularizers: Regularizers,
     batches: Sequence[MicroBatch],
     progress: Progress,
     stop_requested: bool,
@@ -268,6 +284,7 @@ def train_step(
     items = accelerator.reduce(items, "sum").clamp(min=1)
     # Distributed training averages gradients over the ranks, where their sum is wanted.
     normaliser = items[0] / num_ranks
+    regularizers.set_step(adjusted_batches(progress.step, config.data.batch_seconds), normaliser)
     sums = StepSums(list(bare_model.prediction_heads), device)
     if stop_requested:
         sums.request_stop()
@@ -281,6 +298,7 @@ def train_step(
         sums.add(batch, output.loss / num_ranks, output.statistics)
         if not torch.isfinite(output.loss):
             suspects += batch.ids
+    regularizers.end_step()
     grad_norm = clip_gradients(accelerator, model, config.optimizer)
 
     sums.vector = accelerator.reduce(sums.vector, "sum")
@@ -336,6 +354,7 @@ def write_checkpoint(
     model: SpearForPreTraining,
     optimizer: Any,
     average: RunningAverage,
+    regularizers: Regularizers,
     progress: Progress,
     corpus: Corpus,
 ) -> None:
@@ -343,6 +362,7 @@ def write_checkpoint(
     model.save_pretrained(into / "model")
     torch.save(optimizer.state_dict(), into / "optimizer.pt")
     torch.save(average.state_dict(), into / "average.pt")
+    regularizers.save(into)
     state = {**vars(progress), "corpus": corpus.fingerprint}
     (into / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,69 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Balancer: identity forward; backward, channels whose statistics leave their limits are pushed back.
+
+With mean m, standard deviation s and root mean square r of a channel, the loss is
+|m/s - clamp(m/s)| + |log(clamp(r) / r)|. Its gradient is, within a channel, linear in the input, so that the means and
+mean squares of the channels are all that is needed: the gradient is never built by autograd, and normalised to a root
+mean square of 1 without another pass over the input.
+"""
+
+from typing import Any
+
+import torch
+
+from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
+
+
+def balance(
+    x: torch.Tensor, limits: BalancerLimits, dim: int = -1, part: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """`x`, whose gradient will be changed. Channels lie along `dim`; `part` is the range (start, length) of them."""
+    start, length = (0, x.shape[dim]) if part is None else part
+    return _Balance.apply(x, limits, dim, start, length)
+
+
+def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> torch.Tensor:
+    """`grad` + 0.04 * |`grad`| * (the loss's gradient with respect to `x`, of root mean square 1 in every channel).
+
+    Statistics run over all other axes, padded frames included, as in the published recipe: batches of bucketed lengths
+    have few of them, and since the change is proportional to the incoming gradient, padded frames get none. Computed
+    in float32, returned in the dtype of `grad`.
+    """
+    axes = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
+    x = x.float()
+    mean = x.mean(axes, keepdim=True)
+    buffer = x.square()  # used again below: new memory is what costs most here
+    mean_square = buffer.mean(axes, keepdim=True).clamp(min=1e-20)
+    deviation = (mean_square - mean.square()).clamp(min=1e-20).sqrt()
+    ratio, rms = mean / deviation, mean_square.sqrt()
+    by_mean = (ratio > limits.max_mean).float() - (ratio < limits.min_mean).float()
+    by_rms = (rms > limits.max_rms).float() - (rms < limits.min_rms).float()
+
+    # d(m/s)/dx = (1 - ratio * z) / (n s) and d(log r)/dx = (ratio + z) / (n s (1 + ratio^2)), z = (x - mean) / s:
+    # both without their common 1 / (n s), which the normalisation takes away.
+    quotient = 1.0 + ratio.square()
+    center = by_mean + by_rms * ratio / quotient
+    slope = by_rms / quotient - by_mean * ratio  # of z, whose mean is 0 and mean square 1
+    scale = BALANCER_GRADIENT_SCALE / torch.hypot(center, slope).clamp(min=1e-20)
+    slope = slope / deviation
+    torch.addcmul((center - slope * mean) * scale, x, slope * scale, out=buffer)
+    return buffer.mul_(grad.abs()).add_(grad).to(grad.dtype)
+
+
+class _Balance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, limits: BalancerLimits, dim: int, start: int, length: int) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.limits, ctx.part = limits, (dim, start, length)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (x,), (grad,), (dim, start, length) = ctx.saved_tensors, grads, ctx.part
+        if length == x.shape[dim]:
+            changed = balanced_gradient(x, grad, ctx.limits, dim)
+        else:
+            changed = grad.clone()
+            place = changed.narrow(dim, start, length)
+            place.copy_(balanced_gradient(x.narrow(dim, start, length), place, ctx.limits, dim))
+        return changed, None, None, None, None

@@ -1,0 +1,119 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Whiten: identity forward; backward, features whose covariance is too far from a multiple of the identity are pushed.
+
+For x (frames, groups, channels of a group), centred, with covariances C_g = x_g' x_g, the metric is the mean over
+groups and channels of the row sums of C_g^2 by the square of the mean diagonal: 1 for white features, `channels` where
+they all lie on a line. Its gradient is a multiple of x_g (C_g - metric * I), with C scaled to a mean diagonal of 1.
+"""
+
+from typing import Any
+
+import torch
+
+
+class WhitenState:
+    """Which places exceeded their limit when last measured: they are looked at more often.
+
+    A place votes in its backward pass (once per call, also where the forward pass is computed twice for gradient
+    checkpointing); the votes of a step are counted at its end, over all ranks. So the state is the same on every rank,
+    changes between steps only, and asks for one small transfer per step instead of one per call.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.exceeded: list[bool] = []
+        self._votes = torch.zeros(0)  # 0: not measured in this step, 1: within the limit, 2: beyond it
+
+    def add(self, name: str) -> int:
+        """Registers a place, which counts as beyond its limit until it is measured; returns its index."""
+        self.names.append(name)
+        self.exceeded.append(True)
+        self._votes = torch.zeros(len(self.names))
+        return len(self.names) - 1
+
+    def vote(self, index: int, exceeded: torch.Tensor) -> None:
+        """Called in a backward pass with a bool of shape () on the device of the features."""
+        if self._votes.device != exceeded.device:
+            self._votes = self._votes.to(exceeded.device)
+        self._votes[index] = torch.maximum(self._votes[index], 1.0 + exceeded)
+
+    def end_step(self, device: torch.device) -> None:
+        """Counts the votes. All ranks must call it; a place beyond its limit on any rank is beyond it."""
+        votes = self._votes.to(device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        for index, vote in enumerate(votes.tolist()):
+            if vote:
+                self.exceeded[index] = vote > 1
+        self._votes = torch.zeros_like(votes)
+
+
+def whiten(
+    x: torch.Tensor,
+    limit: float,
+    gradient_scale: float,
+    state: WhitenState,
+    index: int,
+    groups: int = 1,
+    dim: int = -1,
+    part: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """`x`, whose gradient will be changed. Channels lie along `dim`; `part` is the range (start, length) of them."""
+    start, length = (0, x.shape[dim]) if part is None else part
+    return _Whiten.apply(x, limit, gradient_scale, state, index, groups, dim, start, length)
+
+
+def whitening_penalty(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The metric of `(frames, channels)` in float32, shape (), and its gradient up to a positive factor.
+
+    Statistics run over all frames, padded ones included, as in the published recipe.
+    """
+    grouped = x.unflatten(-1, (groups, -1)).transpose(0, 1)  # (groups, frames, channels of a group)
+    grouped = grouped - grouped.mean(dim=1, keepdim=True)
+    covariance = grouped.transpose(1, 2) @ grouped
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    covariance /= diagonal.mean().clamp(min=1e-20)
+    metric = covariance.square().sum() / diagonal.numel()
+    diagonal -= metric  # in place: a view of the covariance
+    penalty = grouped @ covariance
+    return metric, penalty.transpose(0, 1).flatten(1)  # (frames, channels)
+
+
+class _Whiten(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        limit: float,
+        gradient_scale: float,
+        state: WhitenState,
+        index: int,
+        groups: int,
+        dim: int,
+        start: int,
+        length: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.limit, ctx.gradient_scale, ctx.state, ctx.index, ctx.groups = limit, gradient_scale, state, index, groups
+        ctx.part = (dim, start, length)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), (grad,), (dim, start, length) = ctx.saved_tensors, grads, ctx.part
+        whole = length == x.shape[dim]
+        place = grad if whole else grad.narrow(dim, start, length)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            features = x.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
+            metric, penalty = whitening_penalty(features.float().flatten(0, -2), ctx.groups)
+            # No branch on the metric, which would make the host wait for the device.
+            exceeded = metric > ctx.limit
+            norms = torch.linalg.vector_norm(place, dtype=torch.float32) / (torch.linalg.vector_norm(penalty) + 1e-20)
+            scale = torch.where(exceeded, ctx.gradient_scale * norms, 0.0)
+            penalty = penalty.view(features.shape).movedim(-1, dim)
+            changed = torch.addcmul(place, penalty, scale).to(grad.dtype)
+        ctx.state.vote(ctx.index, exceeded)
+        if not whole:
+            part, changed = changed, grad.clone()
+            changed.narrow(dim, start, length).copy_(part)
+        return changed, *[None] * 8
