@@ -5,11 +5,11 @@ soundfile brings libsndfile with it, so WAV, FLAC, Ogg Vorbis and Opus, MP3, AIF
 without any system package. torchaudio only resamples, and is imported when a file has another rate: a torchaudio whose
 build does not match torch fails on import, and most audio for SPEAR is at 16 kHz already.
 
-Any window of a file is, bit for bit, what a slice of the whole decoded file would be, in memory that does not grow with
-the file. Two things make it so. A file is always decoded in chunks that begin at multiples of CHUNK, and resampled in
-blocks of one shape that begin at multiples of a second, whatever part of it is asked for. And the decoder jumps only in
-formats where it lands exactly: libsndfile's Vorbis, Opus and MP3 decoders do not (after a jump, samples of real audio
-were off by up to 1.1, 0.006 and 1e-7), so these are decoded from where they are, or from the beginning.
+Any window of a file is, bit for bit, what a slice of the whole decoded file would be, in memory that does not grow
+with the file. Two things make it so. A file is always decoded in chunks that begin at multiples of CHUNK, and
+resampled in blocks of one shape that begin at multiples of a second, whatever part of it is asked for. And the decoder
+jumps only in formats where it lands exactly: libsndfile's Vorbis, Opus and MP3 decoders do not (after a jump, samples
+of real audio were off by up to 1.1, 0.006 and 1e-7), so these are decoded from where they are, or from the beginning.
 """
 
 import io
@@ -112,7 +112,8 @@ class AudioReader:
 
     def _resampled_block(self, index: int) -> np.ndarray:
         """Block `index` of the resampled file; shorter, or empty, at its end."""
-        assert (resampler := self._resampler) is not None
+        resampler = self._resampler
+        assert resampler is not None
         if self._block is not None and self._block[0] == index:
             return self._block[1]
         first = index * resampler.periods * resampler.orig - resampler.margin

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..mvq.alignment import IGNORED, align_labels, label_ratio
-from .audio import SAMPLING_RATE, load_audio
+from .audio import SAMPLING_RATE
 from .bucketing import BucketingSampler, crop_window, split_batch
+from .decoding import load_utterance
 from .manifest import Utterance
 from .masking import MaskingConfig, sample_masks
 from .segments import FrameGrid
@@ -155,9 +156,9 @@ class PreTrainingDataset:
     def _waveform(self, utterance: Utterance) -> np.ndarray:
         """(samples,) float32; decoded once if there is a cache."""
         if self._cache is None:
-            return load_audio(utterance.path)
+            return load_utterance(utterance)
         if utterance.id not in self._cache:
-            self._cache[utterance.id] = load_audio(utterance.path)
+            self._cache[utterance.id] = load_utterance(utterance)
         return self._cache[utterance.id]
 
     def _labels(self, name: str, utterance_id: str, start: int, stop: int | None, num_frames: int) -> np.ndarray:

@@ -2,8 +2,9 @@
 """Lists of utterances: from a folder of audio files, or from a manifest (JSON lines, CSV or TSV).
 
 A manifest has one utterance a row. Only `path` is compulsory, relative to the manifest's folder or absolute; the other
-columns are the fields of `Utterance`. With `start` and `num_samples` a row is a stretch of its file. A folder that holds a `manifest.jsonl` is read by it, any other folder is
-searched for audio files, whose ids are their paths relative to the folder.
+columns are the fields of `Utterance`. With `start` and `num_samples` a row is a stretch of its file. A folder that
+holds a `manifest.jsonl` is read by it, any other folder is searched for audio files, whose ids are their paths
+relative to the folder.
 """
 
 import csv
