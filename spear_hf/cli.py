@@ -123,7 +123,8 @@ def quantize(
 
     OUTPUT gets the quantiser, report.json (held-out error, use of the codebooks), metrics.jsonl and quantizer.png.
     """
-    from .mvq.commands import DataOptions, run_quantize
+    from .data.commands import DataOptions
+    from .mvq.commands import run_quantize
 
     options = DataOptions(
         data,
@@ -189,7 +190,8 @@ def tokenize(
 
     Bad audio is skipped and listed, on stderr and in OUTPUT/quarantine.jsonl; the exit code is then 1.
     """
-    from .mvq.commands import DataOptions, run_tokenize
+    from .data.commands import DataOptions
+    from .mvq.commands import run_tokenize
 
     options = DataOptions(
         data,
@@ -225,14 +227,14 @@ def segment(
     domain: Domain = None,
     cut: Cut = "silence",
     max_seconds: MaxSeconds = 30.0,
-    min_seconds: Annotated[float, typer.Option(help="No stretch is shorter.")] = 1.0,
+    min_seconds: Annotated[float | None, typer.Option(help="No stretch is shorter; default 1.")] = None,
 ) -> None:
     """Cut the long audio of a list into stretches, as quantize and tokenize do: a manifest for training on them.
 
     Files are left as they are; rows say where in its file a stretch is. Bad audio is left out and listed; the exit
     code is then 1.
     """
-    from .mvq.commands import DataOptions, run_segment
+    from .data.commands import DataOptions, run_segment
 
     options = DataOptions(data, split or (), domain=domain, cut=cut, max_seconds=max_seconds)
     raise typer.Exit(run_segment(options, output, min_seconds))

@@ -36,7 +36,8 @@ _MAX_DENOMINATOR = 4000
 _ZEROS, _ROLLOFF = 6, 0.99
 _EXACT_SEEKS = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_", "IMA_ADPCM", "MS_ADPCM")  # beginnings of subtypes
 
-_UNKNOWN = 2**40  # a FLAC file from a pipe does not say how many samples it has; libsndfile then makes up a number
+# Samples; a FLAC file from a pipe does not say how many it has. libsndfile then says 2^63 - 1, and fails at its end.
+_UNKNOWN = 2**40
 
 Result = TypeVar("Result")
 AudioFile = str | os.PathLike | BinaryIO | bytes
@@ -70,13 +71,13 @@ class AudioReader:
         self._file = self._open()
         self.rate = self._file.samplerate
         if not RATES[0] <= self.rate <= RATES[1]:
-            self._file.close()
             raise AudioError(f"{self.name} cannot be decoded: its header says {self.rate} Hz")
+        if self._file.frames >= _UNKNOWN:
+            raise AudioError(f"{self.name} cannot be decoded: its header does not say how long it is; write it anew")
         self.sampling_rate = sampling_rate
         self._resampler = None if self.rate == sampling_rate else _resampler(self.rate, sampling_rate)
         self.num_samples = self._resampled_length(self._file.frames)
-        known = 0 < self._file.frames < _UNKNOWN
-        self.seeks = known and self._file.seekable() and self._file.subtype.startswith(_EXACT_SEEKS)
+        self.seeks = self._file.seekable() and self._file.subtype.startswith(_EXACT_SEEKS)
         self._next = 0  # the chunk that the decoder is at
         self._chunks: dict[int, np.ndarray] = {}  # the two read last: margins of the resampler reach back
         self._block: tuple[int, np.ndarray] | None = None  # the one resampled last

@@ -65,9 +65,14 @@ class CutRule:
         return max(1, round(self.min_seconds * SAMPLING_RATE))
 
 
-def cut_rule(at: str, max_seconds: float = 30.0) -> CutRule | None:
-    """The rule that the options `--cut` and `--max-seconds` mean; None where nothing is cut."""
-    return None if at == "none" else CutRule(at, max_seconds)
+def cut_rule(at: str, max_seconds: float = 30.0, min_seconds: float | None = None) -> CutRule | None:
+    """The rule that the options `--cut`, `--max-seconds` and `--min-seconds` mean; None where nothing is cut.
+
+    `min_seconds` is by default 1, or a quarter of a `max_seconds` below 4.
+    """
+    if at == "none":
+        return None
+    return CutRule(at, max_seconds, min(1.0, max_seconds / 4) if min_seconds is None else min_seconds)
 
 
 class Stretch(NamedTuple):

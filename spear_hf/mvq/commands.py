@@ -1,17 +1,15 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `spear-hf quantize`, `tokenize` and `segment` do, from their options to an exit code."""
+"""What `spear-hf quantize` and `spear-hf tokenize` do, from their options to an exit code."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
 
-from spear_hf.data.cutting import cut_rule, write_segments
-from spear_hf.data.sources import AudioSource, Columns, open_source
+from spear_hf.data.commands import DataOptions
 from spear_hf.mvq.quantize import train_tokenizer
 from spear_hf.mvq.store import QUARANTINE, SHARD_UTTERANCES
 from spear_hf.mvq.teachers import WindowRule, load_teacher
@@ -21,35 +19,6 @@ from spear_hf.mvq.training import QuantizerTrainingConfig
 
 
 SHOWN = 20  # bad files listed on the screen; the file lists all
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What the options on `--data` of a command say."""
-
-    data: str
-    split: Sequence[str] = ()
-    config: str | None = None
-    revision: str | None = None
-    audio_column: str | None = None
-    id_column: str | None = None
-    domain_column: str | None = None
-    domain: str | None = None
-    cut: str = "silence"
-    max_seconds: float = 30.0
-
-    def source(self, piece_utterances: int = SHARD_UTTERANCES) -> AudioSource:
-        """ValueError if they name nothing, or do not go together."""
-        return open_source(
-            self.data,
-            list(self.split) or None,
-            config=self.config,
-            revision=self.revision,
-            columns=Columns(self.audio_column, self.id_column, self.domain_column),
-            domain=self.domain,
-            cut=cut_rule(self.cut, self.max_seconds),
-            piece_utterances=piece_utterances,
-        )
 
 
 def run_quantize(
@@ -149,24 +118,6 @@ def run_tokenize(
         f"{loaded.num_codebooks} codes at {loaded.frame_rate:g} Hz"
     )
     return 1 if summary.bad else 0
-
-
-def run_segment(data: DataOptions, output: Path, min_seconds: float) -> int:
-    """Exit code 0, or 1 on an error or when a file was bad (the manifest has all others)."""
-    try:
-        rule = cut_rule(data.cut, data.max_seconds)
-        if rule is None:
-            raise ValueError(f"cut={data.cut}: there is nothing to write, the list is as it was")
-        rule = replace(rule, min_seconds=min_seconds)
-        utterances = (utterance for piece in replace(data, cut="none").source() for utterance in piece)
-        done = write_segments(utterances, rule, output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"spear-hf segment: {error}", file=sys.stderr)
-        return 1
-    for id, error in done.bad[:SHOWN]:
-        print(f"bad audio: {id}: {error}", file=sys.stderr)
-    print(f"{output}: {done.rows} rows of {done.utterances} utterances, {len(done.bad)} bad and left out")
-    return 1 if done.bad else 0
 
 
 def _resolved(device: str) -> str:
