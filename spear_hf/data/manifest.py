@@ -177,7 +177,7 @@ def _table_rows(file: Iterable[str], source: Path, delimiter: str) -> Iterator[t
                 )
             yield reader.line_num, {name: value or None for name, value in row.items()}
     except csv.Error as error:
-        raise ValueError(f"{source}, line {reader.line_num}: {error}") from error
+        raise ValueError(f"{source}, line {reader.reader.line_num}: {error}") from error
 
 
 def _json_row(text: str, place: str) -> dict[str, Any]:
