@@ -15,7 +15,7 @@ of real audio were off by up to 1.1, 0.006 and 1e-7), so these are decoded from 
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from types import TracebackType
@@ -100,13 +100,6 @@ class AudioReader:
         if self._resampler is None:
             return _gathered(self._chunk, CHUNK, start, stop)
         return _gathered(self._resampled_block, self._resampler.block, start, stop)
-
-    def blocks(self, num_samples: int) -> Iterator[np.ndarray]:
-        """The whole file in consecutive pieces of so many samples, the last one shorter; none if it is empty."""
-        start = 0
-        while len(block := self.read(start, num_samples)):
-            yield block
-            start += len(block)
 
     def _resampled_length(self, frames: int) -> int:
         return frames if self._resampler is None else -(-frames * self._resampler.new // self._resampler.orig)

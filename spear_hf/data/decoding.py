@@ -1,8 +1,6 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The waveform of an utterance, wherever its audio is: a file, a stretch of one, or bytes out of another file."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from .audio import SAMPLING_RATE, AudioFile, audio_duration, load_audio
@@ -35,8 +33,3 @@ def utterance_seconds(utterance: Utterance) -> float:
 def audio_file(utterance: Utterance) -> AudioFile:
     """What holds its audio, for audio.py."""
     return utterance.path if utterance.content is None else utterance.content
-
-
-def content_bytes(utterances: Sequence[Utterance]) -> int:
-    """Memory that the utterances hold: bytes that several share are counted once."""
-    return sum({id(item.content): len(item.content) for item in utterances if item.content is not None}.values())
