@@ -16,6 +16,21 @@ app = typer.Typer(
 )
 
 
+# Options on --data of every command that takes a corpus; see spear_hf/data/sources.py.
+Data = Annotated[
+    str, typer.Option(help="Folder, manifest (.jsonl, .csv, .tsv), parquet or tar files, saved dataset, or Hub name.")
+]
+Splits = Annotated[list[str] | None, typer.Option(help="Of the data; may be repeated. Default: all.")]
+DataConfig = Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")]
+DataRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")]
+AudioColumn = Annotated[str | None, typer.Option(help="Of a dataset; of tar files, the suffix of the audio.")]
+IdColumn = Annotated[str | None, typer.Option(help="Of a dataset; default: id, path, or FILE#ROW.")]
+DomainColumn = Annotated[str | None, typer.Option(help="Of a dataset: speech or audio.")]
+Domain = Annotated[str | None, typer.Option(help="speech or audio, of utterances that have none.")]
+Cut = Annotated[str, typer.Option(help="Where longer audio is cut: silence, fixed, or none.")]
+MaxSeconds = Annotated[float, typer.Option(help="Longer audio is cut.")]
+
+
 @app.callback()
 def _root() -> None:
     """Keeps `spear-hf COMMAND` a group, whatever the number of commands."""
@@ -72,10 +87,18 @@ def embed(
 def quantize(
     teacher: Annotated[str, typer.Option(help="kaldi-mfcc, module:factory, or folder or Hub id of an audio encoder.")],
     codebooks: Annotated[int, typer.Option(help="Codes per frame (paper: 16 for speech, 8 for audio).")],
-    data: Annotated[Path, typer.Option(help="Folder of audio, or manifest (.jsonl, .csv, .tsv).")],
+    data: Data,
     output: Annotated[Path, typer.Option(help="Folder of the quantiser, which must not hold one yet.")],
     layer: Annotated[int | None, typer.Option(help="Hidden state of the teacher; default: the last.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Of the manifest; may be repeated. Default: all.")] = None,
+    split: Splits = None,
+    data_config: DataConfig = None,
+    data_revision: DataRevision = None,
+    audio_column: AudioColumn = None,
+    id_column: IdColumn = None,
+    domain_column: DomainColumn = None,
+    domain: Domain = None,
+    cut: Cut = "silence",
+    max_seconds: MaxSeconds = 30.0,
     codebook_size: Annotated[int, typer.Option(help="Codes of each codebook.")] = 256,
     normalize: Annotated[bool, typer.Option(help="Standardise every channel (paper: speech yes, audio no).")] = True,
     steps: Annotated[int, typer.Option(help="Training steps of each of the two phases.")] = 35_000,
@@ -100,13 +123,25 @@ def quantize(
 
     OUTPUT gets the quantiser, report.json (held-out error, use of the codebooks), metrics.jsonl and quantizer.png.
     """
+    from .data.commands import DataOptions
     from .mvq.commands import run_quantize
 
-    code = run_quantize(
+    options = DataOptions(
         data,
+        split or (),
+        data_config,
+        data_revision,
+        audio_column,
+        id_column,
+        domain_column,
+        domain,
+        cut,
+        max_seconds,
+    )
+    code = run_quantize(
+        options,
         output,
         teacher,
-        split=split or (),
         layer=layer,
         revision=revision,
         window=window,
@@ -133,9 +168,17 @@ def quantize(
 @app.command()
 def tokenize(
     tokenizer: Annotated[str, typer.Option(help="Folder or Hub id of a quantiser, as `spear-hf quantize` writes it.")],
-    data: Annotated[Path, typer.Option(help="Folder of audio, or manifest (.jsonl, .csv, .tsv).")],
+    data: Data,
     output: Annotated[Path, typer.Option(help="Folder of the token store; an interrupted one is completed.")],
-    split: Annotated[list[str] | None, typer.Option(help="Of the manifest; may be repeated. Default: all.")] = None,
+    split: Splits = None,
+    data_config: DataConfig = None,
+    data_revision: DataRevision = None,
+    audio_column: AudioColumn = None,
+    id_column: IdColumn = None,
+    domain_column: DomainColumn = None,
+    domain: Domain = None,
+    cut: Cut = "silence",
+    max_seconds: MaxSeconds = 30.0,
     teacher: Annotated[str | None, typer.Option(help="Where the teacher is now, if it has moved.")] = None,
     refine_iters: Annotated[int, typer.Option(help="Refinement passes of the codes.")] = 5,
     shard_utterances: Annotated[int, typer.Option(help="Utterances in a shard: what an interruption costs.")] = 1000,
@@ -147,13 +190,25 @@ def tokenize(
 
     Bad audio is skipped and listed, on stderr and in OUTPUT/quarantine.jsonl; the exit code is then 1.
     """
+    from .data.commands import DataOptions
     from .mvq.commands import run_tokenize
 
-    code = run_tokenize(
+    options = DataOptions(
         data,
+        split or (),
+        data_config,
+        data_revision,
+        audio_column,
+        id_column,
+        domain_column,
+        domain,
+        cut,
+        max_seconds,
+    )
+    code = run_tokenize(
+        options,
         output,
         tokenizer,
-        split=split or (),
         teacher=teacher,
         refine_iters=refine_iters,
         shard_utterances=shard_utterances,
@@ -162,6 +217,27 @@ def tokenize(
         dtype=dtype,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def segment(
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Manifest to write, .jsonl.")],
+    split: Splits = None,
+    domain: Domain = None,
+    cut: Cut = "silence",
+    max_seconds: MaxSeconds = 30.0,
+    min_seconds: Annotated[float | None, typer.Option(help="No stretch is shorter; default 1.")] = None,
+) -> None:
+    """Cut the long audio of a list into stretches, as quantize and tokenize do: a manifest for training on them.
+
+    Files are left as they are; rows say where in its file a stretch is. Bad audio is left out and listed; the exit
+    code is then 1.
+    """
+    from .data.commands import DataOptions, run_segment
+
+    options = DataOptions(data, split or (), domain=domain, cut=cut, max_seconds=max_seconds)
+    raise typer.Exit(run_segment(options, output, min_seconds))
 
 
 @app.command()

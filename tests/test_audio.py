@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 
+from spear_hf.data import audio as module
 from spear_hf.data.audio import AudioError, audio_duration, load_audio
 
 
@@ -118,6 +119,7 @@ def test_empty_and_not_finite(tmp_path):
 
 def test_without_torchaudio(tmp_path, monkeypatch):
     """It is asked for only by files of another rate, and the error says what to install."""
+    module._resampler.cache_clear()
     for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchaudio", None)

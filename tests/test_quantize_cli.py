@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -123,6 +124,69 @@ def test_tokenize_of_good_audio_exits_with_0(corpus, tokenizer_folder, tmp_path)
     assert code == 0, printed
     assert len(TokenStore.open(tmp_path / "tokens")) == 8
     assert len(list((tmp_path / "tokens").glob("*.parquet"))) == 3
+
+
+@pytest.fixture(scope="module")
+def inside(corpus, tmp_path_factory):
+    """The clips of the corpus as two parquet files and two tar files; in the second is the bad one."""
+    folder = tmp_path_factory.mktemp("inside")
+    rows = [(clip.id, clip.path) for clip in read_manifest(corpus)]
+    for name in ("parquet", "tar"):
+        (folder / name).mkdir()
+    for index, part in enumerate((rows[:8], rows[8:])):
+        audio = [{"bytes": path.read_bytes(), "path": path.name} for _, path in part]
+        table = datasets.Dataset.from_dict({"id": [id for id, _ in part], "audio": audio})
+        table.cast_column("audio", datasets.Audio(decode=False)).to_parquet(folder / "parquet" / f"{index}.parquet")
+        with tarfile.open(folder / "tar" / f"{index}.tar", "w") as tar:
+            for place, (_, path) in enumerate(part):
+                tar.add(path, f"{place}{path.suffix}")
+    return folder
+
+
+def test_quantize_of_a_dataset(corpus, tokenizer_folder, inside, tmp_path):
+    """Read from parquet files the same clips give the same sample."""
+    code, printed = quantize(inside / "parquet" / "0.parquet", tmp_path / "one", "--seed", 5)
+    assert code == 0, printed
+    for name in ("config.json", "model.safetensors", "report.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tokenizer_folder / name).read_bytes(), name
+    code, printed = quantize(inside / "tar", tmp_path / "all", "--max-hours", 1, "--domain", "speech")
+    assert code == 0, printed
+    report = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert report["data"]["utterances"] == 12
+    assert [(bad["id"], bad["path"]) for bad in report["bad"]] == [("1.tar#4", "1.tar#4")]
+    assert "1.tar#4 cannot be decoded" in printed
+
+
+def test_tokenize_of_a_dataset(corpus, tokenizer_folder, inside, tmp_path):
+    clips = read_manifest(corpus)
+    tokenizer = MvqTokenizer.from_pretrained(tokenizer_folder)
+    for name, first in (("parquet", clips[0].id), ("tar", "0.tar#0")):
+        output = tmp_path / name
+        code, printed = run(
+            *("tokenize", "--tokenizer", tokenizer_folder, "--data", inside / name, "--output", output),
+            *("--device", "cpu"),
+        )
+        assert code == 1, printed
+        store = TokenStore.open(output)
+        assert (len(store), store.ids[0]) == (12, first)
+        assert np.array_equal(store[first], tokenizer(load_audio(clips[0].path)))
+
+
+def test_long_audio_is_cut(corpus, tokenizer_folder, tmp_path):
+    output = tmp_path / "tokens"
+    where = ("tokenize", "--tokenizer", tokenizer_folder, "--data", corpus, "--split", "train", "--output", output)
+    assert run(*where, "--device", "cpu", "--max-seconds", 2)[0] == 0
+    store = TokenStore.open(output)
+    clip = next(clip for clip in read_manifest(corpus) if f"{clip.id}@0" in store.ids[0])
+    first, second = store.ids[:2]
+    cut, end = store.num_samples(first), len(load_audio(clip.path))
+    assert (first, second) == (f"{clip.id}@0-{cut}", f"{clip.id}@{cut}-{end}")
+    assert store.num_samples(second) == end - cut
+    tokenizer = MvqTokenizer.from_pretrained(tokenizer_folder)
+    assert np.array_equal(store[second], tokenizer(load_audio(clip.path)[cut:]))
+    code, printed = run(*where, "--cut", "anywhere")
+    assert code == 1
+    assert "cut='anywhere' must be one of silence, fixed, none" in printed
 
 
 def test_errors_are_one_line(corpus, tokenizer_folder, tmp_path):

@@ -3,20 +3,19 @@
 
 import json
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from spear_hf.data.manifest import Utterance, read_manifest
+from spear_hf.data.manifest import read_manifest
 from spear_hf.mvq import tokenize_corpus as module
 from spear_hf.mvq.corpus import computed, decoded_batches
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.store import TokenStore, waveform_checksum
 from spear_hf.mvq.teachers import load_teacher
-from spear_hf.mvq.tokenize_corpus import plan_shards, tokenize_corpus
+from spear_hf.mvq.tokenize_corpus import tokenize_corpus
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
 
 
@@ -165,15 +164,6 @@ def test_batches_are_of_like_length_and_within_their_seconds(corpus):
         if order is utterances:
             first = ids
     assert ids == first
-
-
-def test_shards_are_bounded_by_hours_too():
-    hour = 3600 * 16000
-    utterances = [Utterance(id=name, path=Path(name), num_samples=10 * hour) for name in "abcdef"]
-    assert [len(shard) for shard in plan_shards(utterances)] == [3, 3]
-    assert [len(shard) for shard in plan_shards(utterances, 2)] == [2, 2, 2]
-    with pytest.raises(ValueError, match="at least 1"):
-        plan_shards(utterances, 0)
 
 
 def test_audio_is_identified_by_its_samples(corpus, store):

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..mvq.alignment import IGNORED, align_labels, label_ratio
-from .audio import SAMPLING_RATE, load_audio
+from .audio import SAMPLING_RATE
 from .bucketing import BucketingSampler, crop_window, split_batch
+from .decoding import load_utterance
 from .manifest import DOMAINS, Utterance
 from .masking import MaskingConfig, sample_masks
 from .mixing import Mixer, TokenMix, add_noise, mix_waveforms
@@ -182,7 +183,7 @@ class PreTrainingDataset:
         self.offsets = dict(offsets or {})
         self.domains = dict(domains or {})
         self.mixer = mixer
-        self._cache: dict[Path, np.ndarray] | None = {} if cache_audio else None
+        self._cache: dict[tuple[Path, int | None], np.ndarray] | None = {} if cache_audio else None
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -190,10 +191,11 @@ class PreTrainingDataset:
     def _waveform(self, utterance: Utterance) -> np.ndarray:
         """(samples,) float32; decoded once if there is a cache."""
         if self._cache is None:
-            return load_audio(utterance.path)
-        if utterance.path not in self._cache:
-            self._cache[utterance.path] = load_audio(utterance.path)
-        return self._cache[utterance.path]
+            return load_utterance(utterance)
+        place = (utterance.path, utterance.start)  # noise and utterances may share files
+        if place not in self._cache:
+            self._cache[place] = load_utterance(utterance)
+        return self._cache[place]
 
     def _crop(self, index: int, epoch: int) -> Crop:
         """What `epoch` takes of utterance `index`."""

@@ -2,15 +2,16 @@
 """Lists of utterances: from a folder of audio files, or from a manifest (JSON lines, CSV or TSV).
 
 A manifest has one utterance a row. Only `path` is compulsory, relative to the manifest's folder or absolute; the other
-columns are the fields of `Utterance`. A folder that holds a `manifest.jsonl` is read by it, any other folder is
-searched for audio files, whose ids are their paths relative to the folder.
+columns are the fields of `Utterance`. With `start` and `num_samples` a row is a stretch of its file. A folder that
+holds a `manifest.jsonl` is read by it, any other folder is searched for audio files, whose ids are their paths
+relative to the folder.
 """
 
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ MANIFEST_SUFFIXES = (".jsonl", *_DELIMITERS)
 
 @dataclass(frozen=True)
 class Utterance:
-    """One audio file and what is known of it.
+    """One audio file, or a stretch of one, and what is known of it.
 
     `num_samples` counts samples at 16 kHz: a manifest's own count is converted when its `sampling_rate` is another.
+    With `start`, also in samples at 16 kHz, the utterance is [start, start + num_samples) of its file. `content` is
+    the file itself where it lies inside another one (a row of a parquet file, a member of a tar file); `path` is then
+    the name that errors give it. `load_utterance` in decoding.py takes all this into account.
     """
 
     id: str
@@ -50,12 +54,17 @@ class Utterance:
     licence: str | None = None
     source: str | None = None
     sha256: str | None = None  # of the file
+    start: int | None = None
+    content: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.start is not None and (self.start < 0 or self.num_samples is None):
+            raise ValueError(f"{self.id}: start={self.start} must not be negative, and needs num_samples with it")
 
 
-_TEXT_COLUMNS = tuple(
-    field.name for field in fields(Utterance) if field.name not in ("id", "path", "label", "num_samples")
-)
-_COLUMNS = frozenset((*(field.name for field in fields(Utterance)), "sampling_rate"))
+COLUMNS = tuple(entry.name for entry in fields(Utterance) if entry.name != "content")  # of a manifest
+_TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in ("id", "path", "label", "num_samples", "start"))
+_COLUMNS = frozenset((*COLUMNS, "sampling_rate"))
 
 
 def find_audio(folder: str | os.PathLike) -> list[Path]:
@@ -130,24 +139,51 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = source.suffix.lower()
     if suffix not in MANIFEST_SUFFIXES:
         raise ValueError(f"{source} is not a manifest: its suffix must be .jsonl, .csv or .tsv")
-    with open(source, encoding="utf-8-sig", newline="" if suffix in _DELIMITERS else None) as file:
+    # What is not UTF-8 is let through as surrogates, so that it is found line by line and can be named.
+    newline = "" if suffix in _DELIMITERS else None
+    with open(source, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
         if suffix == ".jsonl":
-            for line, text in enumerate(file, start=1):
+            for line, text in enumerate(_checked_lines(file, source), start=1):
                 if text.strip():
                     yield line, _json_row(text, f"{source}, line {line}")
-            return
-        reader = csv.DictReader(file, delimiter=_DELIMITERS[suffix], strict=True)
+        else:
+            yield from _table_rows(file, source, _DELIMITERS[suffix])
+
+
+def _checked_lines(file: Iterable[str], source: Path) -> Iterator[str]:
+    for line, text in enumerate(file, start=1):
+        if not text.isascii():
+            _check_unicode(text, f"{source}, line {line}")
+        yield text
+
+
+def _check_unicode(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} is not UTF-8: {text[error.start]!r} at character {error.start + 1}") from None
+
+
+def _table_rows(file: Iterable[str], source: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(_checked_lines(file, source), delimiter=delimiter, strict=True)
+    try:
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            raise ValueError(f"{source}, line 1: a column is named twice: {', '.join(names)}")
         for row in reader:
-            place = f"{source}, line {reader.line_num}"
             if None in row:
-                raise ValueError(f"{place}: there are more values than the {len(reader.fieldnames or ())} columns")
+                raise ValueError(
+                    f"{source}, line {reader.line_num}: there are more values than the {len(names)} columns"
+                )
             yield reader.line_num, {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{source}, line {reader.reader.line_num}: {error}") from error
 
 
 def _json_row(text: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
         raise ValueError(f"{place} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place} is a {type(row).__name__}: each line must be one JSON object")
@@ -158,8 +194,9 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
     if unknown := sorted(set(row) - _COLUMNS):
         raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")
     path = row.get("path")
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{place}: path={path!r}, but every utterance needs the path of its audio file")
+    _check_unicode(path, place)  # JSON may spell halves of characters, which no file system takes
     values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": folder / path}
     for name in _TEXT_COLUMNS:
         values[name] = _text(row, name, place)
@@ -167,14 +204,22 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
         raise ValueError(f"{place}: domain={values['domain']!r} must be one of {', '.join(DOMAINS)}, or left out")
     label = row.get("label")
     values["label"] = tuple(map(str, label)) if isinstance(label, list) else _text(row, "label", place)
-    num_samples, rate = _positive(row, "num_samples", place), _positive(row, "sampling_rate", place)
+    num_samples, rate = _count(row, "num_samples", place), _count(row, "sampling_rate", place)
+    start = _count(row, "start", place, least=0)
+    if start is not None and (num_samples is None or rate not in (None, SAMPLING_RATE)):
+        raise ValueError(
+            f"{place}: start={start} goes with num_samples, both in samples at {SAMPLING_RATE} Hz (sampling_rate "
+            "left out)"
+        )
     if num_samples is not None and rate is not None and rate != SAMPLING_RATE:
         num_samples = -(-num_samples * SAMPLING_RATE // rate)  # rounded up, as the resampler does
-    return Utterance(num_samples=num_samples, **values)
+    return Utterance(num_samples=num_samples, start=start, **values)
 
 
 def _text(row: dict[str, Any], name: str, place: str) -> str | None:
     value = row.get(name)
+    if isinstance(value, str):
+        _check_unicode(value, f"{place}: {name}")
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (int, float)):  # ids, speakers and labels are often numbers
@@ -182,14 +227,17 @@ def _text(row: dict[str, Any], name: str, place: str) -> str | None:
     raise ValueError(f"{place}: {name}={value!r} must be text or a number")
 
 
-def _positive(row: dict[str, Any], name: str, place: str) -> int | None:
+def _count(row: dict[str, Any], name: str, place: str, least: int = 1) -> int | None:
+    """A whole number from `least` to 2^53, from where on the floating-point numbers of tables are not exact."""
     value = row.get(name)
     if value is None:
         return None
     try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or number != float(value):
-        raise ValueError(f"{place}: {name}={value!r} must be a whole number, 1 or more")
+        number = -1 if isinstance(value, bool) else int(value)
+        if number != float(value):
+            number = -1
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if not least <= number <= 2**53:
+        raise ValueError(f"{place}: {name}={value!r} must be a whole number, {least} or more")
     return number

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, BatchFeature, PreTrainedModel, SequenceFeatureExtractor
 
-from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
+from ..data.audio import AudioError
+from ..data.decoding import load_utterance, utterance_seconds
 from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearPreTrainedModel
@@ -189,13 +190,10 @@ def _embed(
 
 def _seconds(utterance: Utterance, max_seconds: float) -> tuple[float, str | None]:
     """Length of the audio, from the manifest or the file's header, and what is wrong with it, if something is."""
-    if utterance.num_samples is not None:
-        seconds = utterance.num_samples / SAMPLING_RATE
-    else:
-        try:
-            seconds = audio_duration(utterance.path)
-        except AudioError as error:
-            return 0.0, str(error)
+    try:
+        seconds = utterance_seconds(utterance)
+    except AudioError as error:
+        return 0.0, str(error)
     if seconds > max_seconds:
         return seconds, (
             f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
@@ -226,7 +224,7 @@ def _decoded(
 
     def decode(utterance: Utterance) -> np.ndarray | str:
         try:
-            waveform = load_audio(utterance.path, feature_extractor.sampling_rate)
+            waveform = load_utterance(utterance, feature_extractor.sampling_rate)
         except AudioError as error:
             return str(error)
         shortest = getattr(feature_extractor, "min_num_samples", 1)

@@ -23,7 +23,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from ..data.audio import SAMPLING_RATE, load_audio
+from ..data.audio import SAMPLING_RATE
+from ..data.decoding import load_utterance
 from ..data.manifest import Utterance
 from ..data.seeding import keyed_generator
 from ..feature_extraction_spear import SpearFeatureExtractor
@@ -93,7 +94,7 @@ def _all_layers(
 
 def log_mel_frames(feature_extractor: SpearFeatureExtractor, utterance: Utterance) -> np.ndarray:
     """The filter bank of an utterance, which is the input of the model: float32 (frames at 100 Hz, num_mel_bins)."""
-    waveform = load_audio(utterance.path)
+    waveform = load_utterance(utterance)
     return feature_extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_features"][0]
 
 

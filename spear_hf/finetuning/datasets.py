@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
+from ..data.decoding import utterance_seconds
 from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
 from ..data.seeding import keyed_generator
 from ..pretraining.corpus import BUNDLED, manifest_source
@@ -37,6 +38,7 @@ logger = logging.get_logger(__name__)
 LOCAL_COLUMNS = ("domain", "split", "label", "transcript", "probe", "language", "speaker", "source")
 # What lies in an Audio column: built so, as datasets wants torchcodec even to put a path into one.
 ENCODED_AUDIO = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+STRETCH = "stretch_start"  # column, where rows are stretches of files: the first sample at 16 kHz, `length` of them
 REPORTED = 5  # bad files that an error names
 
 
@@ -75,7 +77,7 @@ def load_rows(
             raise ValueError(f"where {condition}: no row of {source} is left; its {column} holds {found}")
         dataset = dataset.select(kept)
     texts = {column: texts_of(dataset, column) for column in columns}
-    known = ("id", "audio", "length", *unchanged)
+    known = ("id", "audio", "length", STRETCH, *unchanged)
     rows = dataset.select_columns([name for name in known if name in dataset.column_names])
     if "length" not in rows.column_names:
         rows = rows.add_column("length", _lengths(rows))
@@ -119,7 +121,9 @@ def with_column(dataset: Dataset, name: str, values: list[Any]) -> Dataset:
 
 def decode_row(row: dict[str, Any]) -> np.ndarray:
     """The waveform (samples,) of a row, float32 at 16 kHz. AudioError names the row's file."""
-    return load_audio(_file(row["id"], row["audio"]))
+    start = row.get(STRETCH)
+    length = None if start is None else row["length"]
+    return load_audio(_file(row["id"], row["audio"]), start=start or 0, num_samples=length)
 
 
 def train_and_eval_rows(
@@ -199,6 +203,9 @@ def _local_rows(source: str, split: str | None) -> Dataset:
     )
     rows = Dataset.from_dict(columns, features=features).cast_column("audio", Audio(decode=False))
     known = [utterance.num_samples for utterance in utterances]
+    if any(utterance.start is not None for utterance in utterances):
+        rows = rows.add_column(STRETCH, [utterance.start for utterance in utterances])
+        known = [round(utterance_seconds(utterance) * SAMPLING_RATE) for utterance in utterances]
     if None not in known:
         if missing := [str(utterance.path) for utterance in utterances if not utterance.path.is_file()]:
             raise ValueError(_bad_files([f"{path}: there is no such file" for path in missing], len(utterances)))

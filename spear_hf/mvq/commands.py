@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import yaml
 
-from spear_hf.data.manifest import read_manifest
+from spear_hf.data.commands import DataOptions
 from spear_hf.mvq.quantize import train_tokenizer
 from spear_hf.mvq.store import QUARANTINE, SHARD_UTTERANCES
 from spear_hf.mvq.teachers import WindowRule, load_teacher
@@ -22,11 +22,10 @@ SHOWN = 20  # bad files listed on the screen; the file lists all
 
 
 def run_quantize(
-    data: Path,
+    data: DataOptions,
     output: Path,
     teacher: str,
     *,
-    split: Sequence[str] = (),
     layer: int | None = None,
     revision: str | None = None,
     window: str | None = None,
@@ -44,7 +43,7 @@ def run_quantize(
     """Exit code 0, or 1 on an error; audio that could not be used is listed, and the quantiser trained without it."""
     try:
         settings = QuantizerTrainingConfig(**training)
-        utterances = read_manifest(data, split=list(split) or None)
+        source = data.source()
         device = _resolved(device)
         loaded = load_teacher(
             teacher,
@@ -58,7 +57,7 @@ def run_quantize(
         )
         report = train_tokenizer(
             loaded,
-            utterances,
+            source,
             output,
             settings,
             num_frames=frames,
@@ -84,11 +83,10 @@ def run_quantize(
 
 
 def run_tokenize(
-    data: Path,
+    data: DataOptions,
     output: Path,
     tokenizer: str,
     *,
-    split: Sequence[str] = (),
     teacher: str | None = None,
     refine_iters: int = 5,
     shard_utterances: int = SHARD_UTTERANCES,
@@ -98,7 +96,7 @@ def run_tokenize(
 ) -> int:
     """Exit code 0, or 1 on an error or if audio was bad (all other tokens are in the store)."""
     try:
-        utterances = read_manifest(data, split=list(split) or None)
+        utterances = [utterance for piece in data.source() for utterance in piece]
         device = _resolved(device)
         loaded = MvqTokenizer.from_pretrained(
             tokenizer, teacher=teacher, device=device, dtype=dtype, refine_iters=refine_iters

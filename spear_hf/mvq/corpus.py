@@ -1,89 +1,211 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""The audio of many utterances, decoded ahead in threads and handed out in batches of like length."""
+"""The audio of many utterances, decoded ahead in threads and handed out in batches of like length.
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+A thread reads the utterances (out of a tar file, say, or cutting long ones), others decode them, and whoever computes
+takes batches. Utterances are gathered in windows of WINDOW_UTTERANCES or WINDOW_SECONDS of audio, in their order, and
+the batches are made within a window: so any stream will do, the batches are a function of the utterances alone, and
+memory is bounded by the window that is computed and the one that is decoded meanwhile, half a gigabyte.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from spear_hf.data.audio import AudioError, audio_duration, load_audio
+from spear_hf.data.decoding import load_utterance
 from spear_hf.data.manifest import Utterance
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher
 
 
 Result = TypeVar("Result")
+Utterances = TypeVar("Utterances", bound=Iterable[Utterance])
 
-BATCHES_AHEAD = 2
+WINDOW_UTTERANCES = 1000
+WINDOW_SECONDS = 3600.0  # 230 MB of samples
 DECODERS = 4  # threads; soundfile and the resampler work outside Python's lock
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An utterance with its waveform at 16 kHz, or with what is wrong with it."""
+    """An utterance with its waveform at 16 kHz, or with what is wrong with it.
+
+    `place` counts the utterances given, from 0: batches are in another order. The utterance has its `content` no more.
+    """
 
     utterance: Utterance
     waveform: np.ndarray | None
     error: str | None = None
+    place: int = 0
+
+
+def decoded_pieces(
+    pieces: Iterable[Utterances], teacher: Teacher, batch_seconds: float
+) -> Iterator[tuple[Utterances, Iterator[list[Decoded]]]]:
+    """Each piece of a corpus with its batches, as `decoded_batches` makes them of it alone.
+
+    While the end of a piece is computed the next one is decoded. Batches that are not taken are passed over.
+    """
+    with _DecodingAhead(pieces, teacher) as ahead:
+        while (entry := ahead.take()) is not None:
+            assert isinstance(entry, _Piece)
+            batches = _batches_of(ahead, batch_seconds)
+            yield cast(Utterances, entry.utterances), batches
+            for _ in batches:
+                pass
 
 
 def decoded_batches(
-    utterances: Sequence[Utterance], teacher: Teacher, batch_seconds: float
+    utterances: Iterable[Utterance], teacher: Teacher, batch_seconds: float
 ) -> Iterator[list[Decoded]]:
-    """Batches of utterances of like length, longest first, within `batch_seconds` each (or one utterance).
+    """Batches of utterances of like length, within `batch_seconds` each (or one utterance).
 
-    Waveforms have been found fit for the teacher; what cannot be decoded or is not fit comes with its error. The
-    batches are a function of the utterances' lengths and ids, not of the order given. A few batches are decoded ahead.
+    Within a window (see the module) the longest come first. Waveforms have been found fit for the teacher; what cannot
+    be decoded or is not fit comes with its error. An error in reading the utterances themselves is raised after the
+    windows before it.
     """
-    with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
-        lengths = pool.map(_length, utterances)
-        ordered = sorted(zip(lengths, utterances), key=lambda pair: (-pair[0], pair[1].id))
-        batches = _batches(ordered, batch_seconds)
-        ahead: deque[list[Future[Decoded]]] = deque()
+    for _, batches in decoded_pieces([utterances], teacher, batch_seconds):
+        yield from batches
+
+
+def _batches_of(ahead: "_DecodingAhead", batch_seconds: float) -> Iterator[list[Decoded]]:
+    """The batches of the piece that has been begun."""
+    more = True
+    while more:
+        window: list[Decoded] = []
+        samples = 0
+        while len(window) < WINDOW_UTTERANCES and samples < WINDOW_SECONDS * SAMPLING_RATE:
+            try:
+                entry = ahead.take()
+            except ValueError:  # of reading the utterances: what is wrong with one comes as its error
+                if not window:
+                    raise
+                break  # it is raised again when the window has been computed
+            if more := isinstance(entry, Decoded):
+                window.append(entry)
+                samples += _samples(entry)
+            else:
+                break
+        window.sort(key=lambda item: (-_samples(item), item.utterance.id))
+        batches = _batches(window, batch_seconds)
+        while batches:
+            yield batches.pop()  # so that no one holds it when it has been computed
+
+
+class _Piece(NamedTuple):
+    """In the queue: a piece begins here."""
+
+    utterances: Iterable[Utterance]
+
+
+class _End:
+    """In the queue: a piece ends here."""
+
+
+class _DecodingAhead:
+    """Decodes the utterances of pieces in threads, within bounds of memory, and hands them out in order."""
+
+    def __init__(self, pieces: Iterable[Iterable[Utterance]], teacher: Teacher) -> None:
+        self._pieces = pieces
+        self._teacher = teacher
+        self._queue: SimpleQueue[Future[Decoded] | _Piece | _End | Exception | None] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self._reader = threading.Thread(target=self._read, name="read utterances", daemon=True)
+        self._changed = threading.Condition()
+        self._waiting = 0  # utterances that are read and have not been handed out
+        self._held = 0  # bytes of these, of files or of samples
+        self._closed = False
+
+    def __enter__(self) -> "_DecodingAhead":
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._reader.join()
+        self._pool.shutdown(cancel_futures=True)
+
+    def take(self) -> "Decoded | _Piece | _End | None":
+        """The next utterance, the beginning or the end of a piece, or None after the last."""
+        entry = self._queue.get()
+        if entry is None or isinstance(entry, Exception):
+            self._queue.put(entry)  # nothing comes after it
+        if isinstance(entry, Exception):
+            raise entry
+        if not isinstance(entry, Future):
+            return entry
+        item = entry.result()
+        self._account(-1, -_bytes(item))
+        return item
+
+    def _read(self) -> None:
+        """In a thread of its own: reads utterances and has them decoded, as long as there is room."""
         try:
-            for batch in chain(batches, [None] * BATCHES_AHEAD):
-                if batch is not None:
-                    ahead.append([pool.submit(_decode, utterance, teacher) for utterance in batch])
-                if ahead and (batch is None or len(ahead) > BATCHES_AHEAD):
-                    yield [future.result() for future in ahead.popleft()]
-        finally:
-            for future in chain.from_iterable(ahead):
-                future.cancel()
+            for piece in self._pieces:
+                self._queue.put(_Piece(piece))
+                for place, utterance in enumerate(piece):
+                    with self._changed:
+                        self._changed.wait_for(self._has_room)
+                        if self._closed:
+                            return
+                    content = len(utterance.content or b"")
+                    self._account(1, content)
+                    self._queue.put(self._pool.submit(self._decode, utterance, place, content))
+                self._queue.put(_End())
+            self._queue.put(None)
+        except Exception as error:  # whatever it is belongs to the one who computes
+            self._queue.put(error)
+
+    def _has_room(self) -> bool:
+        full = self._waiting >= WINDOW_UTTERANCES or self._held >= 4 * WINDOW_SECONDS * SAMPLING_RATE
+        return self._closed or not full
+
+    def _account(self, utterances: int, size: int) -> None:
+        with self._changed:
+            self._waiting += utterances
+            self._held += size
+            self._changed.notify_all()
+
+    def _decode(self, utterance: Utterance, place: int, content: int) -> Decoded:
+        item = decode(utterance, self._teacher, place)
+        self._account(0, _bytes(item) - content)
+        return item
 
 
-def _length(utterance: Utterance) -> float:
-    """Seconds, from the manifest or else the file's header; 0 where that cannot be read (decoding will say why)."""
-    if utterance.num_samples is not None:
-        return utterance.num_samples / SAMPLING_RATE
+def decode(utterance: Utterance, teacher: Teacher, place: int = 0) -> Decoded:
+    """The utterance decoded and checked, or with its error."""
+    kept = replace(utterance, content=None)
     try:
-        return audio_duration(utterance.path)
-    except AudioError:
-        return 0.0
-
-
-def _batches(ordered: list[tuple[float, Utterance]], batch_seconds: float) -> Iterator[list[Utterance]]:
-    batch: list[Utterance] = []
-    longest = 0.0
-    for seconds, utterance in ordered:
-        if batch and (len(batch) + 1) * longest > batch_seconds:
-            yield batch
-            batch = []
-        longest = longest if batch else seconds  # they descend
-        batch.append(utterance)
-    if batch:
-        yield batch
-
-
-def _decode(utterance: Utterance, teacher: Teacher) -> Decoded:
-    try:
-        waveform = load_audio(utterance.path, sampling_rate=SAMPLING_RATE)
-        return Decoded(utterance, teacher.check(waveform, utterance.id))
+        return Decoded(kept, teacher.check(load_utterance(utterance), utterance.id), place=place)
     except ValueError as error:  # AudioError is one
-        return Decoded(utterance, None, str(error))
+        return Decoded(kept, None, str(error), place)
+
+
+def _samples(item: Decoded) -> int:
+    return 0 if item.waveform is None else len(item.waveform)
+
+
+def _bytes(item: Decoded) -> int:
+    return 0 if item.waveform is None else item.waveform.nbytes
+
+
+def _batches(ordered: list[Decoded], batch_seconds: float) -> list[list[Decoded]]:
+    """Consecutive utterances, longest first, while rows x longest stays within the seconds; the last batch first."""
+    batches: list[list[Decoded]] = []
+    for item in ordered:
+        fits = batches and (len(batches[-1]) + 1) * _samples(batches[-1][0]) <= batch_seconds * SAMPLING_RATE
+        if fits:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    ordered.clear()
+    return batches[::-1]
 
 
 def computed(

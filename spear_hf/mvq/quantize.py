@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spear_hf.data.audio import AudioError, audio_duration
 from spear_hf.data.manifest import Utterance
 from spear_hf.data.seeding import keyed_seed
-from spear_hf.mvq.corpus import computed, decoded_batches, display_path
+from spear_hf.data.sources import AudioSource, ListSource
+from spear_hf.mvq.corpus import Decoded, computed, decoded_pieces, display_path
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.quantizer_files import CONFIG_NAME
 from spear_hf.mvq.reservoir import FrameReservoir
@@ -36,7 +36,7 @@ from spear_hf.mvq.tokenizer import quantizer_metadata
 from spear_hf.mvq.training import QuantizerTrainer, QuantizerTrainingConfig
 
 
-HELDOUT_SHARE = 0.05  # of the utterances, one at least
+HELDOUT_SHARE = 0.05  # of the utterances, drawn one by one; one at least
 PIECE_SECONDS = 300  # longer audio is sampled piece by piece, so that its features are never held whole
 REPORT = "report.json"
 METRICS = "metrics.jsonl"
@@ -55,7 +55,7 @@ class FrameSample:
 
 def sample_frames(
     teacher: Teacher,
-    utterances: Sequence[Utterance],
+    corpus: AudioSource | Sequence[Utterance],
     num_frames: int,
     num_heldout: int,
     seed: int = 0,
@@ -65,67 +65,91 @@ def sample_frames(
 ) -> FrameSample:
     """A uniform sample of the teacher's frames, a function of seed and audio alone, and one of held-out utterances.
 
-    `max_hours` of audio, whole utterances drawn by the seed, are computed at most; None is all of it.
-    ValueError with fewer than two usable utterances: one is held out.
+    The corpus is read once, piece by piece. `max_hours` of audio at most, about, are computed (`AudioSource.subset`
+    says which); None is all of it. ValueError with fewer than two usable utterances: one is held out.
     """
-    chosen = _subset(utterances, seed, max_hours)
-    if len(chosen) < 2:
-        raise ValueError(f"{len(chosen)} utterance to sample from: two at least are needed, one is held out")
-    by_draw = sorted(chosen, key=lambda utterance: keyed_seed(seed, "held out", utterance.id))
-    heldout_ids = {utterance.id for utterance in by_draw[: max(1, round(HELDOUT_SHARE * len(chosen)))]}
-    training, heldout = FrameReservoir(num_frames, seed), FrameReservoir(num_heldout, seed)
+    source = corpus if isinstance(corpus, AudioSource) else ListSource(corpus)
+    if max_hours is not None:
+        if max_hours <= 0:
+            raise ValueError(f"max_hours must be positive, not {max_hours}")
+        source = source.subset(seed, max_hours)
+    sampling = _Sampling(num_frames, num_heldout, seed)
     teacher.batch_seconds = batch_seconds
-    samples = 0
-    checksums: dict[str, int] = {}
-    bad: list[dict[str, str]] = []
-    with tqdm(total=len(chosen), unit="utt", desc="features", disable=not progress, smoothing=0.05) as bar:
-        for batch in decoded_batches(chosen, teacher, batch_seconds):
-            for item, pieces in computed(batch, lambda waveforms, ids: _features(teacher, waveforms, ids)):
-                id = item.utterance.id
-                if pieces is None or item.waveform is None:
-                    bad.append({"id": id, "path": display_path(item.utterance.path), "error": item.error or ""})
-                    continue
-                for number, features in enumerate(pieces):
-                    (heldout if id in heldout_ids else training).add(f"{id}#{number}", features)
-                samples += len(item.waveform)
-                checksums[id] = waveform_checksum(item.waveform)
-            bar.update(len(batch))
-    bad.sort(key=lambda entry: entry["id"])
-    for reservoir, kind in ((training, "training"), (heldout, "held-out")):
-        if reservoir.seen == 0:
-            raise ValueError(f"no {kind} utterance could be used; the first error: {bad[0]['error']}")
-    data = {
-        "utterances": len(checksums),
-        "heldout_utterances": len(heldout_ids & set(checksums)),
-        "bad_utterances": len(bad),
-        "hours": samples / SAMPLING_RATE / 3600,
-        "frames_seen": training.seen + heldout.seen,
-        "frames": min(num_frames, training.seen),
-        "heldout_frames": min(num_heldout, heldout.seen),
-        "fingerprint": hashlib.sha256(json.dumps(sorted(checksums.items())).encode()).hexdigest()[:16],
-        "seed": seed,
-    }
-    return FrameSample(training.frames(), heldout.frames(), data, bad)
+    with tqdm(unit="utt", desc="features", disable=not progress, smoothing=0.05) as bar:
+        for piece, batches in decoded_pieces(source, teacher, batch_seconds):
+            bar.set_postfix_str(f"piece {piece.index + 1} of {len(source)}", refresh=False)
+            for batch in batches:
+                for item, parts in computed(batch, lambda waveforms, ids: _features(teacher, waveforms, ids)):
+                    sampling.add(item, parts)
+                bar.update(len(batch))
+    return sampling.result()
 
 
-def _subset(utterances: Sequence[Utterance], seed: int, max_hours: float | None) -> list[Utterance]:
-    if max_hours is None:
-        return list(utterances)
-    if max_hours <= 0:
-        raise ValueError(f"max_hours must be positive, not {max_hours}")
-    chosen, seconds = [], 0.0
-    for utterance in sorted(utterances, key=lambda utterance: keyed_seed(seed, "subset", utterance.id)):
-        if seconds >= 3600 * max_hours:
-            break
-        chosen.append(utterance)
-        if utterance.num_samples is not None:
-            seconds += utterance.num_samples / SAMPLING_RATE
+class _Sampling:
+    """Divides utterances into held out and others as they come, and samples the frames of both.
+
+    Held out are the utterances whose draw is below HELDOUT_SHARE, and the one with the smallest draw of all: the
+    smallest so far is kept aside until a smaller one comes.
+    """
+
+    def __init__(self, num_frames: int, num_heldout: int, seed: int) -> None:
+        self.seed = seed
+        self.training, self.heldout = FrameReservoir(num_frames, seed), FrameReservoir(num_heldout, seed)
+        self.utterances = self.heldout_utterances = self.samples = self.fingerprint = 0
+        self.bad: list[dict[str, str]] = []
+        self._smallest: tuple[float, str, list[Tensor]] | None = None
+
+    def add(self, item: Decoded, parts: list[Tensor] | None) -> None:
+        """An utterance with its features, in parts, or without if it is bad."""
+        id = item.utterance.id
+        if parts is None or item.waveform is None:
+            self.bad.append({"id": id, "path": display_path(item.utterance.path), "error": item.error or ""})
+            return
+        self.utterances += 1
+        self.samples += len(item.waveform)
+        # A sum, so that it does not depend on the order, and nothing need be kept.
+        identity = hashlib.sha256(f"{id}\0{waveform_checksum(item.waveform)}".encode()).digest()
+        self.fingerprint = (self.fingerprint + int.from_bytes(identity[:8], "big")) % 2**64
+        utterance = (keyed_seed(self.seed, "held out", id) / 2**63, id, parts)
+        if self._smallest is None or utterance[:2] < self._smallest[:2]:
+            self._smallest, other = utterance, self._smallest
         else:
-            try:
-                seconds += audio_duration(utterance.path)
-            except AudioError:  # counted as nothing here, and reported when it is decoded
-                continue
-    return chosen
+            other = utterance
+        if other is not None:
+            self._offer(other, held_out=other[0] < HELDOUT_SHARE)
+
+    def result(self) -> FrameSample:
+        """The sample, when all have been added. ValueError with fewer than two usable utterances."""
+        if self.utterances < 2:
+            first = f"; the first error: {self.bad[0]['error']}" if self.bad else ""
+            raise ValueError(
+                f"{self.utterances} utterance to sample from: two at least are needed, one is held out{first}"
+            )
+        assert self._smallest is not None
+        self._offer(self._smallest, held_out=True)
+        if self.training.seen == 0:
+            raise ValueError(
+                f"seed={self.seed} holds out all {self.utterances} utterances: take another, or more audio"
+            )
+        self.bad.sort(key=lambda entry: entry["id"])
+        data = {
+            "utterances": self.utterances,
+            "heldout_utterances": self.heldout_utterances,
+            "bad_utterances": len(self.bad),
+            "hours": self.samples / SAMPLING_RATE / 3600,
+            "frames_seen": self.training.seen + self.heldout.seen,
+            "frames": min(self.training.capacity, self.training.seen),
+            "heldout_frames": min(self.heldout.capacity, self.heldout.seen),
+            "fingerprint": f"{self.fingerprint:016x}",
+            "seed": self.seed,
+        }
+        return FrameSample(self.training.frames(), self.heldout.frames(), data, self.bad)
+
+    def _offer(self, utterance: tuple[float, str, list[Tensor]], held_out: bool) -> None:
+        _, id, parts = utterance
+        self.heldout_utterances += held_out
+        for number, features in enumerate(parts):
+            (self.heldout if held_out else self.training).add(f"{id}#{number}", features)
 
 
 def _features(teacher: Teacher, waveforms: list[np.ndarray], ids: list[str]) -> list[list[Tensor]]:
@@ -170,7 +194,7 @@ def heldout_report(quantizer: MultiCodebookQuantizer, heldout: Tensor) -> dict[s
 
 def train_tokenizer(
     teacher: Teacher,
-    utterances: Sequence[Utterance],
+    corpus: AudioSource | Sequence[Utterance],
     output: str | Path,
     training: QuantizerTrainingConfig,
     num_frames: int = 200_000,
@@ -190,7 +214,7 @@ def train_tokenizer(
         raise ValueError(f"{output} holds a quantiser, and stores may depend on it: name another folder, or overwrite")
     sample = sample_frames(
         teacher,
-        utterances,
+        corpus,
         num_frames,
         num_heldout,
         seed=training.seed,

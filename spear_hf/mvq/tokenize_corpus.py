@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from spear_hf.data.manifest import Utterance
+from spear_hf.data.sources import plan_pieces
 from spear_hf.mvq.corpus import computed, decoded_batches, display_path
 from spear_hf.mvq.store import (
     SHARD_UTTERANCES,
@@ -23,9 +24,6 @@ from spear_hf.mvq.store import (
 )
 from spear_hf.mvq.teachers import SAMPLING_RATE
 from spear_hf.mvq.tokenizer import MvqTokenizer
-
-
-SHARD_HOURS = 24.0  # of audio, where lengths are known: 70 MB of 16 codebooks at 50 Hz
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def tokenize_corpus(
         raise ValueError("there is no audio to tokenise: the list of utterances is empty")
     tokenizer.teacher.batch_seconds = batch_seconds
     writer = TokenStoreWriter(output, tokenizer.store_info())
-    shards = plan_shards(utterances, shard_utterances)
+    shards = plan_pieces(utterances, shard_utterances)
     already_there = frames = done = 0
     seconds = 0.0
     with tqdm(total=len(utterances), unit="utt", desc="tokenize", disable=not progress, smoothing=0.05) as bar:
@@ -87,19 +85,3 @@ def tokenize_corpus(
             done += len(rows)
     writer.finish(num_shards=len(shards))
     return TokenizeSummary(done, already_there, frames, seconds, writer.quarantined)
-
-
-def plan_shards(utterances: Sequence[Utterance], shard_utterances: int = SHARD_UTTERANCES) -> list[list[Utterance]]:
-    """Consecutive pieces of the list, at most `shard_utterances` each, and SHARD_HOURS where lengths are known."""
-    if shard_utterances < 1:
-        raise ValueError(f"shard_utterances must be at least 1, not {shard_utterances}")
-    limit = SHARD_HOURS * 3600 * SAMPLING_RATE
-    shards: list[list[Utterance]] = []
-    samples = 0
-    for utterance in utterances:
-        if not shards or len(shards[-1]) >= shard_utterances or samples >= limit:
-            shards.append([])
-            samples = 0
-        shards[-1].append(utterance)
-        samples += utterance.num_samples or 0
-    return shards

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.audio import SAMPLING_RATE, audio_duration
+from ..data.audio import SAMPLING_RATE
+from ..data.decoding import utterance_seconds
 from ..data.manifest import Utterance, read_manifest
 from ..data.seeding import keyed_generator
 from .config import DataConfig
@@ -121,12 +122,4 @@ def _divide(
 
 def _lengths(utterances: Sequence[Utterance]) -> np.ndarray:
     """Samples at 16 kHz of each utterance, from the manifest or else from the audio file's header."""
-    return np.array(
-        [
-            utterance.num_samples
-            if utterance.num_samples is not None
-            else round(audio_duration(utterance.path) * SAMPLING_RATE)
-            for utterance in utterances
-        ],
-        dtype=np.int64,
-    )
+    return np.array([round(utterance_seconds(utterance) * SAMPLING_RATE) for utterance in utterances], dtype=np.int64)
