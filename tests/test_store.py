@@ -99,7 +99,7 @@ def test_plain_datasets_reads_it(stored, tmp_path):
     cache = str(tmp_path / "cache")
     for dataset in (
         datasets.load_dataset(str(folder), split="train", cache_dir=cache),
-        datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=cache),
+        datasets.load_dataset("parquet", data_files=str(folder / "tokens-*.parquet"), split="train", cache_dir=cache),
     ):
         assert len(dataset) == len(rows)
         item = dataset[123]
@@ -188,20 +188,23 @@ def test_shards_stand_for_fixed_utterances(tmp_path):
     rows = make_rows(6)
     bad = QuarantinedAudio("bad", "bad.wav", "not finite")
     writer = TokenStoreWriter(tmp_path / "s", INFO)
-    writer.write_shard(1, rows[3:])
-    assert not writer.has_shard(0, [row.id for row in rows[:3]] + ["bad"])
+    writer.write_shard(1, rows[3:], key="one")
+    assert not writer.has_shard(0, "zero")
     with pytest.raises(ValueError, match="shards \\[0\\] have not been written"):
         writer.finish()
-    writer.write_shard(0, rows[:3], [bad])
+    writer.write_shard(0, rows[:3], [bad], key="zero")
     writer = TokenStoreWriter(tmp_path / "s", INFO)
     first = [row.id for row in rows[:3]]
-    assert writer.has_shard(0, ["bad", *first])
-    assert not writer.has_shard(0, [*first, "bad", "new"]), "the list has grown: to be written anew"
-    with pytest.raises(ValueError, match="another list of utterances"):
-        writer.has_shard(0, [*first, "other"])
+    assert writer.has_shard(0, "zero"), "nothing but the key is needed"
+    assert not writer.has_shard(0, "grown", [*first, "bad", "new"]), "the list has grown: to be written anew"
+    for ids in (None, [*first, "other"], [*first, "bad"]):
+        with pytest.raises(ValueError, match="another list of utterances"):
+            writer.has_shard(0, "other", ids)
     with pytest.raises(ValueError, match="longer list"):
         writer.finish(num_shards=1)
-    writer.finish(num_shards=2)
+    with pytest.raises(ValueError, match=r"tokens-00001\.parquet was made from another list"):
+        writer.finish(num_shards=2, keys=["zero", "other"])
+    writer.finish(num_shards=2, keys=["zero", "one"])
     assert writer.quarantined == [bad]
     assert json.loads((tmp_path / "s" / "quarantine.jsonl").read_text()) == {
         "id": "bad",
@@ -240,7 +243,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         TokenStore.open(tmp_path)
-    (tmp_path / "metadata.json").write_text('{"format_version": 1}')
+    (tmp_path / "metadata.json").write_text('{"format_version": 2}')
     with pytest.raises(ValueError, match="lacks num_codebooks"):
         TokenStore.open(tmp_path)
 
@@ -250,8 +253,8 @@ def test_truncated_shard_is_refused(stored, keep):
     folder, _ = stored
     shard = folder / "tokens-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:keep])
-    for use in (TokenStore.open, lambda path: TokenStoreWriter(path, INFO)):
-        with pytest.raises(ValueError, match=r"tokens-00001\.parquet is truncated"):
+    for use in (TokenStore.open, lambda path: TokenStoreWriter(path, INFO).has_shard(1, "key")):
+        with pytest.raises(ValueError, match=r"tokens-00001\.parquet is truncated.*delete it and run tokenize again"):
             use(folder)
 
 

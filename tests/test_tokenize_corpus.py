@@ -16,7 +16,7 @@ from spear_hf.mvq.corpus import computed, decoded_batches
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.store import TokenStore, waveform_checksum
 from spear_hf.mvq.teachers import load_teacher
-from spear_hf.mvq.tokenize_corpus import plan_shards, tokenize_corpus
+from spear_hf.mvq.tokenize_corpus import plan_pieces, tokenize_corpus
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
 
 
@@ -170,10 +170,11 @@ def test_batches_are_of_like_length_and_within_their_seconds(corpus):
 def test_shards_are_bounded_by_hours_too():
     hour = 3600 * 16000
     utterances = [Utterance(id=name, path=Path(name), num_samples=10 * hour) for name in "abcdef"]
-    assert [len(shard) for shard in plan_shards(utterances)] == [3, 3]
-    assert [len(shard) for shard in plan_shards(utterances, 2)] == [2, 2, 2]
+    assert [len(piece.ids) for piece in plan_pieces(utterances)] == [3, 3]
+    assert [len(piece.ids) for piece in plan_pieces(utterances, 2)] == [2, 2, 2]
+    assert [len(piece.ids) for piece in plan_pieces(utterances, shard_hours=4)] == [1] * 6
     with pytest.raises(ValueError, match="at least 1"):
-        plan_shards(utterances, 0)
+        plan_pieces(utterances, 0)
 
 
 def test_audio_is_identified_by_its_samples(corpus, store):
