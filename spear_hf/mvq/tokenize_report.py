@@ -101,7 +101,7 @@ def store_totals(folder: Path) -> StoreTotals:
 def bad_reason(id: str, path: str, error: str) -> str:
     """An error without the file's name and with N for numbers, so that errors can be counted."""
     for name in {id, path, Path(path).name} - {""}:
-        error = re.sub(r"\S*" + re.escape(name) + r"[:,]?", "", error)
+        error = re.sub(r"(?<!\S)(\S*/)?" + re.escape(name) + r"[:,]?(?!\S)", "", error)
     return re.sub(r"-?\d+(\.\d+)?", "N", " ".join(error.split())) or "unknown"
 
 
