@@ -1,5 +1,6 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""A Hub on the loopback interface: what `huggingface_hub` needs to create, fill, read and revise model repositories.
+"""A Hub on the loopback interface: what `huggingface_hub` needs to create, fill, read and revise repositories of
+models and datasets.
 
 Two listeners, as with the real Hub: the Hub itself, and the storage that large files are sent to and read from under
 signed addresses. Point a client at it with HF_ENDPOINT, set before huggingface_hub is imported, and with
@@ -429,17 +430,17 @@ class HubHandler(Handler):
         ("GET", "/api/whoami-v2", whoami),
         ("POST", "/api/repos/create", create_repo),
         ("POST", "/api/validate-yaml", validate_yaml),
-        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", preupload),
-        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", make_commit),
-        ("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)", create_branch),
-        ("GET", rf"/api/models/{REPO}/refs", refs),
-        ("GET", rf"/api/models/{REPO}/commits/(?P<revision>[^/]+)", commits),
-        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
-        ("GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", model_info),
-        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch),
-        ("POST", rf"/{REPO}\.git/info/lfs/objects/complete", lfs_complete),
-        ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", lfs_verify),
-        ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        ("POST", rf"/api/(?:models|datasets)/{REPO}/preupload/(?P<revision>[^/]+)", preupload),
+        ("POST", rf"/api/(?:models|datasets)/{REPO}/commit/(?P<revision>[^/]+)", make_commit),
+        ("POST", rf"/api/(?:models|datasets)/{REPO}/branch/(?P<branch>[^/]+)", create_branch),
+        ("GET", rf"/api/(?:models|datasets)/{REPO}/refs", refs),
+        ("GET", rf"/api/(?:models|datasets)/{REPO}/commits/(?P<revision>[^/]+)", commits),
+        ("GET", rf"/api/(?:models|datasets)/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
+        ("GET", rf"/api/(?:models|datasets)/{REPO}(?:/revision/(?P<revision>[^/]+))?", model_info),
+        ("POST", rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/batch", lfs_batch),
+        ("POST", rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/complete", lfs_complete),
+        ("POST", rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/verify", lfs_verify),
+        ("GET", rf"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ]
 
 

@@ -201,7 +201,7 @@ def test_what_does_not_go_together_is_refused(tokenizers, stores, merged, corpus
             merge_stores(tmp_path / "both", given, progress=False)
     assert not (tmp_path / "both").exists()
     again = tokenize(MvqTokenizer(*vars_of(tokenizers[1]), refine_iters=1), read_manifest(corpus), tmp_path / "again")
-    with pytest.raises(ValueError, match="holds other tokens.*audio_extraction.refine_iters: 5 / 1"):
+    with pytest.raises(ValueError, match=r"holds other tokens.*audio_extraction\.refine_iters: 5 / 1"):
         merge_stores(shutil.copytree(merged, tmp_path / "copy"), {"speech": speech, "audio": again}, progress=False)
     for arguments, message in (
         (("--store", "speech"), "is not NAME=STORE"),
