@@ -89,6 +89,7 @@ def test_each_teacher_is_read_from_the_merged_store(stores, merged):
         store.verify()
         with pytest.raises(ValueError, match="leave `teacher` out"):
             TokenStore.open(folder, teacher=name)
+    assert TokenStore.open(f"{merged}#audio").num_codebooks == 2
     for teacher, message in ((None, "give teacher=speech or audio$"), ("music", "speech or audio, not 'music'")):
         with pytest.raises(ValueError, match=message):
             TokenStore.open(merged, teacher=teacher)

@@ -119,11 +119,14 @@ class TokenStore:
     ) -> "TokenStore":
         """Opens a store: a folder, or "OWNER/NAME" of a dataset on the Hub, whose shards are downloaded when used.
 
-        `teacher`: which of a store of several. `revision`: branch, tag or commit on the Hub; what the branch is now
-        is what is read from then on. `allow_incomplete` takes the shards that are there of an interrupted one.
+        `teacher`: which of a store of several, which may also be named behind the store, "STORE#TEACHER", where only
+        one text can be given. `revision`: branch, tag or commit on the Hub; what the branch is now is what is read
+        from then on. `allow_incomplete` takes the shards that are there of an interrupted one.
         ValueError, with the way out, for what is no store, not complete, or plainly damaged; damage within a shard is
         found when it is read.
         """
+        if teacher is None and isinstance(folder, str) and "#" in folder and not Path(folder).exists():
+            folder, _, teacher = folder.rpartition("#")
         location = find_store(folder, revision)
         metadata = read_metadata(location.fetch(METADATA).parent)
         infos = read_infos(metadata, Path(str(location)) / METADATA)

@@ -93,7 +93,6 @@ class Footer:
     quarantine: tuple[QuarantinedAudio, ...]
     with_audio: bool
     num_rows: int
-    version: int
 
 
 def waveform_checksum(waveform: np.ndarray) -> int:
@@ -237,7 +236,6 @@ def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
         quarantine=tuple(QuarantinedAudio(**item) for item in content["quarantine"]),
         with_audio="audio" in file.schema_arrow.names,
         num_rows=file.metadata.num_rows,
-        version=content["format_version"],
     )
 
 

@@ -6,7 +6,6 @@ them there may finish the store. Files appear whole (atomic_files.py), metadata.
 """
 
 import itertools
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +74,6 @@ class StoreWriter:
             )
         self._check(read_infos(metadata, path), bool(metadata.get("with_audio")), f"{self.folder} holds other tokens")
         self._footers: dict[int, Footer] = {}
-        self._marking = threading.Lock()
 
     def has_shard(self, index: int, key: str, ids: Sequence[str] | None = None) -> bool:
         """Whether shard `index` is there, made of the piece of this `key`.
@@ -106,16 +104,19 @@ class StoreWriter:
     ) -> None:
         """Writes one shard: for every teacher the same utterances, in the order given.
 
-        StorageFullError, and no shard, where there is no room.
+        Nothing is done if another process has made it in the meantime. StorageFullError, and no shard, where there is
+        no room.
         """
         lists = [[row.id for row in part] for part in rows.values()]
         if list(rows) != list(self.infos) or any(ids != lists[0] for ids in lists):
             raise ValueError(f"shard {index}: the teachers {', '.join(self.infos)} need rows of the same utterances")
         refuse_duplicates([*lists[0], *(item.id for item in quarantined)], f"shard {index}")
         content = shard_content(self.infos, index, key, rows, quarantined, self.with_audio)
-        with self._marking:
-            if read_metadata(self.folder).get("complete"):  # a finished store that is extended or repaired
-                write_atomically(self.folder / METADATA, self._metadata({}, complete=False))
+        self._footers.pop(index, None)
+        if shard_path(self.folder, index).exists() and self.footer(index).key == key:
+            return
+        if read_metadata(self.folder).get("complete"):  # a finished store that is extended or repaired
+            write_atomically(self.folder / METADATA, self._metadata({}, complete=False))
         write_atomically(shard_path(self.folder, index), content)
         self._footers.pop(index, None)
 
@@ -201,8 +202,9 @@ class StoreWriter:
         if not metadata.get("complete") or not all((self.folder / name).exists() for name in (INDEX, CARD)):
             return False
         entries = metadata["shards"]
-        return (keys is None or [entry["key"] for entry in entries] == list(keys)) and all(
-            (self.folder / entry["file"]).stat().st_size == entry["bytes"] for entry in entries
+        there = [(path.name, path.stat().st_size) for path in shard_files(self.folder)]
+        return there == [(entry["file"], entry["bytes"]) for entry in entries] and (
+            keys is None or [entry["key"] for entry in entries] == list(keys)
         )
 
     def _index_of(self, index: int) -> tuple[Footer, pa.Table]:

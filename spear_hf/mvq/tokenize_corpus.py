@@ -147,9 +147,11 @@ def tokenize_corpus(
     writer = TokenStoreWriter(output, tokenizer.store_info(), with_audio=with_audio)
     mine = share.of(pieces)
     file = metrics and metrics / f"job-{share.index}-of-{share.count}.rank-{ranks.rank}.jsonl"
-    counts = _Run(tokenizer, writer, batch_seconds, MetricsFile(file or None)).make(
-        ranks.take(mine), mine, progress and ranks.is_main
-    )
+    run = _Run(tokenizer, writer, batch_seconds, MetricsFile(file or None))
+    # Of several ranks, each sees only its own.
+    known = [len(piece.ids) for piece in mine if piece.ids is not None] if ranks.size == 1 else []
+    total = sum(known) if len(known) == len(mine) else None
+    counts = run.make(ranks.take(mine), total, progress and ranks.is_main)
     everyone = [_Counts(**values) for values in ranks.gather(asdict(counts))]
     missing = sorted({piece.index for piece in pieces} - set(writer.shards))
     if not missing and ranks.is_main:
@@ -197,10 +199,8 @@ class _Run:
         self.counts = _Counts()
         self.encoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="encode")
 
-    def make(self, pieces: Iterator[Piece], share: Sequence[Piece], progress: bool) -> _Counts:
-        """Makes those of the pieces that are not there. `share` is what the ranks make together, for the bar."""
-        known = [piece.ids for piece in share]
-        total = None if any(ids is None for ids in known) else sum(len(ids) for ids in known if ids is not None)
+    def make(self, pieces: Iterator[Piece], total: int | None, progress: bool) -> _Counts:
+        """Makes those of the pieces that are not there. `total` utterances are in all of them, if that is known."""
         bar = tqdm(total=total, unit="utt", desc="tokenize", disable=not progress, smoothing=0.05)
         with (
             bar,

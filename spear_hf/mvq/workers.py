@@ -38,9 +38,6 @@ class Share:
     def of(self, items: Sequence[Item]) -> list[Item]:
         return [items[place] for place in range(self.index, len(items), self.count)]
 
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
 
 def parse_share(text: str) -> Share:
     """ "i/n" -> Share; ValueError with what is wanted."""
