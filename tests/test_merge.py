@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -46,12 +47,13 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Ten files of 16 bits, one of two channels, one of floats at 8 kHz, and two bad ones."""
+    """Ten files of 16 bits, one of two channels, one of floats at 8 kHz, one Vorbis, and two bad ones."""
     folder = write_corpus(tmp_path_factory.mktemp("corpus"), good=10)
     rng = np.random.default_rng(4)
     stereo = rng.integers(-3000, 3000, (9000, 2)).astype(np.int16)
     soundfile.write(folder / "stereo.wav", stereo, 16000)
     soundfile.write(folder / "telephone.wav", 0.1 * rng.standard_normal(6000), 8000, subtype="FLOAT")
+    soundfile.write(folder / "lossy.ogg", 0.1 * rng.standard_normal(9000), 16000, format="OGG", subtype="VORBIS")
     return folder
 
 
@@ -75,7 +77,7 @@ def merged(stores, tmp_path_factory):
     output = tmp_path_factory.mktemp("merged") / "both"
     code, printed = run("merge-tokens", output, *(f"--store={name}={folder}" for name, folder in stores.items()))
     assert code == 0, printed
-    assert "12 utterances with the tokens of speech, audio" in printed
+    assert "13 utterances with the tokens of speech, audio" in printed
     return output
 
 
@@ -103,8 +105,8 @@ def test_plain_datasets_reads_it_with_the_audio(stores, merged, tmp_path):
         assert isinstance(rows.features["audio"], datasets.Audio)
         assert {"id", "num_samples", "audio_checksum", *columns} <= set(rows.features)
         for row in rows.cast_column("audio", datasets.Audio(decode=False)):
-            samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
-            assert (rate, len(samples)) == (16000, row["num_samples"])
+            samples = load_audio(io.BytesIO(row["audio"]["bytes"]))
+            assert len(samples) == row["num_samples"]
             assert waveform_checksum(samples) == row["audio_checksum"]
     plain = datasets.load_dataset(str(stores["speech"]), split="train", cache_dir=str(tmp_path / "cache"))
     assert "audio" not in plain.features
@@ -117,7 +119,8 @@ def test_audio_of_a_store_is_that_of_the_files(stores, merged, corpus):
         assert np.array_equal(store.waveform(id), load_audio(corpus / id))
         kinds[id] = store.audio_file(id)[1]
     assert kinds["good00.wav"] == kinds["stereo.wav"] == ".flac"
-    assert kinds["telephone.wav"] == ".wav"
+    for name in ("lossy.ogg", "telephone.wav"):
+        assert store.audio_file(name) == ((corpus / name).read_bytes(), Path(name).suffix), "the original"
     with pytest.raises(ValueError, match="was made without audio"):
         TokenStore.open(stores["speech"]).waveform("good00.wav")
 
@@ -164,7 +167,7 @@ def test_missing_utterances_are_listed_or_left_out(tokenizers, stores, corpus, t
     assert not (tmp_path / "both").exists()
     code, printed = run(*arguments, "--intersect")
     assert code == 0, printed
-    assert "10 utterances with the tokens of speech, audio, 2 left out" in printed
+    assert "11 utterances with the tokens of speech, audio, 2 left out" in printed
     common = TokenStore.open(tmp_path / "both", teacher="audio")
     assert common.ids == [id for id in TokenStore.open(stores["speech"]) if id not in ("good00.wav", "good01.wav")]
     common.verify()
@@ -237,6 +240,18 @@ def test_every_bit_of_a_waveform_comes_back():
         assert decoded.tobytes() == waveform.tobytes(), name
         assert encode_audio(waveform)[0] == content
     assert len(encode_audio(np.zeros(16000, np.float32))[0]) < 2000, "silence is small"
+
+
+def test_original_of_other_audio_is_not_taken(tmp_path):
+    waveform = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    path = tmp_path / "file.wav"
+    soundfile.write(path, waveform[:3999], 16000, subtype="FLOAT")
+    wav = encode_audio(waveform)
+    assert wav[1] == ".wav"
+    assert encode_audio(waveform, path) == wav, "shorter"
+    assert encode_audio(waveform, tmp_path / "missing.ogg") == wav
+    soundfile.write(path, np.tile(waveform, 9), 16000, subtype="FLOAT")
+    assert encode_audio(waveform, path) == wav, "a long recording of which it is a part"
 
 
 def test_with_audio_by_the_command(stores, corpus, tmp_path):

@@ -6,22 +6,24 @@ Beside audio.py, the only place that touches soundfile.
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from .audio import SAMPLING_RATE
+from .audio import SAMPLING_RATE, load_audio
 
 
 # FLAC holds integers: 16 bits are what most speech is recorded in, the mean of two channels needs one more.
 _FLAC: tuple[tuple[int, type[np.signedinteger], int], ...] = ((16, np.int16, 0), (24, np.int32, 8))
 
 
-def encode_audio(waveform: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> tuple[bytes, str]:
-    """Mono float32 (samples,) -> (content, suffix): the smallest of three files that gives back every bit.
+def encode_audio(waveform: np.ndarray, original: Path | None = None) -> tuple[bytes, str]:
+    """Mono float32 (samples,) at 16 kHz -> (content, suffix) of a file that `load_audio` decodes to the same bits.
 
-    16-bit FLAC, else 24-bit FLAC, else (resampled audio, decoded MP3) WAV of 32-bit floats. Not the original file: its
-    samples are what this version of this decoder and resampler made of it, and tokens are of these samples.
+    16-bit FLAC, else 24-bit FLAC; where FLAC would round (decoded MP3 or Vorbis, resampled audio), the `original` file
+    as it is, if it is of just this waveform and smaller than WAV of 32-bit floats, which is the last resort. What an
+    original decodes to may differ in the last bits between versions of decoder and resampler.
     """
     waveform = np.ascontiguousarray(waveform, dtype="<f4")
     for bits, kind, shift in _FLAC:
@@ -30,15 +32,29 @@ def encode_audio(waveform: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> tu
         # By their bytes, as -0.0 would come back as 0.0.
         if (integers / scale).astype("<f4").tobytes() == waveform.tobytes():
             file = io.BytesIO()
-            soundfile.write(file, np.left_shift(integers, shift), sampling_rate, format="FLAC", subtype=f"PCM_{bits}")
+            soundfile.write(file, np.left_shift(integers, shift), SAMPLING_RATE, format="FLAC", subtype=f"PCM_{bits}")
             return file.getvalue(), ".flac"
-    return _float_wav(waveform, sampling_rate), ".wav"
+    wav = _float_wav(waveform)
+    content = None if original is None else _same_audio(original, waveform, len(wav))
+    return (wav, ".wav") if original is None or content is None else (content, original.suffix)
 
 
-def _float_wav(waveform: np.ndarray, sampling_rate: int) -> bytes:
+def _same_audio(path: Path, waveform: np.ndarray, limit: int) -> bytes | None:
+    """The file, if it is below `limit` bytes and decodes to this waveform: it may be longer, or in an archive."""
+    try:
+        if path.stat().st_size >= limit:
+            return None
+        content = path.read_bytes()
+        decoded = load_audio(io.BytesIO(content))
+    except (OSError, ValueError):
+        return None
+    return content if decoded.tobytes() == waveform.tobytes() else None
+
+
+def _float_wav(waveform: np.ndarray) -> bytes:
     """By hand, as libsndfile writes the time of day into such a file, and equal audio must give equal bytes."""
     samples = waveform.tobytes()
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, sampling_rate, 4 * sampling_rate, 4, 32)
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, SAMPLING_RATE, 4 * SAMPLING_RATE, 4, 32)
     fact = struct.pack("<4sII", b"fact", 4, len(waveform))
     data = struct.pack("<4sI", b"data", len(samples)) + samples
     return struct.pack("<4sI4s", b"RIFF", 4 + len(form) + len(fact) + len(data), b"WAVE") + form + fact + data

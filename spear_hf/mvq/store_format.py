@@ -366,7 +366,7 @@ def card(infos: Infos, with_audio: bool) -> str:
         ]
     if with_audio:
         lines += [
-            "`audio` is what the tokens were made from, at 16 kHz: FLAC, or WAV of floats where FLAC would round.",
+            "`audio` is what the tokens were made from: FLAC at 16 kHz or, where it would round, the original file.",
             "`datasets` decodes it with torchcodec; `cast_column('audio', Audio(decode=False))` gives the bytes.",
             "",
         ]

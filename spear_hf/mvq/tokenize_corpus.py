@@ -254,7 +254,7 @@ class _Run:
                 continue
             shard.rows[id] = TokenRow(id, codes, len(item.waveform), waveform_checksum(item.waveform))
             if self.writer.with_audio:
-                shard.audio[id] = self.encoders.submit(encode_audio, item.waveform)
+                shard.audio[id] = self.encoders.submit(encode_audio, item.waveform, item.utterance.path)
             shard.samples += len(item.waveform)
             shard.frames += len(codes)
             longest = max(longest, len(item.waveform))
