@@ -185,10 +185,14 @@ def tokenize(
     batch_seconds: Annotated[float | None, typer.Option(help="Of audio in a batch; default 120, GPU 600.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Of the teacher; default: as the quantiser was trained.")] = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="This is job I of N (0 <= I < N).")] = None,
+    with_audio: Annotated[bool, typer.Option("--with-audio", help="Join the audio, losslessly.")] = False,
 ) -> None:
     """Turn audio into tokens, in a token store: parquet shards that `datasets.load_dataset` reads.
 
-    Bad audio is skipped and listed, on stderr and in OUTPUT/quarantine.jsonl; the exit code is then 1.
+    Any number of workers give the same bytes: jobs with --shard, in any order, the last of which completes the store,
+    and ranks of `accelerate launch` or torchrun. Killed and run again, it goes on; times are in OUTPUT.metrics. Bad
+    audio is skipped and listed, on stderr and in OUTPUT/quarantine.jsonl; the exit code is then 1.
     """
     from .data.commands import DataOptions
     from .mvq.commands import run_tokenize
@@ -215,8 +219,26 @@ def tokenize(
         batch_seconds=batch_seconds,
         device=device,
         dtype=dtype,
+        shard=shard,
+        with_audio=with_audio,
     )
     raise typer.Exit(code)
+
+
+@app.command("merge-tokens")
+def merge_tokens(
+    output: Annotated[Path, typer.Argument(help="Folder of the merged store; an interrupted one is completed.")],
+    store: Annotated[
+        list[str], typer.Option(metavar="NAME=STORE", help="A teacher's store, as in speech=DIR; give two or more.")
+    ],
+    intersect: Annotated[
+        bool, typer.Option("--intersect", help="Take the utterances that all have, instead of refusing.")
+    ] = False,
+) -> None:
+    """Merge the token stores of several teachers over the same audio into one, with columns NAME_codes."""
+    from .mvq.commands import run_merge_tokens
+
+    raise typer.Exit(run_merge_tokens(output, store, intersect=intersect))
 
 
 @app.command()

@@ -9,6 +9,7 @@ of "publish" to FOLDER/publish.json and FOLDER/dropped.json.
 
 import json
 import os
+import pickle
 import re
 import sys
 import threading
@@ -200,6 +201,38 @@ def heads(task: dict, folder: Path) -> None:
     save(folder, results, tensors)
 
 
+def tokens(task: dict, folder: Path) -> None:
+    """Uploads a token store and then another in its place, and reads both; what was downloaded when."""
+    from huggingface_hub import HfApi
+
+    from spear_hf.mvq.store import TokenStore
+
+    repo_id, results = task["repo"], {}
+    snapshots = folder / "home" / "hub" / f"datasets--{repo_id.replace('/', '--')}" / "snapshots"
+
+    def downloaded() -> list[str]:
+        return sorted(path.name for path in snapshots.glob("*/*"))
+
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset")
+    first = api.upload_folder(repo_id=repo_id, folder_path=task["first"], repo_type="dataset").oid
+    store = TokenStore.open(repo_id)
+    results["ids"], results["opened"] = store.ids, downloaded()
+    results["codes"] = store[store.ids[-1]].tolist()
+    results["used"] = downloaded()
+    api.upload_folder(repo_id=repo_id, folder_path=task["second"], repo_type="dataset")
+    results["still"] = pickle.loads(pickle.dumps(store))[store.ids[0]].tolist()
+    results["newest"] = TokenStore.open(repo_id).ids
+    results["older"] = TokenStore.open(repo_id, revision=first).ids
+    results["errors"] = []
+    for name, revision in ((repo_id, "no-such-branch"), ("tester/no-such-store", None)):
+        try:
+            TokenStore.open(name, revision=revision)
+        except ValueError as error:
+            results["errors"].append(str(error))
+    write(folder / "results.json", results)
+
+
 def save(folder: Path, results: dict, tensors: dict[str, torch.Tensor]) -> None:
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / "tensors.safetensors")
@@ -228,6 +261,7 @@ ROLES = {
     "stock": stock,
     "rows": rows,
     "heads": heads,
+    "tokens": tokens,
 }
 
 if __name__ == "__main__":

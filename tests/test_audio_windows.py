@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from spear_hf.data import audio as module
-from spear_hf.data.audio import CHUNK, AudioError, AudioReader, encode_float_wav, load_audio, resample
+from spear_hf.data.audio import CHUNK, AudioError, AudioReader, load_audio, resample
+from spear_hf.data.audio_encoding import encode_float_wav
 from spear_hf.data.decoding import load_utterance, utterance_seconds
 from spear_hf.data.manifest import Utterance, read_manifest
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from spear_hf.data.audio import encode_float_wav
+from spear_hf.data.audio_encoding import encode_float_wav
 from spear_hf.data.manifest import Utterance
 from spear_hf.data.sources import ListSource, open_source
 from spear_hf.mvq import corpus

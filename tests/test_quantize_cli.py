@@ -123,7 +123,7 @@ def test_tokenize_of_good_audio_exits_with_0(corpus, tokenizer_folder, tmp_path)
     )
     assert code == 0, printed
     assert len(TokenStore.open(tmp_path / "tokens")) == 8
-    assert len(list((tmp_path / "tokens").glob("*.parquet"))) == 3
+    assert len(list((tmp_path / "tokens").glob("tokens-*.parquet"))) == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The token store: what goes in comes out, and nothing half-written, doubled or foreign is taken for a store."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spear_hf.mvq.atomic_files import create_atomically
 from spear_hf.mvq.store import (
     FORMAT_VERSION,
     QuarantinedAudio,
@@ -99,7 +101,7 @@ def test_plain_datasets_reads_it(stored, tmp_path):
     cache = str(tmp_path / "cache")
     for dataset in (
         datasets.load_dataset(str(folder), split="train", cache_dir=cache),
-        datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=cache),
+        datasets.load_dataset("parquet", data_files=str(folder / "tokens-*.parquet"), split="train", cache_dir=cache),
     ):
         assert len(dataset) == len(rows)
         item = dataset[123]
@@ -188,20 +190,23 @@ def test_shards_stand_for_fixed_utterances(tmp_path):
     rows = make_rows(6)
     bad = QuarantinedAudio("bad", "bad.wav", "not finite")
     writer = TokenStoreWriter(tmp_path / "s", INFO)
-    writer.write_shard(1, rows[3:])
-    assert not writer.has_shard(0, [row.id for row in rows[:3]] + ["bad"])
+    writer.write_shard(1, rows[3:], key="one")
+    assert not writer.has_shard(0, "zero")
     with pytest.raises(ValueError, match="shards \\[0\\] have not been written"):
         writer.finish()
-    writer.write_shard(0, rows[:3], [bad])
+    writer.write_shard(0, rows[:3], [bad], key="zero")
     writer = TokenStoreWriter(tmp_path / "s", INFO)
     first = [row.id for row in rows[:3]]
-    assert writer.has_shard(0, ["bad", *first])
-    assert not writer.has_shard(0, [*first, "bad", "new"]), "the list has grown: to be written anew"
-    with pytest.raises(ValueError, match="another list of utterances"):
-        writer.has_shard(0, [*first, "other"])
+    assert writer.has_shard(0, "zero"), "nothing but the key is needed"
+    assert not writer.has_shard(0, "grown", [*first, "bad", "new"]), "the list has grown: to be written anew"
+    for ids in (None, [*first, "other"], [*first, "bad"]):
+        with pytest.raises(ValueError, match="another list of utterances"):
+            writer.has_shard(0, "other", ids)
     with pytest.raises(ValueError, match="longer list"):
         writer.finish(num_shards=1)
-    writer.finish(num_shards=2)
+    with pytest.raises(ValueError, match=r"tokens-00001\.parquet was made from another list"):
+        writer.finish(num_shards=2, keys=["zero", "other"])
+    writer.finish(num_shards=2, keys=["zero", "one"])
     assert writer.quarantined == [bad]
     assert json.loads((tmp_path / "s" / "quarantine.jsonl").read_text()) == {
         "id": "bad",
@@ -240,7 +245,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         TokenStore.open(tmp_path)
-    (tmp_path / "metadata.json").write_text('{"format_version": 1}')
+    (tmp_path / "metadata.json").write_text('{"format_version": 2}')
     with pytest.raises(ValueError, match="lacks num_codebooks"):
         TokenStore.open(tmp_path)
 
@@ -250,8 +255,8 @@ def test_truncated_shard_is_refused(stored, keep):
     folder, _ = stored
     shard = folder / "tokens-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:keep])
-    for use in (TokenStore.open, lambda path: TokenStoreWriter(path, INFO)):
-        with pytest.raises(ValueError, match=r"tokens-00001\.parquet is truncated"):
+    for use in (TokenStore.open, lambda path: TokenStoreWriter(path, INFO).has_shard(1, "key")):
+        with pytest.raises(ValueError, match=r"tokens-00001\.parquet is truncated.*delete it and run tokenize again"):
             use(folder)
 
 
@@ -268,6 +273,14 @@ def test_flipped_byte_is_found_by_the_checksum(stored):
         store[rows[5].id]
 
 
+def replace_shard(folder, content):
+    """By another, of which the metadata knows the size, so that it is found only when it is used."""
+    (folder / "tokens-00001.parquet").write_bytes(content)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["shards"][1]["bytes"] = len(content)
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
 def test_missing_foreign_and_doubled_shards_are_refused(stored, tmp_path):
     folder, rows = stored
     shard = folder / "tokens-00001.parquet"
@@ -275,21 +288,127 @@ def test_missing_foreign_and_doubled_shards_are_refused(stored, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match="is missing"):
         TokenStore.open(folder)
-    shard.write_bytes((folder / "tokens-00000.parquet").read_bytes())
-    with pytest.raises(ValueError, match="occurs twice"):
-        TokenStore.open(folder)
-    shard.write_bytes((folder / "tokens-00002.parquet").read_bytes())
-    with pytest.raises(ValueError, match="has 40 utterances"):
+    shard.write_bytes(content[:-5] + content)
+    with pytest.raises(ValueError, match="truncated, or not the shard of this store"):
         TokenStore.open(folder)
     write(tmp_path / "other", rows, info=StoreInfo(**{**INFO.__dict__, "quantizer_id": "other"}))
-    shard.write_bytes((tmp_path / "other" / shard.name).read_bytes())
-    with pytest.raises(ValueError, match=r"does not belong to this store.*quantizer_id"):
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "foreign")
+    for other, message in (
+        (folder / "tokens-00000.parquet", "is of another list of utterances"),
+        (folder / "tokens-00002.parquet", "has 40 utterances"),
+        (tmp_path / "other" / shard.name, r"does not belong to this store.*quantizer_id"),
+        (tmp_path / "foreign", "was not written by spear_hf"),
+    ):
+        replace_shard(folder, other.read_bytes())
+        store = TokenStore.open(folder)
+        assert np.array_equal(store[rows[0].id], rows[0].codes)
+        with pytest.raises(ValueError, match=message):
+            store[rows[100].id]
+        with pytest.raises(ValueError, match=message):
+            store.verify()
+    replace_shard(folder, content)
+    TokenStore.open(folder).verify()
+
+
+def test_doubled_id_across_shards_is_refused(tmp_path):
+    rows = make_rows(4)
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    writer.write_shard(0, rows[:2])
+    writer.write_shard(1, rows[1:])
+    with pytest.raises(ValueError, match=r"'speaker/001\.wav' occurs twice"):
+        writer.finish()
+
+
+def write_format_1(folder, rows):
+    """As the first version wrote it: no index, no keys, no sizes."""
+    folder.mkdir()
+    info = {name: getattr(INFO, name) for name in INFO.__dataclass_fields__}
+    columns = {
+        "id": [row.id for row in rows],
+        "num_samples": [row.num_samples for row in rows],
+        "num_frames": [len(row.codes) for row in rows],
+        "codes": [row.codes.tobytes() for row in rows],
+        "checksum": pa.array([zlib.crc32(row.codes.tobytes()) for row in rows], pa.uint32()),
+        "audio_checksum": pa.array([row.audio_checksum for row in rows], pa.uint32()),
+    }
+    footer = json.dumps({"format_version": 1, "info": info, "shard": 0, "quarantine": []})
+    table = pa.table(columns).replace_schema_metadata({"spear_hf": footer})
+    pq.write_table(table, folder / "tokens-00000.parquet", row_group_size=64)
+    shards = [{"file": "tokens-00000.parquet", "num_utterances": len(rows)}]
+    metadata = {"format_version": 1, **info, "complete": True, "num_utterances": len(rows), "shards": shards}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
+def test_first_format_is_read_but_not_added_to(tmp_path):
+    rows = make_rows(100)
+    write_format_1(tmp_path / "s", rows)
+    store = TokenStore.open(tmp_path / "s")
+    assert store.ids == [row.id for row in rows]
+    assert all(np.array_equal(store[row.id], row.codes) for row in rows)
+    with pytest.raises(ValueError, match=r"format version 1, which can be read but not added to.*new folder"):
+        TokenStoreWriter(tmp_path / "s", INFO)
+
+
+def test_index_is_what_is_read_when_a_store_is_opened(stored):
+    folder, rows = stored
+    index = pq.read_table(folder / "index.parquet").to_pylist()
+    assert [row["id"] for row in index] == [row.id for row in rows]
+    assert [(row["shard"], row["row"]) for row in index] == [divmod(place, 80) for place in range(200)]
+    assert [row["num_frames"] for row in index] == [len(row.codes) for row in rows]
+    for shard in folder.glob("tokens-*"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    store = TokenStore.open(folder)
+    assert store.num_frames(rows[123].id) == len(rows[123].codes)
+    with pytest.raises(ValueError, match="no parquet file"):
+        store[rows[123].id]
+    (folder / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"index\.parquet is damaged.*run tokenize again"):
         TokenStore.open(folder)
-    pq.write_table(pa.table({"id": ["a"]}), shard)
-    with pytest.raises(ValueError, match="was not written by spear_hf"):
+
+
+def test_index_of_another_store_is_refused(stored, tmp_path):
+    folder, rows = stored
+    write(tmp_path / "other", rows[:100])
+    (folder / "index.parquet").write_bytes((tmp_path / "other" / "index.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"index\.parquet is not of this store"):
         TokenStore.open(folder)
-    shard.write_bytes(content)
-    assert len(TokenStore.open(folder)) == 200
+
+
+def test_memory_of_an_utterance(tmp_path):
+    """Its id, and 36 bytes: offset 8, frames 8, samples 8, hash 8, order 4. Arrow counts its own, numpy is counted."""
+    codes = np.zeros((1, 4), np.uint8)
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    ids = [f"a/speaker/of/some/name/{place:07d}.flac" for place in range(20_000)]
+    writer.write_shard(0, [TokenRow(id, codes, 1) for id in ids])
+    writer.finish()
+    store = TokenStore.open(tmp_path / "s")
+    arrays = (store._frames, store._samples, store._hashes, store._order)
+    held = store._ids.nbytes + sum(array.nbytes for array in arrays)
+    assert held / len(ids) < len(ids[0]) + 37
+    assert len(pickle.dumps(store)) / len(ids) < len(ids[0]) + 50
+    assert all(id in store for id in ids[::997])
+    assert "a/speaker/of/some/name/9999999.flac" not in store
+    assert list(store.rows_of([ids[7], "missing", ids[19_999]])) == [7, -1, 19_999]
+
+
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path):
+    writer = TokenStoreWriter(tmp_path / "s", INFO)
+    dead, living = tmp_path / "s" / ".tokens-00000.parquet.aa.tmp", tmp_path / "s" / ".tokens-00000.parquet.bb.tmp"
+    dead.write_bytes(b"half")
+    with living.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        TokenStoreWriter(tmp_path / "s", INFO)
+        assert not dead.exists()
+        assert living.exists()
+    TokenStoreWriter(tmp_path / "s", INFO)
+    assert not living.exists()
+    writer.finish()
+
+
+def test_of_two_that_create_a_file_one_does(tmp_path):
+    assert create_atomically(tmp_path / "file", b"first")
+    assert not create_atomically(tmp_path / "file", b"second")
+    assert contents(tmp_path) == {"file": b"first"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from spear_hf.data.manifest import read_manifest
+from spear_hf.data.sources import ListSource
 from spear_hf.mvq import tokenize_corpus as module
 from spear_hf.mvq.corpus import computed, decoded_batches
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
@@ -45,7 +46,8 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def run(tokenizer, corpus, output, **settings):
-    return tokenize_corpus(tokenizer, read_manifest(corpus), output, shard_utterances=6, progress=False, **settings)
+    source = ListSource(read_manifest(corpus), piece_utterances=6)
+    return tokenize_corpus(tokenizer, source, output, progress=False, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +91,15 @@ def test_finished_store_is_left_alone(tokenizer, corpus, store):
 
 def test_interrupted_run_ends_with_the_same_bytes(tokenizer, corpus, store, tmp_path, monkeypatch):
     output, _ = store
-    real = module.decoded_batches
-    calls = []
+    real = module.decoded_pieces
 
     def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        yield from real(*arguments)
+        for number, piece in enumerate(real(*arguments)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield piece
 
-    monkeypatch.setattr(module, "decoded_batches", interrupted)
+    monkeypatch.setattr(module, "decoded_pieces", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tokenizer, corpus, tmp_path / "tokens")
     assert len(list((tmp_path / "tokens").glob("tokens-*.parquet"))) == 2
@@ -110,14 +111,17 @@ def test_interrupted_run_ends_with_the_same_bytes(tokenizer, corpus, store, tmp_
 def test_grown_list_gives_the_bytes_of_a_fresh_run(tokenizer, corpus, store, tmp_path):
     output, _ = store
     utterances = read_manifest(corpus)
-    settings = {"shard_utterances": 6, "progress": False}
-    tokenize_corpus(tokenizer, utterances[:9], tmp_path / "tokens", **settings)
-    tokenize_corpus(tokenizer, utterances, tmp_path / "tokens", **settings)
+
+    def write(some):
+        tokenize_corpus(tokenizer, ListSource(some, piece_utterances=6), tmp_path / "tokens", progress=False)
+
+    write(utterances[:9])
+    write(utterances)
     assert contents(tmp_path / "tokens") == contents(output)
     with pytest.raises(ValueError, match="longer list"):
-        tokenize_corpus(tokenizer, utterances[:12], tmp_path / "tokens", **settings)
+        write(utterances[:12])
     with pytest.raises(ValueError, match="another list"):
-        tokenize_corpus(tokenizer, utterances[::-1], tmp_path / "tokens", **settings)
+        write(utterances[::-1])
     assert contents(tmp_path / "tokens") == contents(output), "what is refused leaves the store as it was"
 
 

@@ -209,13 +209,6 @@ def audio_duration(file: AudioFile, name: str | None = None) -> float:
     return info.frames / info.samplerate
 
 
-def encode_float_wav(waveform: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> bytes:
-    """The bytes of a WAV file that decodes to exactly these float32 samples (samples,)."""
-    file = io.BytesIO()
-    soundfile.write(file, waveform, sampling_rate, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
 def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
     """(..., samples) float32 from `rate` to `target` Hz. ImportError, with the fix, where torchaudio does not load."""
     return _resampler(rate, target).whole(waveform)

@@ -7,7 +7,7 @@ batches come out the same in whatever process, order or epoch position they are 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -52,6 +52,8 @@ class Tokens(TokenShape, Protocol):
     """What is needed of a token store."""
 
     def __contains__(self, id: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
     def __getitem__(self, id: str) -> np.ndarray: ...
 
@@ -125,9 +127,15 @@ def check_tokens(
         ]
         if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            cut = any(id.startswith(f"{missing[0]}@") for id in store)
             raise ValueError(
                 f"{len(missing)} of {len(utterances)} utterances have no {name} tokens in the store: {shown}. "
-                "Tokenise the whole manifest, or leave them out of it."
+                + (
+                    "It has tokens of stretches of them: train on the manifest that `spear-hf segment` writes, or "
+                    "tokenise with --cut none."
+                    if cut
+                    else "Tokenise the whole manifest, or leave them out of it."
+                )
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .cutting import cut_rule, write_segments
-from .sources import PIECE_UTTERANCES, AudioSource, Columns, open_source
+from .sources import PIECE_HOURS, PIECE_UTTERANCES, AudioSource, Columns, open_source
 
 
 SHOWN = 20  # bad files listed on the screen
@@ -28,7 +28,7 @@ class DataOptions:
     cut: str = "silence"
     max_seconds: float = 30.0
 
-    def source(self, piece_utterances: int = PIECE_UTTERANCES) -> AudioSource:
+    def source(self, piece_utterances: int = PIECE_UTTERANCES, piece_hours: float = PIECE_HOURS) -> AudioSource:
         """ValueError if they name nothing, or do not go together."""
         return open_source(
             self.data,
@@ -39,6 +39,7 @@ class DataOptions:
             domain=self.domain,
             cut=cut_rule(self.cut, self.max_seconds),
             piece_utterances=piece_utterances,
+            piece_hours=piece_hours,
         )
 
 

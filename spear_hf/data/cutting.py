@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, AudioError, AudioReader, encode_float_wav
+from .audio import SAMPLING_RATE, AudioError, AudioReader
+from .audio_encoding import encode_float_wav
 from .decoding import audio_file
 from .manifest import COLUMNS, Utterance
 

@@ -86,14 +86,19 @@ class ListSource(AudioSource):
     """Utterances that are listed: of a folder or a manifest. Pieces are consecutive, as `plan_pieces` has it."""
 
     def __init__(
-        self, utterances: Sequence[Utterance], name: str = "the list", piece_utterances: int = PIECE_UTTERANCES
+        self,
+        utterances: Sequence[Utterance],
+        name: str = "the list",
+        piece_utterances: int = PIECE_UTTERANCES,
+        piece_hours: float = PIECE_HOURS,
     ) -> None:
         if not utterances:
             raise ValueError(f"{name} has no audio: the list of utterances is empty")
         self.utterances = list(utterances)
         self.name = name
         self.piece_utterances = piece_utterances
-        self._pieces = plan_pieces(self.utterances, piece_utterances)
+        self.piece_hours = piece_hours
+        self._pieces = plan_pieces(self.utterances, piece_utterances, piece_hours)
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -115,7 +120,7 @@ class ListSource(AudioSource):
                 break
             chosen.append(utterance)
             seconds += _seconds(utterance)
-        return ListSource(chosen, self.name, self.piece_utterances)
+        return ListSource(chosen, self.name, self.piece_utterances, self.piece_hours)
 
 
 class CutSource(AudioSource):
@@ -195,6 +200,7 @@ def open_source(
     domain: str | None = None,
     cut: CutRule | None = None,
     piece_utterances: int = PIECE_UTTERANCES,
+    piece_hours: float = PIECE_HOURS,
 ) -> AudioSource:
     """The corpus that `spec` names, by the rules of this module.
 
@@ -206,7 +212,7 @@ def open_source(
         columns: of a dataset.
         domain: "speech" or "audio", of the utterances that have none.
         cut: how long utterances are cut; None: they are not.
-        piece_utterances: of a list, in a piece.
+        piece_utterances, piece_hours: of a list, in a piece at most.
 
     Raises:
         ValueError: no such source, split or column, nothing in it, or options that it does not take.
@@ -223,7 +229,7 @@ def open_source(
         utterances = read_manifest(spec, split=splits or None)
         if domain is not None:
             utterances = [replace(item, domain=item.domain or domain) for item in utterances]
-        source = ListSource(utterances, spec, piece_utterances)
+        source = ListSource(utterances, spec, piece_utterances, piece_hours)
     else:
         # Imported where it is needed: importing `datasets` takes a second.
         from .dataset_sources import dataset_source
@@ -238,11 +244,13 @@ def is_saved_dataset(folder: Path) -> bool:
     return saved or (folder / "dataset_dict.json").is_file()
 
 
-def plan_pieces(utterances: Sequence[Utterance], piece_utterances: int = PIECE_UTTERANCES) -> list[list[Utterance]]:
-    """Consecutive pieces of the list, at most `piece_utterances` each, and PIECE_HOURS where lengths are known."""
+def plan_pieces(
+    utterances: Sequence[Utterance], piece_utterances: int = PIECE_UTTERANCES, piece_hours: float = PIECE_HOURS
+) -> list[list[Utterance]]:
+    """Consecutive pieces of the list, at most `piece_utterances` each, and `piece_hours` where lengths are known."""
     if piece_utterances < 1:
         raise ValueError(f"shard_utterances must be at least 1, not {piece_utterances}")
-    limit = PIECE_HOURS * 3600 * SAMPLING_RATE
+    limit = piece_hours * 3600 * SAMPLING_RATE
     pieces: list[list[Utterance]] = []
     samples = 0
     for utterance in utterances:

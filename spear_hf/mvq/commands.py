@@ -1,8 +1,9 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `spear-hf quantize` and `spear-hf tokenize` do, from their options to an exit code."""
+"""What `spear-hf quantize`, `tokenize` and `merge-tokens` do, from their options to an exit code."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +11,16 @@ import torch
 import yaml
 
 from spear_hf.data.commands import DataOptions
+from spear_hf.data.sources import PIECE_HOURS, PIECE_UTTERANCES
+from spear_hf.mvq.merge import merge_stores
 from spear_hf.mvq.quantize import train_tokenizer
-from spear_hf.mvq.store import QUARANTINE, SHARD_UTTERANCES
+from spear_hf.mvq.store import QUARANTINE
 from spear_hf.mvq.teachers import WindowRule, load_teacher
-from spear_hf.mvq.tokenize_corpus import tokenize_corpus
+from spear_hf.mvq.tokenize_corpus import SHARD_HOURS_WITH_AUDIO, TokenizeSummary, tokenize_corpus
+from spear_hf.mvq.tokenize_report import StoreTotals, metrics_folder, store_totals, write_summary
 from spear_hf.mvq.tokenizer import MvqTokenizer
 from spear_hf.mvq.training import QuantizerTrainingConfig
+from spear_hf.mvq.workers import Ranks, Share, parse_share
 
 
 SHOWN = 20  # bad files listed on the screen; the file lists all
@@ -89,41 +94,91 @@ def run_tokenize(
     *,
     teacher: str | None = None,
     refine_iters: int = 5,
-    shard_utterances: int = SHARD_UTTERANCES,
+    shard_utterances: int = PIECE_UTTERANCES,
     batch_seconds: float | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    shard: str | None = None,
+    with_audio: bool = False,
 ) -> int:
-    """Exit code 0, or 1 on an error or if audio was bad (all other tokens are in the store)."""
+    """Exit code 0, or 1 on an error or if audio was bad (all other tokens are in the store).
+
+    Of the ranks of one launcher only the main one speaks, and has the exit code of all.
+    """
     try:
-        utterances = [utterance for piece in data.source() for utterance in piece]
-        device = _resolved(device)
+        share = parse_share(shard) if shard is not None else Share()
+        source = data.source(shard_utterances, SHARD_HOURS_WITH_AUDIO if with_audio else PIECE_HOURS)
+        ranks = Ranks.launched()
+        device = _resolved(device, ranks.local_rank)
         loaded = MvqTokenizer.from_pretrained(
             tokenizer, teacher=teacher, device=device, dtype=dtype, refine_iters=refine_iters
         )
         summary = tokenize_corpus(
             loaded,
-            utterances,
+            source,
             output,
-            shard_utterances=shard_utterances,
             batch_seconds=batch_seconds or _batch_seconds(device),
+            share=share,
+            ranks=ranks,
+            with_audio=with_audio,
+            metrics=metrics_folder(output),
         )
+        if ranks.is_main and summary.complete:
+            totals = store_totals(output)
+            write_summary(metrics_folder(output), asdict(totals))
     except (ValueError, OSError, ImportError) as error:
         print(f"spear-hf tokenize: {error}", file=sys.stderr)
         return 1
-    _list_bad([(item.id, item.error) for item in summary.bad], output / QUARANTINE)
+    ranks.leave()
+    if not ranks.is_main:
+        return 0
+    _list_bad([(item.id, item.error) for item in summary.bad], output / QUARANTINE if summary.complete else None)
     print(
         f"{output}: {summary.utterances} utterances tokenised, {summary.already_there} were there already, "
         f"{len(summary.bad)} bad; new are {summary.seconds / 3600:.2f} h, {summary.frames} frames of "
         f"{loaded.num_codebooks} codes at {loaded.frame_rate:g} Hz"
     )
+    print(_told(totals) if summary.complete else _still_missing(summary))
     return 1 if summary.bad else 0
 
 
-def _resolved(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def run_merge_tokens(output: Path, stores: Sequence[str], *, intersect: bool = False) -> int:
+    """Exit code 0, or 1 on an error, of which nothing is written. `stores` are NAME=FOLDER."""
+    named: dict[str, str] = {}
+    try:
+        for pair in stores:
+            name, equals, folder = pair.partition("=")
+            if not equals or not folder:
+                raise ValueError(f"--store {pair!r} is not NAME=STORE")
+            if name in named:
+                raise ValueError(f"--store {name}=... is given twice")
+            named[name] = folder
+        summary = merge_stores(output, named, intersect=intersect)
+    except (ValueError, OSError) as error:
+        print(f"spear-hf merge-tokens: {error}", file=sys.stderr)
+        return 1
+    left_out = f", {summary.left_out} left out that not every store has" if summary.left_out else ""
+    print(f"{output}: {summary.utterances} utterances with the tokens of {', '.join(named)}{left_out}")
+    return 0
+
+
+def _told(totals: StoreTotals) -> str:
+    bad = "".join(f"\n  {count} bad: {reason}" for reason, count in totals.bad_by_reason.items())
+    return (
+        f"the store is complete: {totals.utterances} utterances, {totals.hours:.2f} h, {totals.frames} frames, "
+        f"{totals.bits / 8e6:.2f} MB of tokens, {totals.bad} bad{bad}"
+    )
+
+
+def _still_missing(summary: TokenizeSummary) -> str:
+    return f"the store is not complete: {summary.missing} shards are for other jobs to make; the last one completes it"
+
+
+def _resolved(device: str, local_rank: int | None = None) -> str:
+    """`local_rank`: of several processes of a machine, each has the GPU of its number."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{local_rank}" if device == "cuda" and local_rank else device
 
 
 def _batch_seconds(device: str) -> float:
@@ -142,9 +197,10 @@ def _options(pairs: Sequence[str]) -> dict[str, Any] | None:
     return options or None
 
 
-def _list_bad(bad: Sequence[tuple[str, str]], listed_in: Path) -> None:
+def _list_bad(bad: Sequence[tuple[str, str]], listed_in: Path | None) -> None:
     if not bad:
         return
     for _, error in bad[:SHOWN]:
         print(f"bad audio: {error}", file=sys.stderr)
-    print(f"{len(bad)} bad files, all listed in {listed_in}", file=sys.stderr)
+    where = f"all listed in {listed_in}" if listed_in else "listed in the store once it is complete"
+    print(f"{len(bad)} bad files, {where}", file=sys.stderr)

@@ -34,7 +34,8 @@ DECODERS = 4  # threads; soundfile and the resampler work outside Python's lock
 class Decoded:
     """An utterance with its waveform at 16 kHz, or with what is wrong with it.
 
-    `place` counts the utterances given, from 0: batches are in another order. The utterance has its `content` no more.
+    `place` counts the utterances given, from 0: batches are in another order. The utterance has its `content` no more,
+    unless that was asked for.
     """
 
     utterance: Utterance
@@ -44,13 +45,13 @@ class Decoded:
 
 
 def decoded_pieces(
-    pieces: Iterable[Utterances], teacher: Teacher, batch_seconds: float
+    pieces: Iterable[Utterances], teacher: Teacher, batch_seconds: float, keep_content: bool = False
 ) -> Iterator[tuple[Utterances, Iterator[list[Decoded]]]]:
     """Each piece of a corpus with its batches, as `decoded_batches` makes them of it alone.
 
     While the end of a piece is computed the next one is decoded. Batches that are not taken are passed over.
     """
-    with _DecodingAhead(pieces, teacher) as ahead:
+    with _DecodingAhead(pieces, teacher, keep_content) as ahead:
         while (entry := ahead.take()) is not None:
             assert isinstance(entry, _Piece)
             batches = _batches_of(ahead, batch_seconds)
@@ -109,9 +110,10 @@ class _End:
 class _DecodingAhead:
     """Decodes the utterances of pieces in threads, within bounds of memory, and hands them out in order."""
 
-    def __init__(self, pieces: Iterable[Iterable[Utterance]], teacher: Teacher) -> None:
+    def __init__(self, pieces: Iterable[Iterable[Utterance]], teacher: Teacher, keep_content: bool) -> None:
         self._pieces = pieces
         self._teacher = teacher
+        self._keep_content = keep_content
         self._queue: SimpleQueue[Future[Decoded] | _Piece | _End | Exception | None] = SimpleQueue()
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._reader = threading.Thread(target=self._read, name="read utterances", daemon=True)
@@ -173,14 +175,14 @@ class _DecodingAhead:
             self._changed.notify_all()
 
     def _decode(self, utterance: Utterance, place: int, content: int) -> Decoded:
-        item = decode(utterance, self._teacher, place)
+        item = decode(utterance, self._teacher, place, self._keep_content)
         self._account(0, _bytes(item) - content)
         return item
 
 
-def decode(utterance: Utterance, teacher: Teacher, place: int = 0) -> Decoded:
+def decode(utterance: Utterance, teacher: Teacher, place: int = 0, keep_content: bool = False) -> Decoded:
     """The utterance decoded and checked, or with its error."""
-    kept = replace(utterance, content=None)
+    kept = utterance if keep_content else replace(utterance, content=None)
     try:
         return Decoded(kept, teacher.check(load_utterance(utterance), utterance.id), place=place)
     except ValueError as error:  # AudioError is one
@@ -192,7 +194,7 @@ def _samples(item: Decoded) -> int:
 
 
 def _bytes(item: Decoded) -> int:
-    return 0 if item.waveform is None else item.waveform.nbytes
+    return len(item.utterance.content or b"") + (0 if item.waveform is None else item.waveform.nbytes)
 
 
 def _batches(ordered: list[Decoded], batch_seconds: float) -> list[list[Decoded]]:

@@ -1,87 +1,208 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """`spear-hf tokenize`: the tokens of a corpus into a token store.
 
-The list of utterances is cut into shards by their place in it; within a shard utterances are batched by length. Both
-follow from the list alone, so an interrupted run goes on shard by shard and ends with the bytes of an uninterrupted
-one.
+Every piece of the corpus (data/sources.py) becomes a shard; within a piece utterances are batched by length. Both
+follow from the data alone, so whichever worker makes a shard makes the same bytes, and an interrupted run goes on
+shard by shard and ends with the bytes of an uninterrupted one. Decoding runs ahead in threads, across the ends of
+pieces, and shards are written behind in another, while the teacher computes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from spear_hf.data.audio_encoding import encode_audio
+from spear_hf.data.decoding import audio_file
 from spear_hf.data.manifest import Utterance
-from spear_hf.data.sources import plan_pieces
-from spear_hf.mvq.corpus import computed, decoded_batches, display_path
-from spear_hf.mvq.store import (
-    SHARD_UTTERANCES,
-    QuarantinedAudio,
-    TokenRow,
-    TokenStoreWriter,
-    waveform_checksum,
-)
+from spear_hf.data.sources import AudioSource, ListSource, Piece
+from spear_hf.mvq.corpus import DECODERS, Decoded, computed, decoded_pieces, display_path
+from spear_hf.mvq.pipeline import Behind
+from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStoreWriter, waveform_checksum
 from spear_hf.mvq.teachers import SAMPLING_RATE
+from spear_hf.mvq.tokenize_report import MetricsFile, ShardMetrics
 from spear_hf.mvq.tokenizer import MvqTokenizer
+from spear_hf.mvq.workers import Ranks, Share
+
+
+SHARD_HOURS_WITH_AUDIO = 4.0  # 250 MB of 16-bit FLAC; without audio a piece may have PIECE_HOURS
+SHARDS_BEHIND = 1
 
 
 @dataclass(frozen=True)
 class TokenizeSummary:
-    """What a run of `tokenize_corpus` did."""
+    """What a run of `tokenize_corpus` did, all ranks together."""
 
     utterances: int  # tokenised now
-    already_there: int  # of complete shards, passed over
+    already_there: int  # of complete shards of this job's share, passed over
     frames: int  # tokenised now
     seconds: float  # of audio tokenised now
-    bad: list[QuarantinedAudio]  # all of the store
+    bad: list[QuarantinedAudio]  # of the store if it is complete, else of this job's share
+    complete: bool  # whether the store is
+    missing: int = 0  # shards that other jobs still have to make
+
+
+@dataclass
+class _Shard:
+    """A shard in the making."""
+
+    piece: Piece
+    # By the place in the piece, as batches come in another order.
+    rows: dict[int, TokenRow] = field(default_factory=dict)
+    audio: dict[int, Future[tuple[bytes, str]]] = field(default_factory=dict)
+    bad: dict[int, QuarantinedAudio] = field(default_factory=dict)
+    samples: int = 0
+    frames: int = 0
+    padded_samples: int = 0
+    decode_wait: float = 0.0
+    compute: float = 0.0
+
+
+@dataclass
+class _Counts:
+    utterances: int = 0
+    already_there: int = 0
+    frames: int = 0
+    seconds: float = 0.0
 
 
 def tokenize_corpus(
     tokenizer: MvqTokenizer,
-    utterances: Sequence[Utterance],
+    corpus: AudioSource | Sequence[Utterance],
     output: str | Path,
-    shard_utterances: int = SHARD_UTTERANCES,
     batch_seconds: float = 120.0,
     progress: bool = True,
+    share: Share = Share(),  # noqa: B008 (frozen)
+    ranks: Ranks | None = None,
+    with_audio: bool = False,
+    metrics: Path | None = None,
 ) -> TokenizeSummary:
     """Writes the store `output`, or completes it; shards that are there are not made again.
 
-    Audio that cannot be decoded or tokenised goes to the store's quarantine with the reason. `batch_seconds` of audio,
-    padding included, are in the teacher at a time. ValueError if `output` holds other tokens or another list.
+    `share` is this job's part of several that write the store, which whoever makes the last shard completes, and
+    `ranks` the processes of this job, by default this one alone. `with_audio` joins the audio, as a file of exactly
+    its samples. Audio that cannot be decoded or tokenised goes to the store's quarantine with the reason.
+    `batch_seconds` of audio, padding included, are in the teacher at a time. `metrics` is a folder for a file of this
+    worker.
+
+    ValueError if `output` holds other tokens or another list; StorageFullError if it is full.
     """
-    if not utterances:
-        raise ValueError("there is no audio to tokenise: the list of utterances is empty")
+    source = corpus if isinstance(corpus, AudioSource) else ListSource(corpus)
+    pieces = list(source)
+    ranks = ranks or Ranks()
     tokenizer.teacher.batch_seconds = batch_seconds
-    writer = TokenStoreWriter(output, tokenizer.store_info())
-    shards = plan_pieces(utterances, shard_utterances)
-    already_there = frames = done = 0
-    seconds = 0.0
-    with tqdm(total=len(utterances), unit="utt", desc="tokenize", disable=not progress, smoothing=0.05) as bar:
-        for index, shard in enumerate(shards):
-            if writer.has_shard(index, [utterance.id for utterance in shard]):
-                already_there += len(shard)
-                bar.update(len(shard))
+    writer = TokenStoreWriter(output, tokenizer.store_info(), with_audio=with_audio)
+    mine = share.of(pieces)
+    file = metrics and metrics / f"job-{share.index}-of-{share.count}.rank-{ranks.rank}.jsonl"
+    run = _Run(tokenizer, writer, batch_seconds, MetricsFile(file or None))
+    # Of several ranks, each sees only its own.
+    known = [len(piece.ids) for piece in mine if piece.ids is not None] if ranks.size == 1 else []
+    total = sum(known) if len(known) == len(mine) else None
+    counts = run.make(ranks.take(mine), total, progress and ranks.is_main)
+    everyone = [_Counts(**values) for values in ranks.gather(asdict(counts))]
+    missing = sorted({piece.index for piece in pieces} - set(writer.shards))
+    if not missing and ranks.is_main:
+        writer.finish(num_shards=len(pieces), keys=[piece.key for piece in pieces])
+    there = pieces if not missing else mine
+    return TokenizeSummary(
+        utterances=sum(c.utterances for c in everyone),
+        already_there=sum(c.already_there for c in everyone),
+        frames=sum(c.frames for c in everyone),
+        seconds=sum(c.seconds for c in everyone),
+        bad=[item for piece in there for item in writer.footer(piece.index).quarantine] if ranks.is_main else [],
+        complete=not missing,
+        missing=len(missing),
+    )
+
+
+class _Run:
+    """The pipeline of one worker: decode ahead, compute, write behind."""
+
+    def __init__(
+        self, tokenizer: MvqTokenizer, writer: TokenStoreWriter, batch_seconds: float, metrics: MetricsFile
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.writer = writer
+        self.batch_seconds = batch_seconds
+        self.metrics = metrics
+        self.counts = _Counts()
+        self.encoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="encode")
+
+    def make(self, pieces: Iterator[Piece], total: int | None, progress: bool) -> _Counts:
+        """Makes those of the pieces that are not there. `total` utterances are in all of them, if that is known."""
+        bar = tqdm(total=total, unit="utt", desc="tokenize", disable=not progress, smoothing=0.05)
+        with bar, self.encoders, Behind(SHARDS_BEHIND) as writing:
+            started = waiting_since = time.monotonic()
+            todo = self._missing(pieces, bar)
+            keep_content = self.writer.with_audio
+            for piece, batches in decoded_pieces(todo, self.tokenizer.teacher, self.batch_seconds, keep_content):
+                shard = _Shard(piece)
+                for batch in batches:
+                    shard.decode_wait += time.monotonic() - waiting_since
+                    self._compute(shard, batch)
+                    bar.update(len(batch))
+                    done = self.counts.seconds + shard.samples / SAMPLING_RATE
+                    bar.set_postfix_str(f"{done / (time.monotonic() - started):.0f}x real time", refresh=False)
+                    waiting_since = time.monotonic()
+                self.counts.utterances += len(shard.rows)
+                self.counts.frames += shard.frames
+                self.counts.seconds += shard.samples / SAMPLING_RATE
+                writing.submit(self._write, shard)
+        return self.counts
+
+    def _missing(self, pieces: Iterator[Piece], bar: tqdm) -> Iterator[Piece]:
+        """The pieces whose shards are not there, looked up when their turn comes: another job may have made them."""
+        for piece in pieces:
+            if self.writer.has_shard(piece.index, piece.key, piece.ids):
+                footer = self.writer.footer(piece.index)
+                there = footer.num_rows + len(footer.quarantine)
+                self.counts.already_there += there
+                bar.update(there)
+            else:
+                yield piece
+
+    def _compute(self, shard: _Shard, batch: list[Decoded]) -> None:
+        started = time.monotonic()
+        longest = 0
+        good = 0
+        for item, codes in computed(batch, lambda waveforms, ids: self.tokenizer(waveforms, ids=ids)):
+            id, utterance = item.utterance.id, item.utterance
+            if codes is None or item.waveform is None:
+                shard.bad[item.place] = QuarantinedAudio(id, display_path(utterance.path), item.error or "")
                 continue
-            rows: dict[str, TokenRow] = {}
-            bad: dict[str, QuarantinedAudio] = {}
-            for batch in decoded_batches(shard, tokenizer.teacher, batch_seconds):
-                for item, codes in computed(batch, lambda waveforms, ids: tokenizer(waveforms, ids=ids)):
-                    id = item.utterance.id
-                    if codes is None or item.waveform is None:
-                        bad[id] = QuarantinedAudio(id, display_path(item.utterance.path), item.error or "")
-                        continue
-                    rows[id] = TokenRow(id, codes, len(item.waveform), waveform_checksum(item.waveform))
-                    frames += len(codes)
-                    seconds += len(item.waveform) / SAMPLING_RATE
-                bar.update(len(batch))
-                if (elapsed := bar.format_dict["elapsed"]) > 0:
-                    bar.set_postfix_str(f"{seconds / elapsed:.0f}x real time, {len(bad)} bad", refresh=False)
-            writer.write_shard(
-                index,
-                [rows[utterance.id] for utterance in shard if utterance.id in rows],
-                [bad[utterance.id] for utterance in shard if utterance.id in bad],
+            shard.rows[item.place] = TokenRow(id, codes, len(item.waveform), waveform_checksum(item.waveform))
+            if self.writer.with_audio:
+                original = audio_file(utterance) if utterance.start is None else None
+                shard.audio[item.place] = self.encoders.submit(encode_audio, item.waveform, original)
+            shard.samples += len(item.waveform)
+            shard.frames += len(codes)
+            longest = max(longest, len(item.waveform))
+            good += 1
+        shard.padded_samples += good * longest
+        shard.compute += time.monotonic() - started
+
+    def _write(self, shard: _Shard) -> None:
+        started = time.monotonic()
+        rows = [shard.rows[place] for place in sorted(shard.rows)]
+        if self.writer.with_audio:
+            rows = [replace(row, audio=shard.audio[place].result()) for place, row in zip(sorted(shard.rows), rows)]
+        bad = [shard.bad[place] for place in sorted(shard.bad)]
+        self.writer.write_shard(shard.piece.index, rows, bad, key=shard.piece.key)
+        busy = shard.decode_wait + shard.compute
+        self.metrics.append(
+            ShardMetrics(
+                shard=shard.piece.index,
+                utterances=len(rows),
+                bad=len(bad),
+                audio_seconds=shard.samples / SAMPLING_RATE,
+                frames=shard.frames,
+                decode_wait_seconds=shard.decode_wait,
+                compute_seconds=shard.compute,
+                write_seconds=time.monotonic() - started,
+                real_time_factor=shard.samples / SAMPLING_RATE / busy if busy else 0.0,
+                padding_share=1 - shard.samples / shard.padded_samples if shard.padded_samples else 0.0,
             )
-            done += len(rows)
-    writer.finish(num_shards=len(shards))
-    return TokenizeSummary(done, already_there, frames, seconds, writer.quarantined)
+        )

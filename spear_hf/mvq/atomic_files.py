@@ -1,0 +1,129 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Files that appear whole or not at all, whoever else writes them, and whenever a writer dies.
+
+A file is written under a temporary name of its own, `.NAME.RANDOM.tmp`, synced and renamed. While it is written its
+writer holds a lock on it, which the kernel lets go of when the writer dies: what can be locked is a leftover.
+"""
+
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers go by their age alone
+    fcntl = None  # type: ignore[assignment]
+
+LEFTOVER_SECONDS = 24 * 3600.0  # where the file system has no locks: no write takes so long
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "it is too large"}
+
+
+class StorageFullError(OSError):
+    """There is no room for a file; str() names it and says what to do."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Temporary name, sync, rename, sync of the folder: after a crash the file is whole, old or new.
+
+    StorageFullError where there is no room; nothing of the file is left then, nor after any other error.
+    """
+    with _temporary(path) as temporary, _explained(path):
+        _fill(temporary, content)
+        os.replace(temporary.name, path)
+    _sync_folder(path.parent)
+
+
+def create_atomically(path: Path, content: bytes) -> bool:
+    """As `write_atomically`, but a file that is there stays as it is: False. Of several at once, one succeeds."""
+    with _temporary(path) as temporary, _explained(path):
+        _fill(temporary, content)
+        try:
+            os.link(temporary.name, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            if path.exists():  # a file system without hard links: all but exclusive
+                return False
+            os.replace(temporary.name, path)
+    _sync_folder(path.parent)
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files of writers that are dead; those being written now are let be."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError), path.open("rb") as file:
+            locked = _lock(file, wait=False)
+            age = time.time() - os.fstat(file.fileno()).st_mtime
+            if locked or (locked is None and age > LEFTOVER_SECONDS):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """An open, locked file beside `path`; gone at the end unless it was renamed."""
+    while True:
+        name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        file = name.open("xb")
+        _lock(file, wait=True)
+        if os.fstat(file.fileno()).st_nlink:  # else another took it for a leftover before it was locked
+            break
+        file.close()
+    try:
+        yield file
+    finally:
+        name.unlink(missing_ok=True)
+        with suppress(OSError):  # what a failed write left in the buffer cannot be written now either
+            file.close()
+
+
+def _fill(file: BinaryIO, content: bytes | memoryview) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool | None:
+    """Whether the lock was had; None where the file system has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageFullError(
+            error.errno,
+            f"{path} cannot be written: {_FULL[error.errno]} ({os.strerror(error.errno)}). What was finished before "
+            "is kept; make room, then run the same command again: it goes on from there",
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,391 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The files of a token store (the tree is in store.py): their columns and footers, written and checked.
+
+A store holds the tokens of one teacher, or of several under names (merge.py). In code both are a mapping from names to
+StoreInfo, the single one having the name "" and its columns no prefix.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)  # 1 had no index.parquet, no keys of shards and no audio
+METADATA = "metadata.json"
+INDEX = "index.parquet"
+QUARANTINE = "quarantine.jsonl"
+CARD = "README.md"
+SHARD_UTTERANCES = 1000
+ROW_GROUP = 64  # utterances read together for one: about half a megabyte of 10 s utterances
+SINGLE = ""
+_FOOTER_KEY = b"spear_hf"
+
+Infos = Mapping[str, "StoreInfo"]
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What the tokens of a store are; tokens of another kind are never added to it."""
+
+    num_codebooks: int
+    codebook_size: int
+    frame_rate: float
+    teacher: str
+    layer: int | None
+    quantizer_id: str
+    # How they were made: the teacher's provenance, refinement passes.
+    extraction: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_codebooks < 1 or not 2 <= self.codebook_size <= 256 or self.frame_rate <= 0:
+            raise ValueError(
+                f"a token store holds uint8 codes: num_codebooks={self.num_codebooks} must be at least 1, "
+                f"codebook_size={self.codebook_size} within 2 to 256, frame_rate={self.frame_rate} positive"
+            )
+
+    def differences(self, other: "StoreInfo") -> list[str]:
+        """Lines naming what differs. Where a teacher's files lie does not matter if their fingerprint is the same."""
+        mine, theirs = (_flat(asdict(info)) for info in (self, other))
+        if mine.get("extraction.teacher.fingerprint"):
+            for values in (mine, theirs):
+                for key in ("teacher", "extraction.teacher.id", "extraction.teacher.revision"):
+                    values.pop(key, None)
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        return [f"{k}: {mine.get(k)!r} / {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One utterance of a store; `codes` is uint8 (frames, codebooks), `audio` a file's content and its suffix."""
+
+    id: str
+    codes: np.ndarray
+    num_samples: int
+    audio_checksum: int | None = None
+    audio: tuple[bytes, str] | None = None
+
+
+@dataclass(frozen=True)
+class QuarantinedAudio:
+    """An utterance that gave no tokens, and why."""
+
+    id: str
+    path: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a shard says of itself; `key` identifies the piece of a list that it was made of ("" in format 1)."""
+
+    infos: Infos
+    index: int
+    key: str
+    quarantine: tuple[QuarantinedAudio, ...]
+    with_audio: bool
+    num_rows: int
+
+
+def waveform_checksum(waveform: np.ndarray) -> int:
+    """CRC-32 of the float32 samples."""
+    return zlib.crc32(np.ascontiguousarray(waveform, dtype="<f4").tobytes())
+
+
+def list_key(items: Iterable[tuple[str, int | None]]) -> str:
+    """Identifies a list of utterances by their ids and lengths in samples, which decide what is batched together."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(to_json(item).encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def id_hash(id: str) -> int:
+    """64 bits of BLAKE2b: what `index.parquet` is searched by."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
+
+
+def prefix(name: str) -> str:
+    """Of the columns of a teacher."""
+    return f"{name}_" if name else ""
+
+
+def checksum_column(name: str) -> str:
+    """That of a teacher's codes; a teacher may be called "audio", and `audio_checksum` is that of the waveform."""
+    return f"{name}_codes_checksum" if name else "checksum"
+
+
+def differences(there: Infos, now: Infos) -> list[str]:
+    """Lines naming what differs between two sets of teachers."""
+    if list(there) != list(now):
+        return [f"teachers: {', '.join(there) or 'one'} / {', '.join(now) or 'one'}"]
+    return [prefix(name) + line for name in there for line in there[name].differences(now[name])]
+
+
+# Shards
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"tokens-{index:05d}.parquet"
+
+
+def shard_index(path: Path) -> int:
+    return int(path.stem.removeprefix("tokens-"))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """In the order of their numbers, which have five digits or, from 100,000 on, more."""
+    return sorted(folder.glob("tokens-" + "[0-9]" * 5 + "*.parquet"), key=shard_index)
+
+
+def shard_schema(names: Iterable[str], with_audio: bool) -> pa.Schema:
+    columns: list[tuple[str, pa.DataType, bool]] = [("id", pa.string(), False), ("num_samples", pa.int64(), False)]
+    for name in names:
+        columns += [
+            (f"{prefix(name)}num_frames", pa.int64(), False),
+            (f"{prefix(name)}codes", pa.binary(), False),
+            (checksum_column(name), pa.uint32(), False),
+        ]
+    columns.append(("audio_checksum", pa.uint32(), True))
+    if with_audio:
+        columns.append(("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), True))
+    return pa.schema([pa.field(*column) for column in columns])
+
+
+def shard_content(
+    infos: Infos,
+    index: int,
+    key: str,
+    rows: Mapping[str, Sequence[TokenRow]],
+    quarantine: Sequence[QuarantinedAudio],
+    with_audio: bool,
+) -> memoryview:
+    """The bytes of a shard. `rows` has the same utterances for every teacher; equal arguments give equal bytes."""
+    first = next(iter(rows.values()))
+    columns: dict[str, list[Any]] = {
+        "id": [row.id for row in first],
+        "num_samples": [row.num_samples for row in first],
+        "audio_checksum": [row.audio_checksum for row in first],
+    }
+    for name, info in infos.items():
+        codes = [_checked_codes(row, info) for row in rows[name]]
+        columns[f"{prefix(name)}num_frames"] = [len(row.codes) for row in rows[name]]
+        columns[f"{prefix(name)}codes"] = codes
+        columns[checksum_column(name)] = [zlib.crc32(code) for code in codes]
+    if with_audio:
+        columns["audio"] = [_audio_cell(row) for row in first]
+    schema = shard_schema(infos, with_audio)
+    footer = {
+        "format_version": FORMAT_VERSION,
+        **infos_content(infos),
+        "shard": index,
+        "key": key,
+        "quarantine": [asdict(item) for item in quarantine],
+    }
+    schema = schema.with_metadata({_FOOTER_KEY: to_json(footer).encode(), **_datasets_features(schema)})
+    sink = pa.BufferOutputStream()
+    # Codes and audio are nearly incompressible, and without a dictionary a row group is read at the speed of a copy.
+    # Checksums of pages guard the other columns; codes have one for each utterance.
+    raw = {f"{prefix(name)}codes" for name in infos} | {"audio"}
+    leaves = [name for name in schema.names if name != "audio"] + (["audio.bytes", "audio.path"] if with_audio else [])
+    pq.write_table(
+        pa.table({name: columns[name] for name in schema.names}, schema=schema),
+        sink,
+        row_group_size=ROW_GROUP,
+        compression={leaf: "NONE" if leaf.split(".")[0] in raw else "ZSTD" for leaf in leaves},
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return memoryview(sink.getvalue())
+
+
+def open_shard(path: Path, verify: bool = False) -> pq.ParquetFile:
+    """`verify`: check every page that is read against its checksum."""
+    try:
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=verify)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: restore it, or run tokenize again to make it anew") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated or no parquet file ({error}); delete it and run tokenize again"
+        ) from error
+
+
+def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
+    stored = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY)
+    if stored is None:
+        raise ValueError(f"{path} was not written by spear_hf; take it out of the store")
+    try:
+        content = json.loads(stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run tokenize again") from error
+    check_version(content, path)
+    return Footer(
+        infos=read_infos(content, path),
+        index=content["shard"],
+        key=content.get("key", ""),
+        quarantine=tuple(QuarantinedAudio(**item) for item in content["quarantine"]),
+        with_audio="audio" in file.schema_arrow.names,
+        num_rows=file.metadata.num_rows,
+    )
+
+
+def read_columns(file: pq.ParquetFile, path: Path, columns: list[str], group: int | None = None) -> pa.Table:
+    try:
+        return file.read(columns) if group is None else file.read_row_group(group, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run tokenize again") from error
+
+
+def _checked_codes(row: TokenRow, info: StoreInfo) -> bytes:
+    shape, kind = row.codes.shape, row.codes.dtype
+    if kind != np.uint8 or len(shape) != 2 or shape[1] != info.num_codebooks or shape[0] == 0:
+        raise ValueError(f"{row.id}: codes are {kind} {shape}, not uint8 (frames, {info.num_codebooks})")
+    if row.codes.max() >= info.codebook_size:
+        raise ValueError(f"{row.id}: code {row.codes.max()} is beyond the codebooks of {info.codebook_size}")
+    return np.ascontiguousarray(row.codes).tobytes()
+
+
+def _audio_cell(row: TokenRow) -> dict[str, Any]:
+    if row.audio is None:
+        raise ValueError(f"{row.id}: its audio is missing, and the store is one with audio")
+    content, suffix = row.audio
+    return {"bytes": content, "path": row.id if row.id.endswith(suffix) else row.id + suffix}
+
+
+def _datasets_features(schema: pa.Schema) -> dict[bytes, bytes]:
+    """What tells `datasets` and the Hub's viewer that a column is audio; without one they need no telling."""
+    if "audio" not in schema.names:
+        return {}
+    features: dict[str, Any] = {
+        column.name: {"dtype": str(column.type), "_type": "Value"} for column in schema if column.name != "audio"
+    }
+    features = {name: features.get(name, {"sampling_rate": 16000, "_type": "Audio"}) for name in schema.names}
+    return {b"huggingface": to_json({"info": {"features": features}}).encode()}
+
+
+# Metadata, index and card
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    path = folder / METADATA
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a token store: it has no {METADATA}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    check_version(metadata, path)
+    return metadata
+
+
+def check_version(content: Any, path: Path) -> None:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version not in READ_VERSIONS:
+        versions = " and ".join(map(str, READ_VERSIONS))
+        raise ValueError(f"{path} has format version {version}; this spear_hf reads {versions}: update it")
+
+
+def infos_content(infos: Infos) -> dict[str, Any]:
+    """As it stands in a shard's footer."""
+    if list(infos) == [SINGLE]:
+        return {"info": asdict(infos[SINGLE])}
+    return {"teachers": {name: asdict(info) for name, info in infos.items()}}
+
+
+def read_infos(content: dict[str, Any], path: Path) -> Infos:
+    """From a footer, or from metadata, in which the one teacher of a store stands on the top level."""
+    entries = content.get("teachers") or {SINGLE: content.get("info", content)}
+    for entry in entries.values():
+        if missing := [column.name for column in fields(StoreInfo) if column.name not in entry]:
+            raise ValueError(f"{path}: the metadata of a token store lacks {', '.join(missing)}")
+    return {name: StoreInfo(**{f.name: entry[f.name] for f in fields(StoreInfo)}) for name, entry in entries.items()}
+
+
+def index_content(table: pa.Table, where: str) -> memoryview:
+    """The bytes of index.parquet: id, num_samples, num_frames of every teacher, shard, row, id_hash.
+
+    ValueError if an id comes twice.
+    """
+    table = table.append_column(pa.field("id_hash", pa.uint64(), nullable=False), pa.array(_hashes(table["id"])))
+    hash_order(table, where)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression={name: "NONE" if name == "id_hash" else "ZSTD" for name in table.column_names},
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return memoryview(sink.getvalue())
+
+
+def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the ids in ascending order, uint64, and the rows they are of, uint32; ValueError if an id comes twice.
+
+    The hashes are those of the column id_hash, where there is one.
+    """
+    hashes = table["id_hash"].to_numpy() if "id_hash" in table.column_names else _hashes(table["id"])
+    order = np.argsort(hashes, kind="stable").astype(np.uint32)
+    hashes = hashes[order]
+    alike = np.flatnonzero(hashes[1:] == hashes[:-1])
+    ids = [table["id"][int(order[place + offset])].as_py() for place in alike for offset in (0, 1)]
+    if twice := [id for id, next_id in zip(ids[::2], ids[1::2]) if id == next_id]:
+        raise ValueError(f"{where}: {twice[0]!r} occurs twice")
+    return hashes, order
+
+
+def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
+    return np.fromiter((id_hash(id.as_py()) for id in ids), np.uint64, len(ids))
+
+
+def card(infos: Infos, with_audio: bool) -> str:
+    """README.md: lets `datasets.load_dataset` and the Hub find the shards, and says what the columns are."""
+    lines = ["---", "configs:", "- config_name: default", "  data_files: tokens-*.parquet", "---", ""]
+    for name, info in infos.items():
+        layer = "last hidden state" if info.layer is None else f"hidden state {info.layer}"
+        column, rows = f"{prefix(name)}codes", f"{prefix(name)}num_frames"
+        lines += [
+            f"Tokens of spear_hf{f', `{name}`' if name else ''}: {info.num_codebooks} codebooks of "
+            f"{info.codebook_size} at {info.frame_rate:g} Hz; teacher {info.teacher}, {layer}; quantiser "
+            f"{info.quantizer_id}.",
+            "",
+            f"`{column}` holds `{rows}` x `num_codebooks` bytes, frame by frame:",
+            f"`numpy.frombuffer({column}, numpy.uint8).reshape({rows}, {info.num_codebooks})`.",
+            "",
+        ]
+    if with_audio:
+        lines += [
+            "`audio` is what the tokens were made from: FLAC at 16 kHz or, where it would round, the original file.",
+            "`datasets` decodes it with torchcodec; `cast_column('audio', Audio(decode=False))` gives the bytes.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def refuse_duplicates(ids: Sequence[str], where: str) -> None:
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(id for id in ids if id in seen or seen.add(id))  # type: ignore[func-returns-value]
+        raise ValueError(f"{where}: {twice!r} occurs twice")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

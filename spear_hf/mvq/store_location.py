@@ -1,0 +1,77 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Where the files of a token store are: in a folder, or in a dataset on the Hub, downloaded one by one when used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spear_hf.mvq.store_format import METADATA
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    folder: Path
+
+    def fetch(self, name: str) -> Path:
+        """Where a file is, or would be."""
+        return self.folder / name
+
+    def check(self, shards: list[dict[str, Any]]) -> None:
+        """ValueError unless the shards are there in the sizes listed; they are not opened."""
+        for entry in shards:
+            path = self.folder / entry["file"]
+            if not path.exists():
+                raise ValueError(f"{path} is missing: restore it, or run tokenize again to make it anew")
+            size = path.stat().st_size
+            if size != entry.get("bytes", size):
+                raise ValueError(
+                    f"{path} is truncated, or not the shard of this store: it has {size} bytes, {METADATA} says "
+                    f"{entry['bytes']}; delete it and run tokenize again"
+                )
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A dataset repository at one commit."""
+
+    repo_id: str
+    commit: str
+
+    def fetch(self, name: str) -> Path:
+        """Downloads a file, or finds it in huggingface_hub's cache."""
+        return _download(self.repo_id, name, self.commit)
+
+    def check(self, shards: list[dict[str, Any]]) -> None:
+        """The client checks sizes when it downloads."""
+
+    def __str__(self) -> str:
+        return f"{self.repo_id} ({self.commit[:12]})"
+
+
+def find_store(source: str | Path, revision: str | None = None) -> LocalFolder | HubFolder:
+    """The folder of this name if there is one, else the dataset. A Path is always a folder."""
+    folder = Path(source)
+    parts = str(source).split("/")
+    if folder.exists() or isinstance(source, Path) or len(parts) != 2 or not all(parts) or parts[0][0] in ".~":
+        if revision is not None:
+            raise ValueError(f"{source} is a folder: it has no revision {revision!r}; that is for a store on the Hub")
+        return LocalFolder(folder)
+    metadata = _download(str(source), METADATA, revision)
+    return HubFolder(str(source), metadata.parent.name)  # snapshots/COMMIT/metadata.json
+
+
+def _download(repo_id: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at {revision}" if revision else ""
+        raise ValueError(
+            f"{repo_id}{at}: there is no such folder, and {name} cannot be had from a dataset of this name on the "
+            f"Hub: {error}"
+        ) from error
