@@ -18,7 +18,7 @@ How padding is kept out of the features:
 import hashlib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class HubTeacher(Teacher):
         rate = getattr(self.extractor, "sampling_rate", SAMPLING_RATE)
         if rate != SAMPLING_RATE:
             raise ValueError(f"{spec} takes {rate} Hz; teachers take {SAMPLING_RATE} Hz: wrap it in a module:factory")
-        fingerprint = _fingerprint(self.model)
+        parameters = fingerprint(self.model.parameters())
         self.model.to(device)
         self.device = torch.device(device)
         self.dtype = torch.float32
@@ -74,7 +74,7 @@ class HubTeacher(Teacher):
             id=spec,
             layer=layer,
             revision=getattr(config, "_commit_hash", None) or revision,
-            fingerprint=fingerprint,
+            fingerprint=parameters,
             device=device,
             dtype=dtype,
             **settings,
@@ -331,10 +331,10 @@ def _min_samples(config: Any) -> int:
     return SAMPLING_RATE // 10
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Hash of the parameters' float32 values, whatever their names, their order and the file format."""
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Hash of float32 values, whatever the tensors' names, their order and the file format."""
     digests = []
-    for parameter in model.parameters():
-        array = parameter.detach().cpu().float().contiguous().numpy()
+    for tensor in tensors:
+        array = tensor.detach().cpu().float().contiguous().numpy()
         digests.append(hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
