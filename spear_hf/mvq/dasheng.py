@@ -121,10 +121,8 @@ class DashengTeacher:
         mels = [self._decibels(torch.from_numpy(waveform).to(self.device)) for waveform in waveforms]
         counts = [mel.shape[1] // self.encoder.patch for mel in mels]
         if max(counts) > self.encoder.places:
-            longest = self.encoder.places / self.frame_rate
-            raise ValueError(
-                f"{max(counts) / self.frame_rate:.2f} s in one window: but this Dasheng has places for {longest:.2f} s only"
-            )
+            window, longest = max(counts) / self.frame_rate, self.encoder.places / self.frame_rate
+            raise ValueError(f"{window:.2f} s in one window, but this Dasheng has places for {longest:.2f} s only")
         batch = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True).transpose(1, 2)
         mask = None
         if len(set(counts)) > 1:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spear_hf.mvq import mfcc
+from spear_hf.mvq.known_teachers import KNOWN_TEACHERS
 
 
 SAMPLING_RATE = 16000
@@ -311,7 +312,8 @@ def load_teacher(
 ) -> Teacher:
     """A teacher by name.
 
-    `spec`: `kaldi-mfcc`; `module:factory`; or a Hub id or folder of a Hugging Face audio encoder.
+    `spec`: `kaldi-mfcc`; `module:factory`; or a Hub id or folder of a Hugging Face audio encoder, or the Hub id of a
+    known teacher (known_teachers.py) that is loaded by a factory of ours.
     `layer`: index into `hidden_states` (0 = what enters the first layer, k = output of layer k, negative from the
     end); None is `last_hidden_state`.
     `window` ("pad" by default, or "slice"): how a teacher with a fixed window is fed, see hub_teacher.py.
@@ -320,6 +322,10 @@ def load_teacher(
     `dtype` of the computation, float32 by default; features are always returned in float32.
     """
     precision = _as_dtype(dtype)
+    known = KNOWN_TEACHERS.get(spec)
+    if known is not None and known.factory is not None:
+        options = {"model": spec, **({"revision": revision} if revision else {}), **(options or {})}
+        spec, revision = known.factory, None
     if spec == KALDI_MFCC:
         _refuse(spec, layer=layer, revision=revision, window=window, options=options)
         return KaldiMfccTeacher(device=device, window_seconds=window_seconds)
@@ -379,7 +385,8 @@ def _build(
         raise ValueError(
             f"teacher {spec!r} cannot be imported: {error}; it is module:factory, the module installed or in {folder}"
         ) from error
-    parameters = inspect.signature(factory).parameters
+    signature = inspect.signature(factory)
+    parameters = signature.parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     arguments = dict(options)
     for name, value in (("layer", layer), ("device", device), ("dtype", dtype)):
@@ -387,4 +394,8 @@ def _build(
             arguments.setdefault(name, value)
     if layer is not None and "layer" not in arguments:
         raise ValueError(f"teacher {spec!r}: its factory takes no `layer` (given: {layer})")
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"teacher {spec!r}: {error} (teacher options are its arguments: {signature})") from error
     return factory(**arguments)

@@ -18,7 +18,20 @@ from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, Waveform, is_factory, 
 class MvqTokenizer:
     """`tokenizer(audio)` -> codes (frames, num_codebooks); `tokenizer.decode(codes)` -> the teacher's features, about.
 
-    An utterance's codes do not depend on its batch, but for rounding in the teacher.
+        tokenizer = MvqTokenizer.from_pretrained("my_tokenizer")
+        codes = tokenizer(waveform)                       # uint8 (frames, num_codebooks)
+        batch = tokenizer([waveform, another])            # a list of them, whatever the lengths
+        features = tokenizer.decode(codes)                # float32 (frames, feature_size)
+        tokenizer.preview("speech.flac", "speech.png")    # the spectrogram with the tokens under it
+
+    Frame t covers [t, t + 1) / `frame_rate` seconds, about: a teacher's frames see more than that, and its first frame
+    may be centred on the start. Codebooks are independent of each other, no coarse-to-fine order: the decoded frame is
+    the sum of one centre of each. An utterance's codes do not depend on its batch, but for rounding in the teacher.
+
+    Codes decode to the teacher's features and no further: there is no vocoder, so tokens cannot be listened to.
+
+    On the command line: `spear-hf quantize` trains one, `spear-hf tokenize` runs it over a corpus, and
+    `spear-hf tokenize --preview FILE` draws.
     """
 
     def __init__(self, teacher: Teacher, quantizer: MultiCodebookQuantizer, refine_iters: int = PASSES) -> None:
@@ -83,6 +96,20 @@ class MvqTokenizer:
     def decode(self, codes: np.ndarray | Tensor) -> Tensor:
         """Codes (frames, num_codebooks) -> the features they stand for, float32 (frames, feature_size)."""
         return self.quantizer.decode(torch.as_tensor(codes))
+
+    def preview(
+        self,
+        audio: str | os.PathLike,
+        output: str | os.PathLike,
+        start: float = 0.0,
+        seconds: float = 10.0,
+        marks: Sequence[tuple[float, str]] = (),
+        write_audio: bool = False,
+    ) -> list[Path]:
+        """Draws the tokens of an audio file under its spectrogram, to a PNG; see preview.py."""
+        from spear_hf.mvq.preview import write_preview
+
+        return write_preview(self, audio, output, start, seconds, marks, write_audio)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes the quantiser; the teacher stays where it is."""
