@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spear_hf.mvq import mfcc
+from spear_hf.mvq.alignment import FRAME_TOLERANCE
 from spear_hf.mvq.known_teachers import KNOWN_TEACHERS
 
 
@@ -31,7 +32,6 @@ SAMPLING_RATE = 16000
 KALDI_MFCC = "kaldi-mfcc"
 WINDOW_SECONDS = 30.0  # the longest utterances of the method have 32 s; Whisper's window is 30 s
 CONTEXT_SECONDS = 2.0
-FRAME_TOLERANCE = 5  # frames; as between tokens and student
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 Waveform = np.ndarray | Tensor
