@@ -151,10 +151,15 @@ class Teacher(ABC):
             outputs = self._features([arrays[index][window.start : window.stop] for index, _, window in batch])
             kept = []
             for (index, _, window), output in zip(batch, outputs):
-                self._check_output(output, window.stop - window.start, names[index])
+                self._check_shape(output, window.stop - window.start, names[index])
                 kept.append(output[window.first : window.last].float())
             sizes = [len(frames) for frames in kept]
             frames = torch.cat(kept)  # (all frames of the batch, feature_size)
+            if not torch.isfinite(frames).all():  # once a batch: every look at a value waits for the device
+                bad = next(job for job, rows in zip(batch, kept) if not torch.isfinite(rows).all())
+                raise ValueError(
+                    f"{names[bad[0]]}: features of {self.id} in {self.dtype} are NaN or infinite; try dtype=float32"
+                )
             rows = frames if transform is None else transform(frames)
             for (index, part, _), piece in zip(batch, rows.split(sizes)):
                 parts[index, part] = piece
@@ -208,8 +213,8 @@ class Teacher(ABC):
             raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} samples are NaN or infinite")
         return np.ascontiguousarray(array, dtype=np.float32)
 
-    def _check_output(self, output: Tensor, num_samples: int, name: str) -> None:
-        """Refuses features that are not (about num_samples / hop, feature_size) and finite."""
+    def _check_shape(self, output: Tensor, num_samples: int, name: str) -> None:
+        """Refuses features that are not (about num_samples / hop, feature_size)."""
         if output.ndim != 2 or output.shape[1] != self.feature_size:
             raise ValueError(
                 f"{name}: {self.id} gave features {tuple(output.shape)}, not (frames, {self.feature_size})"
@@ -220,8 +225,6 @@ class Teacher(ABC):
                 f"{name}: {self.id} gave {len(output)} frames for {num_samples} samples; at {self.frame_rate} Hz "
                 f"about {expected:.1f} are due"
             )
-        if not torch.isfinite(output).all():
-            raise ValueError(f"{name}: features of {self.id} in {self.dtype} are NaN or infinite; try dtype=float32")
 
 
 class KaldiMfccTeacher(Teacher):
