@@ -10,6 +10,9 @@ thread), front end (from waveforms to the model's input and back, the teacher le
 (5 passes) and write. Then `tokenize_corpus` does all of it, with decoding ahead in threads: `audio_hours_per_hour` is
 of that. Random weights and centres cost what trained ones do, but for the search of the codes, which ends sooner where
 codes settle sooner.
+
+tokenize.md beside the table says what the table holds, and works out from operations and bytes what is to be expected
+on GPUs that nothing was measured on.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import os
 import platform
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -58,6 +62,7 @@ WAVLM_LARGE = {
     "num_buckets": 320,
     "max_bucket_distance": 800,
 }
+STAGES = ("decode", "front_end", "forward", "encode", "write")
 Result = TypeVar("Result")
 
 
@@ -169,6 +174,97 @@ def profile(tokenizer: MvqTokenizer, utterances: list[Utterance], batch_seconds:
     pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
 
 
+# Dense bf16 and float32 TFLOP/s and memory in TB/s, by the maker's data sheets.
+GPUS = {"A100 SXM 80 GB": (312, 19.5, 2.0), "H100 SXM 80 GB": (989, 67, 3.35)}
+MODEL_USE, MATMUL_USE = (0.15, 0.40), 0.7  # share of the peak that a model, and a large product, come near
+PASSES_DONE = 3.7  # of 5, as frames whose codes have settled are left out; time of 5 passes over that of 1, on a CPU
+
+
+def teacher_gflop(seconds: float = 16.0) -> float:
+    """Of the forward pass to LAYER, for a second of audio in an utterance of `seconds`."""
+    dim, hidden, rate = WAVLM_LARGE["hidden_size"], WAVLM_LARGE["intermediate_size"], 50
+    linear = 2 * rate * LAYER * (4 * dim**2 + 2 * dim * hidden)
+    attention = LAYER * rate * 4 * dim * (seconds * rate)
+    convolutions, frames, channels = 0, float(SAMPLING_RATE), 1
+    for kernel, stride in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)):
+        frames /= stride
+        convolutions += 2 * frames * kernel * channels * 512
+        channels = 512
+    positions = 2 * rate * dim * (dim // WAVLM_LARGE["num_conv_pos_embedding_groups"]) * 128
+    return (linear + attention + convolutions + positions) / 1e9
+
+
+def encode_cost() -> tuple[float, float]:
+    """Of a second of audio: GFLOP of the two products of frames with centres, and MB moved by the search."""
+    dim, rate = WAVLM_LARGE["hidden_size"], 50
+    gflop = 2 * 2 * rate * dim * CODEBOOKS * CODEBOOK_SIZE / 1e9
+    # refinement.py: 16 options and the incoming one of a part; a part is a codebook in the first merge, then a pair.
+    merges = [CODEBOOKS // 2 * 17**2]
+    merges += [pairs * (CODEBOOKS // 4 // pairs) ** 2 * 4 * 17**2 for pairs in (4, 2, 1)]
+    lookup = 24  # bytes: a place written and read, a number written, read, and added to a table
+    fields = CODEBOOKS * (CODEBOOKS - 1) * CODEBOOK_SIZE * 4
+    return gflop, PASSES_DONE * rate * (lookup * sum(merges) + fields) / 1e6
+
+
+def _paragraph(words: str) -> str:
+    return textwrap.fill(words, 119, break_long_words=False, break_on_hyphens=False)
+
+
+def document(rows: list[dict[str, Any]]) -> str:
+    """tokenize.md: the measurements, and the calculation."""
+    teacher, (products, megabytes) = teacher_gflop(), encode_cost()
+    lines = [
+        "# Throughput of tokenising",
+        "",
+        _paragraph(
+            "Measured by `examples/benchmark_tokenize.py` (`tokenize.csv` has machine, versions and command): a "
+            f"teacher of WavLM Large's architecture to block {LAYER}, {CODEBOOKS} codebooks of {CODEBOOK_SIZE}, 5 "
+            f"passes, utterances of {SHORTEST:g} to {LONGEST:g} s. Stages are timed one after the other; the last "
+            "column is of the whole command, with decoding ahead in threads."
+        ),
+        "",
+        "| device | type | audio | decode | front end | forward | encode | write | encode / forward | "
+        "audio-hours an hour |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds = [f"{float(row[f'{stage}_seconds']):.2f} s" for stage in STAGES]
+        cells = [row["device"], row["dtype"], f"{float(row['audio_seconds']):.0f} s", *seconds]
+        cells += [f"{100 * float(row['encode_share_of_forward']):.1f} %", f"{float(row['audio_hours_per_hour']):.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "## What is to be expected on a GPU: a calculation, no measurement",
+        "",
+        _paragraph(
+            f"A second of audio takes {teacher:.1f} GFLOP in the teacher (16 s utterances). Encoding it takes "
+            f"{products:.2f} GFLOP of products in full float32, and moves about {megabytes:.0f} MB for lookups (of "
+            f"5 passes {PASSES_DONE} are done, on average). Assumed: a model reaches {MODEL_USE[0]:.0%} to "
+            f"{MODEL_USE[1]:.0%} of the bf16 peak, large products {MATMUL_USE:.0%} of the float32 peak, lookups "
+            "all of the memory's bandwidth; decoding and writing go on beside it."
+        ),
+        "",
+        "| GPU | forward, ms | encode, ms | encode / forward | audio-hours an hour |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (half, single, memory) in GPUS.items():
+        forward = [teacher / (half * use) for use in MODEL_USE]  # GFLOP / TFLOP/s is milliseconds
+        encode = products / (single * MATMUL_USE) + megabytes / (memory * 1000)
+        shares = sorted(encode / value for value in forward)
+        hours = sorted(1000 / (value + encode) for value in forward)
+        lines.append(
+            f"| {name} | {forward[1]:.2f} to {forward[0]:.2f} | {encode:.2f} | {shares[0]:.0%} to {shares[1]:.0%} "
+            f"| {hours[0]:,.0f} to {hours[1]:,.0f} |"
+        )
+    goals = (
+        f"The goals are {WANTED_HOURS:,} audio-hours an hour and an encoder below {WANTED_SHARE:.0%} of the forward "
+        "pass. By this calculation the first is within reach of an H100, the second is met on neither: the lookups "
+        "would have to be fused into one kernel that keeps its tables on the chip."
+    )
+    lines += ["", _paragraph(goals)]
+    return "\n".join(lines) + "\n"
+
+
 def setting(arguments: argparse.Namespace) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
@@ -216,7 +312,7 @@ def main() -> None:
         "audio_seconds": round(audio, 1),
         "frames": summary.frames,
         "batch_seconds": arguments.batch_seconds,
-        **{f"{stage}_seconds": round(value, 3) for stage, value in sorted(seconds.items())},
+        **{f"{stage}_seconds": round(seconds[stage], 3) for stage in STAGES},
         "encode_share_of_forward": round(seconds["encode"] / seconds["forward"], 4),
         "whole_seconds": round(total, 3),
         "audio_hours_per_hour": round(audio / total, 2),
@@ -232,6 +328,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*rows, row])
+    arguments.output.with_suffix(".md").write_text(document([*rows, row]), encoding="utf-8")
     print(f"written to {arguments.output}")
     if arguments.device.startswith("cuda"):
         if row["audio_hours_per_hour"] < WANTED_HOURS:
