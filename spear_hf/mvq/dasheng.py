@@ -77,7 +77,8 @@ class DashengEncoder(nn.Module):
 
     def forward(self, mel: Tensor, mask: Tensor | None, layer: int) -> Tensor:
         """What comes out of block `layer` (0: what enters the first); after the last one, normalised."""
-        patches = self.patch_embed["proj"](self.init_bn(mel)[:, None])  # (batch, dim, 1, patches)
+        mel = self.init_bn(mel)[:, None].to(self.time_pos_embed.dtype)  # (batch, 1, mel bins, frames)
+        patches = self.patch_embed["proj"](mel)  # (batch, dim, 1, patches)
         patches = patches + self.time_pos_embed[..., : patches.shape[-1]] + self.freq_pos_embed
         hidden = patches.flatten(2).transpose(1, 2)  # (batch, patches, dim)
         for block in self.blocks[:layer]:
@@ -106,6 +107,7 @@ class DashengTeacher:
             [*encoder.parameters(), encoder.init_bn.running_mean, encoder.init_bn.running_var]
         )
         self.encoder = encoder.eval().requires_grad_(False).to(device, dtype)
+        self.encoder.init_bn.float()  # decibels have too many digits for half precision
         self.device, self.dtype, self.revision = torch.device(device), dtype, revision
         self.frame_rate = SAMPLING_RATE / (HOP * encoder.patch)
         self.feature_size = encoder.norm.normalized_shape[0]
@@ -127,10 +129,9 @@ class DashengTeacher:
         mask = None
         if len(set(counts)) > 1:
             places = torch.arange(batch.shape[2] // self.encoder.patch, device=self.device)
-            mask = (places < torch.tensor(counts, device=self.device)[:, None])[
-                :, None, None
-            ]  # (batch, 1, 1, patches)
-        hidden = self.encoder(batch.to(self.dtype), mask, self.layer)
+            valid = places < torch.tensor(counts, device=self.device)[:, None]  # (batch, patches)
+            mask = valid[:, None, None]
+        hidden = self.encoder(batch, mask, self.layer)
         return [row[:count] for row, count in zip(hidden, counts)]
 
     def _decibels(self, waveform: Tensor) -> Tensor:
