@@ -55,7 +55,8 @@ class DashengBlock(nn.Module):
         batch, patches, dim = hidden.shape
         # (3, batch, heads, patches, dim / heads)
         qkv = self.attn["qkv"](self.norm1(hidden)).view(batch, patches, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=mask)
+        query, key, value = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         hidden = hidden + self.attn["proj"](mixed.transpose(1, 2).reshape(batch, patches, dim))
         return hidden + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(hidden))))
 
@@ -103,9 +104,8 @@ class DashengTeacher:
         if layer is not None and not -depth - 1 <= layer <= depth:
             raise ValueError(f"layer={layer}: this Dasheng has hidden states 0 to {depth}")
         self.layer = depth if layer is None else layer % (depth + 1)
-        self.fingerprint = fingerprint(
-            [*encoder.parameters(), encoder.init_bn.running_mean, encoder.init_bn.running_var]
-        )
+        learnt = {name: tensor for name, tensor in encoder.state_dict().items() if "num_batches" not in name}
+        self.fingerprint = fingerprint(learnt.values())
         self.encoder = encoder.eval().requires_grad_(False).to(device, dtype)
         self.encoder.init_bn.float()  # decibels have too many digits for half precision
         self.device, self.dtype, self.revision = torch.device(device), dtype, revision

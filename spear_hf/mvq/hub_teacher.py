@@ -121,7 +121,7 @@ class HubTeacher(Teacher):
             return extractor(
                 waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt", **on_device
             ).to(self.device)
-        # The same a dozen times faster: on a GPU, NumPy's part of the work would take longer than the model's.
+        # The same about ten times faster: on a GPU, NumPy's part of the work would take longer than the model's.
         rows = [torch.from_numpy(waveform) for waveform in waveforms]
         values = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # (batch, samples)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)

@@ -190,9 +190,11 @@ def _oklch_to_rgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) ->
 
 def _description(tokenizer: "MvqTokenizer") -> str:
     bits = tokenizer.frame_rate * tokenizer.num_codebooks * math.log2(tokenizer.codebook_size) / 1000
-    name = tokenizer.teacher.id.rstrip("/").rpartition("/")[2]
-    if tokenizer.teacher.layer is not None:
-        name += f", layer {tokenizer.teacher.layer}"
+    teacher = tokenizer.teacher
+    stated = teacher.options.get("model") or teacher.options.get("file") or teacher.id  # factories say little
+    name = str(stated).rstrip("/").rpartition("/")[2]
+    if teacher.layer is not None:
+        name += f", layer {teacher.layer}"
     shape = f"{tokenizer.num_codebooks} codebooks of {tokenizer.codebook_size} at {tokenizer.frame_rate:g} Hz"
     return f"{name}; {shape} = {bits:.3g} kbit/s"
 
