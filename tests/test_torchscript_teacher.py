@@ -2,12 +2,15 @@
 """Teachers in TorchScript files: batches of equal lengths, and frames brought to 20 ms by time."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.teachers import load_teacher
+from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
 
 
 SPEC = "spear_hf.mvq.torchscript:torchscript"
@@ -22,6 +25,15 @@ class Tagger(torch.nn.Module):
         times = torch.arange(frames.shape[1]) * 256 / 16000
         whole = waveform.abs().mean(dim=1, keepdim=True).expand(-1, frames.shape[1])
         return torch.stack([times.expand(len(waveform), -1), frames.abs().mean(dim=2), whole], dim=2)
+
+
+class Louder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tagger = Tagger()
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        return 2 * self.tagger(waveform)
 
 
 class Flat(torch.nn.Module):
@@ -87,6 +99,22 @@ def test_the_bytes_are_the_identity(file, tmp_path):
     torch.jit.script(Flat()).save(str(tmp_path / "other.pt"))
     with pytest.raises(ValueError, match=r"must return features \(batch, frames, dim\), gave \(1,\)"):
         load(str(tmp_path / "other.pt"))
+
+
+def test_a_file_that_moved(file, tmp_path):
+    teacher = load(file, resample_to=50)
+    quantizer = MultiCodebookQuantizer(3, 4, 2, **quantizer_metadata(teacher))
+    quantizer.save_pretrained(tmp_path / "tokenizer")
+    shutil.copyfile(file, tmp_path / "moved.pt")
+    here = MvqTokenizer.from_pretrained(tmp_path / "tokenizer")
+    there = MvqTokenizer.from_pretrained(tmp_path / "tokenizer", teacher=str(tmp_path / "moved.pt"))
+    assert there.teacher.options == {**here.teacher.options, "file": str(tmp_path / "moved.pt")}
+    assert np.array_equal(here(noise(16000)), there(noise(16000)))
+    with pytest.raises(ValueError, match="there is no such TorchScript file"):
+        MvqTokenizer.from_pretrained(tmp_path / "tokenizer", teacher=str(tmp_path / "nowhere.pt"))
+    torch.jit.script(Louder()).save(str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="with fingerprint of the parameters"):
+        MvqTokenizer.from_pretrained(tmp_path / "tokenizer", teacher=str(tmp_path / "other.pt"))
 
 
 class Exploit:

@@ -52,7 +52,8 @@ class MvqTokenizer:
     ) -> "MvqTokenizer":
         """A tokenizer from a quantiser's folder or Hub id; the teacher is loaded as its config says.
 
-        `teacher`: another place of the same teacher (its folder has moved, or a copy is at hand), or one loaded.
+        `teacher`: another place of the same teacher (its folder has moved, or a copy is at hand; of a factory's, the
+        file or model that it loads), or one loaded.
         A relative folder in the config is looked for from the working folder, then from that of the quantiser.
         `dtype`: of the teacher's computation; by default what the quantiser was trained on.
         ValueError if the teacher is not the one the quantiser was trained on.
@@ -164,7 +165,13 @@ def _load_recorded(
 ) -> Teacher:
     """The teacher that the config names, or the one of the name given, with the settings of the config."""
     recorded = config.provenance.get("teacher", {})
+    options = recorded.get("options")
     spec = teacher or config.teacher
+    if teacher is not None and config.teacher is not None and is_factory(config.teacher) and not is_factory(teacher):
+        # The new place of what a factory loads: it is an option there.
+        place = next((name for name in ("file", "model") if name in (options or {})), None)
+        if place is not None:
+            spec, options = config.teacher, {**options, place: teacher}
     if spec is None:
         raise ValueError(f"{source}: its config names no teacher; say which: teacher=...")
     beside = Path(source) / spec
@@ -180,7 +187,7 @@ def _load_recorded(
             revision=config.teacher_revision if on_hub else None,
             window=recorded.get("window"),
             window_seconds=recorded.get("window_seconds"),
-            options=recorded.get("options"),
+            options=options,
         )
     except ValueError as error:
         if teacher is not None:
