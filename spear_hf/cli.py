@@ -17,9 +17,8 @@ app = typer.Typer(
 
 
 # Options on --data of every command that takes a corpus; see spear_hf/data/sources.py.
-Data = Annotated[
-    str, typer.Option(help="Folder, manifest (.jsonl, .csv, .tsv), parquet or tar files, saved dataset, or Hub name.")
-]
+DATA = typer.Option(help="Folder, manifest (.jsonl, .csv, .tsv), parquet or tar files, saved dataset, or Hub name.")
+Data = Annotated[str, DATA]
 Splits = Annotated[list[str] | None, typer.Option(help="Of the data; may be repeated. Default: all.")]
 DataConfig = Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")]
 DataRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")]
@@ -86,10 +85,14 @@ def embed(
 @app.command()
 def quantize(
     teacher: Annotated[str, typer.Option(help="kaldi-mfcc, module:factory, or folder or Hub id of an audio encoder.")],
-    codebooks: Annotated[int, typer.Option(help="Codes per frame (paper: 16 for speech, 8 for audio).")],
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder of the quantiser, which must not hold one yet.")],
-    layer: Annotated[int | None, typer.Option(help="Hidden state of the teacher; default: the last.")] = None,
+    codebooks: Annotated[
+        int | None, typer.Option(help="Codes per frame; default: as published for a known teacher, else say it.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Hidden state of the teacher; default: as published, else the last.")
+    ] = None,
     split: Splits = None,
     data_config: DataConfig = None,
     data_revision: DataRevision = None,
@@ -100,7 +103,10 @@ def quantize(
     cut: Cut = "silence",
     max_seconds: MaxSeconds = 30.0,
     codebook_size: Annotated[int, typer.Option(help="Codes of each codebook.")] = 256,
-    normalize: Annotated[bool, typer.Option(help="Standardise every channel (paper: speech yes, audio no).")] = True,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Standardise every channel; default: as published, else yes."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each of the two phases.")] = 35_000,
     batch_size: Annotated[int, typer.Option(help="Frames a training step.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Of the first phase; the second starts at half.")] = 0.005,
@@ -121,6 +127,7 @@ def quantize(
 ) -> None:
     """Train a multi-codebook quantiser on a teacher's features of your audio: audio to tokens, in one folder.
 
+    The paper's teachers need no settings: microsoft/wavlm-large (speech) and mispeech/dasheng-1.2B (audio).
     OUTPUT gets the quantiser, report.json (held-out error, use of the codebooks), metrics.jsonl and quantizer.png.
     """
     from .data.commands import DataOptions
@@ -168,8 +175,8 @@ def quantize(
 @app.command()
 def tokenize(
     tokenizer: Annotated[str, typer.Option(help="Folder or Hub id of a quantiser, as `spear-hf quantize` writes it.")],
-    data: Data,
     output: Annotated[Path, typer.Option(help="Folder of the token store; an interrupted one is completed.")],
+    data: Annotated[str | None, DATA] = None,
     split: Splits = None,
     data_config: DataConfig = None,
     data_revision: DataRevision = None,
@@ -187,16 +194,43 @@ def tokenize(
     dtype: Annotated[str | None, typer.Option(help="Of the teacher; default: as the quantiser was trained.")] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="This is job I of N (0 <= I < N).")] = None,
     with_audio: Annotated[bool, typer.Option("--with-audio", help="Join the audio, losslessly.")] = False,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Only draw this file's tokens, to OUTPUT, a .png; no store.")
+    ] = None,
+    preview_start: Annotated[float, typer.Option(help="Seconds into FILE at which the picture starts.")] = 0.0,
+    preview_seconds: Annotated[float, typer.Option(help="Seconds that it shows.")] = 10.0,
+    preview_audio: Annotated[
+        bool, typer.Option("--preview-audio", help="Write that excerpt of FILE, as it was, to a .wav beside OUTPUT.")
+    ] = False,
 ) -> None:
     """Turn audio into tokens, in a token store: parquet shards that `datasets.load_dataset` reads.
 
     Any number of workers give the same bytes: jobs with --shard, in any order, the last of which completes the store,
     and ranks of `accelerate launch` or torchrun. Killed and run again, it goes on; times are in OUTPUT.metrics. Bad
     audio is skipped and listed, on stderr and in OUTPUT/quarantine.jsonl; the exit code is then 1.
+    With --preview FILE, the spectrogram of FILE with its tokens under it instead. There is no vocoder: tokens cannot
+    be played back.
     """
     from .data.commands import DataOptions
-    from .mvq.commands import run_tokenize
+    from .mvq.commands import run_preview, run_tokenize
 
+    if (data is None) == (preview is None):
+        raise typer.BadParameter("say --data, to write a store, or --preview, to draw one file's tokens")
+    if preview is not None:
+        code = run_preview(
+            preview,
+            output,
+            tokenizer,
+            teacher=teacher,
+            refine_iters=refine_iters,
+            start=preview_start,
+            seconds=preview_seconds,
+            write_audio=preview_audio,
+            device=device,
+            dtype=dtype,
+        )
+        raise typer.Exit(code)
+    assert data is not None
     options = DataOptions(
         data,
         split or (),

@@ -1,10 +1,12 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Alignment of tokens with student frames, at every boundary length."""
 
+import math
+
 import numpy as np
 import pytest
 
-from spear_hf.mvq.alignment import IGNORED, align_labels, label_ratio
+from spear_hf.mvq.alignment import FRAME_TOLERANCE, IGNORED, align_labels, label_ratio
 from spear_hf.mvq.mfcc import mfcc_frames
 
 
@@ -20,6 +22,45 @@ def test_ratios():
     for rates in ((62.5, 50), (50, 62.5), (0, 50), (50, 0), (-50, 50)):
         with pytest.raises(ValueError, match="whole multiple"):
             label_ratio(*rates)
+
+
+CASES = {"one to one": (50, 50), "repeated": (25, 50), "repeated 4 times": (12.5, 50), "concatenated": (50, 25)}
+
+
+def plain_labels(codes: np.ndarray, token_rate: float, num_frames: int, frame_rate: float) -> np.ndarray:
+    """Frame by frame, by time: the tokens that start while the frame lasts, else the one that covers its start."""
+    per_frame = max(1, round(token_rate / frame_rate))
+    rows = []
+    for frame in range(num_frames):
+        start = frame / frame_rate
+        places = [int(start * token_rate + 1e-9) + place for place in range(per_frame)]
+        rows.append([codes[p] if p < len(codes) else np.full(codes.shape[1], IGNORED) for p in places])
+    return np.array(rows, dtype=np.int64).reshape(num_frames, per_frame * codes.shape[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_frames", range(65))
+def test_every_length_at_every_difference(case, num_frames):
+    """The frames of the student span so many tokens, rounded up; 5 more or fewer pass, 6 are other audio."""
+    token_rate, frame_rate = CASES[case]
+    spanned = math.ceil(num_frames * token_rate / frame_rate)
+    for difference in range(-8, 9):
+        if spanned + difference < 0:
+            continue
+        codes = tokens(spanned + difference)
+        if abs(difference) > FRAME_TOLERANCE:
+            with pytest.raises(ValueError, match=f"they differ by {abs(difference)}, over the tolerance of 5"):
+                align_labels(codes, token_rate, num_frames, frame_rate)
+            continue
+        labels = align_labels(codes, token_rate, num_frames, frame_rate)
+        expected = plain_labels(codes, token_rate, num_frames, frame_rate)
+        assert labels.dtype == np.int64
+        assert labels.shape == expected.shape
+        assert np.array_equal(labels, expected)
+
+
+def test_the_tolerance_is_the_recipes():
+    assert FRAME_TOLERANCE == 5
 
 
 @pytest.mark.parametrize("num_tokens", range(92, 109))

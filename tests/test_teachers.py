@@ -222,6 +222,31 @@ def test_waveform_models(tmp_path, model_class, config_class, norm):
         load_teacher(str(tmp_path), window="slice")
 
 
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_waveforms_reach_the_model_as_the_extractor_makes_them(tmp_path, do_normalize):
+    """Faster than the extractor, and the same but for rounding: level, padding and mask."""
+    save_waveform_model(tmp_path, WavLMModel, WavLMConfig, "layer")
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True, do_normalize=do_normalize)
+    extractor.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    waveforms = [0.2 + noise(1.0), 1e-3 * noise(0.4, seed=1), np.zeros(5000, np.float32)]
+    expected = extractor(waveforms, sampling_rate=16000, padding=True, return_tensors="pt")
+    given = teacher._inputs(waveforms)
+    assert given.keys() == expected.keys()
+    assert torch.equal(given["attention_mask"], expected["attention_mask"])
+    assert torch.allclose(given["input_values"], expected["input_values"], atol=1e-5)
+    alone = teacher._inputs(waveforms[1:2])["input_values"]
+    assert torch.equal(given["input_values"][1:2, : alone.shape[1]], alone), "exact, whatever the batch"
+
+
+def test_features_that_are_not_finite_are_named(tmp_path):
+    save_waveform_model(tmp_path, WavLMModel, WavLMConfig, "layer")
+    teacher = load_teacher(str(tmp_path))
+    teacher.model.encoder.layers[0].attention.out_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"b\.wav: features of .* in torch\.float32 are NaN or infinite"):
+        teacher([noise(1.0)], ids=["b.wav"])
+
+
 def test_layers_above_the_one_wanted_are_not_run(tmp_path):
     save_waveform_model(tmp_path, WavLMModel, WavLMConfig, "layer")
     assert len(load_teacher(str(tmp_path), layer=1).model.encoder.layers) == 2

@@ -1,5 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tokens at the teacher's frame rate -> labels at the student's (SPEAR, arXiv 2510.25955)."""
+"""Tokens at the teacher's frame rate -> labels at the student's (SPEAR, arXiv 2510.25955).
+
+The one place that knows how 25 Hz and 50 Hz go together, and by how much lengths may differ.
+"""
 
 import math
 
@@ -7,6 +10,7 @@ import numpy as np
 
 
 IGNORED = -100
+FRAME_TOLERANCE = 5  # tokens by which two counts of the same audio may differ: the paper's recipe
 
 
 def label_ratio(token_rate: float, frame_rate: float) -> tuple[int, int]:
@@ -27,7 +31,7 @@ def label_ratio(token_rate: float, frame_rate: float) -> tuple[int, int]:
 
 
 def align_labels(
-    codes: np.ndarray, token_rate: float, num_frames: int, frame_rate: float, tolerance: int = 5
+    codes: np.ndarray, token_rate: float, num_frames: int, frame_rate: float, tolerance: int = FRAME_TOLERANCE
 ) -> np.ndarray:
     """Tokens (tokens, codebooks) -> int64 labels (num_frames, codebooks x labels a frame), -100 without a token.
 

@@ -12,6 +12,7 @@ import yaml
 
 from spear_hf.data.commands import DataOptions
 from spear_hf.data.sources import PIECE_HOURS, PIECE_UTTERANCES
+from spear_hf.mvq.known_teachers import resolve_settings
 from spear_hf.mvq.merge import merge_stores
 from spear_hf.mvq.quantize import train_tokenizer
 from spear_hf.mvq.store import QUARANTINE
@@ -32,6 +33,8 @@ def run_quantize(
     teacher: str,
     *,
     layer: int | None = None,
+    num_codebooks: int | None = None,
+    normalize: bool | None = None,
     revision: str | None = None,
     window: str | None = None,
     window_seconds: float | None = None,
@@ -47,18 +50,22 @@ def run_quantize(
 ) -> int:
     """Exit code 0, or 1 on an error; audio that could not be used is listed, and the quantiser trained without it."""
     try:
-        settings = QuantizerTrainingConfig(**training)
+        options = _options(teacher_options)
+        resolved = resolve_settings(teacher, layer, num_codebooks, normalize, options)
+        if resolved.note is not None:
+            print(resolved.note)
+        settings = QuantizerTrainingConfig(resolved.codebooks, normalize=resolved.normalize, **training)
         source = data.source()
         device = _resolved(device)
         loaded = load_teacher(
             teacher,
-            layer=layer,
+            layer=resolved.layer,
             device=device,
             dtype=dtype,
             revision=revision,
             window=cast(WindowRule | None, window),
             window_seconds=window_seconds,
-            options=_options(teacher_options),
+            options=options,
         )
         report = train_tokenizer(
             loaded,
@@ -140,6 +147,32 @@ def run_tokenize(
     )
     print(_told(totals) if summary.complete else _still_missing(summary))
     return 1 if summary.bad else 0
+
+
+def run_preview(
+    audio: Path,
+    output: Path,
+    tokenizer: str,
+    *,
+    teacher: str | None = None,
+    refine_iters: int = 5,
+    start: float = 0.0,
+    seconds: float = 10.0,
+    write_audio: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> int:
+    """Exit code 0, or 1 on an error. No store is written."""
+    try:
+        loaded = MvqTokenizer.from_pretrained(
+            tokenizer, teacher=teacher, device=_resolved(device), dtype=dtype, refine_iters=refine_iters
+        )
+        written = loaded.preview(audio, output, start=start, seconds=seconds, write_audio=write_audio)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"spear-hf tokenize: {error}", file=sys.stderr)
+        return 1
+    print(f"{' and '.join(map(str, written))}: what the tokens of {audio} are; there is no vocoder to play them back")
+    return 0
 
 
 def run_merge_tokens(output: Path, stores: Sequence[str], *, intersect: bool = False) -> int:

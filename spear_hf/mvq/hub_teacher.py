@@ -18,14 +18,14 @@ How padding is kept out of the features:
 import hashlib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule
 
@@ -55,7 +55,7 @@ class HubTeacher(Teacher):
         rate = getattr(self.extractor, "sampling_rate", SAMPLING_RATE)
         if rate != SAMPLING_RATE:
             raise ValueError(f"{spec} takes {rate} Hz; teachers take {SAMPLING_RATE} Hz: wrap it in a module:factory")
-        fingerprint = _fingerprint(self.model)
+        parameters = fingerprint(self.model.parameters())
         self.model.to(device)
         self.device = torch.device(device)
         self.dtype = torch.float32
@@ -74,7 +74,7 @@ class HubTeacher(Teacher):
             id=spec,
             layer=layer,
             revision=getattr(config, "_commit_hash", None) or revision,
-            fingerprint=fingerprint,
+            fingerprint=parameters,
             device=device,
             dtype=dtype,
             **settings,
@@ -101,11 +101,8 @@ class HubTeacher(Teacher):
 
     def _forward(self, waveforms: list[np.ndarray], layer: int | None) -> tuple[list[Tensor], int]:
         """Features of each waveform, and how many hidden states the model has."""
-        on_device = {"device": str(self.device)} if self.model.config.model_type == "spear" else {}
-        inputs = self.extractor(
-            waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt", **on_device
-        ).to(self.device)
         name = self.model.main_input_name
+        inputs = self._inputs(waveforms)
         inputs = {key: value for key, value in inputs.items() if key in (name, "attention_mask")}
         inputs[name] = inputs[name].to(next(self.model.parameters()).dtype)
         output = self.model(**inputs, output_hidden_states=layer is not None)
@@ -115,6 +112,27 @@ class HubTeacher(Teacher):
             raise ValueError(f"hidden states of shape {tuple(frames.shape)} are not (batch, frames, dim)")
         counts = self._valid_frames(inputs.get("attention_mask"), getattr(output, "attention_mask", None), frames)
         return [row[:count] for row, count in zip(frames, counts)], len(states)
+
+    def _inputs(self, waveforms: list[np.ndarray]) -> dict[str, Tensor]:
+        """What the extractor makes of waveforms, on the device."""
+        extractor = self.extractor
+        if type(extractor) is not Wav2Vec2FeatureExtractor or extractor.padding_side != "right":
+            on_device = {"device": str(self.device)} if self.model.config.model_type == "spear" else {}
+            return extractor(
+                waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt", **on_device
+            ).to(self.device)
+        # The same about ten times faster: on a GPU, NumPy's part of the work would take longer than the model's.
+        rows = [torch.from_numpy(waveform) for waveform in waveforms]
+        values = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # (batch, samples)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        mask = torch.arange(values.shape[1], device=self.device) < lengths[:, None]
+        if extractor.do_normalize:
+            moments = [torch.var_mean(row, correction=0) for row in rows]  # of each alone, whatever its batch
+            variance, mean = torch.tensor(moments, device=self.device).T[..., None]
+            values = (values - mean) / (variance + 1e-7).sqrt()
+        values = values.masked_fill(~mask, extractor.padding_value)
+        inputs = {"input_values": values}
+        return inputs | {"attention_mask": mask.int()} if extractor.return_attention_mask else inputs
 
     def _valid_frames(self, mask: Tensor | None, output_mask: Tensor | None, frames: Tensor) -> list[int]:
         """Frames of each row, told from the masks; all of them where they do not tell (the probe then sees to it)."""
@@ -331,10 +349,10 @@ def _min_samples(config: Any) -> int:
     return SAMPLING_RATE // 10
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Hash of the parameters' float32 values, whatever their names, their order and the file format."""
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Hash of float32 values, whatever the tensors' names, their order and the file format."""
     digests = []
-    for parameter in model.parameters():
-        array = parameter.detach().cpu().float().contiguous().numpy()
+    for tensor in tensors:
+        array = tensor.detach().cpu().float().contiguous().numpy()
         digests.append(hashlib.sha256(str(array.shape).encode() + array.tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]

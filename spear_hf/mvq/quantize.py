@@ -222,6 +222,18 @@ def train_tokenizer(
         batch_seconds=batch_seconds,
         progress=progress,
     )
+    return train_on_sample(teacher, sample, output, training, progress=progress)
+
+
+def train_on_sample(
+    teacher: Teacher,
+    sample: FrameSample,
+    output: str | Path,
+    training: QuantizerTrainingConfig,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`train_tokenizer` from the sample on: several quantisers can be trained on one."""
+    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     metadata = quantizer_metadata(teacher)
     metadata["provenance"] |= {"data": sample.data, "training": asdict(training), "versions": _versions()}
@@ -259,9 +271,15 @@ def _plot(output: Path, report: dict[str, Any]) -> None:
     passes = list(heldout["relative_error"])
     error.plot(passes, list(heldout["relative_error"].values()), marker="o")
     error.set(xlabel="refinement passes", ylabel="relative error", title=f"{heldout['frames']} held-out frames")
-    use.bar(range(len(heldout["perplexity"])), heldout["perplexity"])
-    use.axhline(report["training"]["codebook_size"], color="grey", linestyle="--", linewidth=1)
-    use.set(xlabel="codebook", ylabel="perplexity", title="use of the codebooks")
+    error.set_ylim(bottom=0)
+    size, places = report["training"]["codebook_size"], range(1, 1 + len(heldout["perplexity"]))
+    use.bar(places, [size * share for share in heldout["used"]], color="#cfe0f0", label="codes in use")
+    use.bar(places, heldout["perplexity"], color="#1f77b4", width=0.5, label="perplexity")
+    use.axhline(size, color="grey", linestyle="--", linewidth=1)
+    use.set(xlabel="codebook", ylabel=f"of {size} codes", title="use of the codebooks")
+    use.legend(loc="lower right")
+    for axes in (loss, error, use):
+        axes.spines[["top", "right"]].set_visible(False)
     temporary = output / f".{PLOT}"
     figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
     temporary.replace(output / PLOT)

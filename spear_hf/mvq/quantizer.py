@@ -29,7 +29,7 @@ SCALE_SPEED = 10.0  # the scales are stored as log(scale) / 10, which lets the o
 PASSES = 5  # of refinement, when encoding
 # Products of frames with centres always have this many rows, the last ones filled up: the library behind them chooses
 # its order of summation by shape, and a frame's codes must not depend on how many frames stand beside it.
-TILE_ROWS = 256
+TILE_ROWS = 256  # on a CPU; other devices take CHUNK_ROWS, as small products leave most of them idle
 CHUNK_ROWS = 2048  # frames in work at a time: 2 * CHUNK_ROWS * codebooks * codebook_size floats, 64 MiB for 16 of 256
 
 
@@ -125,11 +125,12 @@ class _Encoder:
         shape = (features.shape[0], self.search.num_codebooks, self.search.codebook_size)
         codes = features.new_empty(shape[:2], dtype=torch.int64)
         costs = features.new_empty(shape if passes else (0, *shape[1:]))
-        for start in range(0, features.shape[0], TILE_ROWS):
-            tile = features[start : start + TILE_ROWS]
+        tile_rows = TILE_ROWS if features.device.type == "cpu" else CHUNK_ROWS
+        for start in range(0, features.shape[0], tile_rows):
+            tile = features[start : start + tile_rows]
             rows = tile.shape[0]
-            tile = F.pad(tile, (0, 0, 0, TILE_ROWS - rows))
-            logits = torch.addmm(self.bias, tile, self.weight.T).view(TILE_ROWS, *shape[1:])
+            tile = F.pad(tile, (0, 0, 0, tile_rows - rows))
+            logits = torch.addmm(self.bias, tile, self.weight.T).view(tile_rows, *shape[1:])
             codes[start : start + rows] = logits[:rows].argmax(dim=2)
             if passes:
                 costs[start : start + rows] = self.search.linear_costs(tile)[:rows]

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from spear_hf.mvq import mfcc
+from spear_hf.mvq.alignment import FRAME_TOLERANCE
+from spear_hf.mvq.known_teachers import KNOWN_TEACHERS
 
 
 SAMPLING_RATE = 16000
 KALDI_MFCC = "kaldi-mfcc"
 WINDOW_SECONDS = 30.0  # the longest utterances of the method have 32 s; Whisper's window is 30 s
 CONTEXT_SECONDS = 2.0
-FRAME_TOLERANCE = 5  # frames; as between tokens and student
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 Waveform = np.ndarray | Tensor
@@ -150,10 +151,15 @@ class Teacher(ABC):
             outputs = self._features([arrays[index][window.start : window.stop] for index, _, window in batch])
             kept = []
             for (index, _, window), output in zip(batch, outputs):
-                self._check_output(output, window.stop - window.start, names[index])
+                self._check_shape(output, window.stop - window.start, names[index])
                 kept.append(output[window.first : window.last].float())
             sizes = [len(frames) for frames in kept]
             frames = torch.cat(kept)  # (all frames of the batch, feature_size)
+            if not torch.isfinite(frames).all():  # once a batch: every look at a value waits for the device
+                bad = next(job for job, rows in zip(batch, kept) if not torch.isfinite(rows).all())
+                raise ValueError(
+                    f"{names[bad[0]]}: features of {self.id} in {self.dtype} are NaN or infinite; try dtype=float32"
+                )
             rows = frames if transform is None else transform(frames)
             for (index, part, _), piece in zip(batch, rows.split(sizes)):
                 parts[index, part] = piece
@@ -207,8 +213,8 @@ class Teacher(ABC):
             raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} samples are NaN or infinite")
         return np.ascontiguousarray(array, dtype=np.float32)
 
-    def _check_output(self, output: Tensor, num_samples: int, name: str) -> None:
-        """Refuses features that are not (about num_samples / hop, feature_size) and finite."""
+    def _check_shape(self, output: Tensor, num_samples: int, name: str) -> None:
+        """Refuses features that are not (about num_samples / hop, feature_size)."""
         if output.ndim != 2 or output.shape[1] != self.feature_size:
             raise ValueError(
                 f"{name}: {self.id} gave features {tuple(output.shape)}, not (frames, {self.feature_size})"
@@ -219,8 +225,6 @@ class Teacher(ABC):
                 f"{name}: {self.id} gave {len(output)} frames for {num_samples} samples; at {self.frame_rate} Hz "
                 f"about {expected:.1f} are due"
             )
-        if not torch.isfinite(output).all():
-            raise ValueError(f"{name}: features of {self.id} in {self.dtype} are NaN or infinite; try dtype=float32")
 
 
 class KaldiMfccTeacher(Teacher):
@@ -311,7 +315,8 @@ def load_teacher(
 ) -> Teacher:
     """A teacher by name.
 
-    `spec`: `kaldi-mfcc`; `module:factory`; or a Hub id or folder of a Hugging Face audio encoder.
+    `spec`: `kaldi-mfcc`; `module:factory`; or a Hub id or folder of a Hugging Face audio encoder, or the Hub id of a
+    known teacher (known_teachers.py) that is loaded by a factory of ours.
     `layer`: index into `hidden_states` (0 = what enters the first layer, k = output of layer k, negative from the
     end); None is `last_hidden_state`.
     `window` ("pad" by default, or "slice"): how a teacher with a fixed window is fed, see hub_teacher.py.
@@ -320,6 +325,10 @@ def load_teacher(
     `dtype` of the computation, float32 by default; features are always returned in float32.
     """
     precision = _as_dtype(dtype)
+    known = KNOWN_TEACHERS.get(spec)
+    if known is not None and known.factory is not None:
+        options = {"model": spec, **({"revision": revision} if revision else {}), **(options or {})}
+        spec, revision = known.factory, None
     if spec == KALDI_MFCC:
         _refuse(spec, layer=layer, revision=revision, window=window, options=options)
         return KaldiMfccTeacher(device=device, window_seconds=window_seconds)
@@ -379,7 +388,8 @@ def _build(
         raise ValueError(
             f"teacher {spec!r} cannot be imported: {error}; it is module:factory, the module installed or in {folder}"
         ) from error
-    parameters = inspect.signature(factory).parameters
+    signature = inspect.signature(factory)
+    parameters = signature.parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     arguments = dict(options)
     for name, value in (("layer", layer), ("device", device), ("dtype", dtype)):
@@ -387,4 +397,8 @@ def _build(
             arguments.setdefault(name, value)
     if layer is not None and "layer" not in arguments:
         raise ValueError(f"teacher {spec!r}: its factory takes no `layer` (given: {layer})")
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"teacher {spec!r}: {error} (teacher options are its arguments: {signature})") from error
     return factory(**arguments)

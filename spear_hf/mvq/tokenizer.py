@@ -18,7 +18,20 @@ from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, Waveform, is_factory, 
 class MvqTokenizer:
     """`tokenizer(audio)` -> codes (frames, num_codebooks); `tokenizer.decode(codes)` -> the teacher's features, about.
 
-    An utterance's codes do not depend on its batch, but for rounding in the teacher.
+        tokenizer = MvqTokenizer.from_pretrained("my_tokenizer")
+        codes = tokenizer(waveform)                       # uint8 (frames, num_codebooks)
+        batch = tokenizer([waveform, another])            # a list of them, whatever the lengths
+        features = tokenizer.decode(codes)                # float32 (frames, feature_size)
+        tokenizer.preview("speech.flac", "speech.png")    # the spectrogram with the tokens under it
+
+    Frame t covers [t, t + 1) / `frame_rate` seconds, about: a teacher's frames see more than that, and its first frame
+    may be centred on the start. Codebooks are independent of each other, no coarse-to-fine order: the decoded frame is
+    the sum of one centre of each. An utterance's codes do not depend on its batch, but for rounding in the teacher.
+
+    Codes decode to the teacher's features and no further: there is no vocoder, so tokens cannot be listened to.
+
+    On the command line: `spear-hf quantize` trains one, `spear-hf tokenize` runs it over a corpus, and
+    `spear-hf tokenize --preview FILE` draws.
     """
 
     def __init__(self, teacher: Teacher, quantizer: MultiCodebookQuantizer, refine_iters: int = PASSES) -> None:
@@ -39,7 +52,8 @@ class MvqTokenizer:
     ) -> "MvqTokenizer":
         """A tokenizer from a quantiser's folder or Hub id; the teacher is loaded as its config says.
 
-        `teacher`: another place of the same teacher (its folder has moved, or a copy is at hand), or one loaded.
+        `teacher`: another place of the same teacher (its folder has moved, or a copy is at hand; of a factory's, the
+        file or model that it loads), or one loaded.
         A relative folder in the config is looked for from the working folder, then from that of the quantiser.
         `dtype`: of the teacher's computation; by default what the quantiser was trained on.
         ValueError if the teacher is not the one the quantiser was trained on.
@@ -83,6 +97,20 @@ class MvqTokenizer:
     def decode(self, codes: np.ndarray | Tensor) -> Tensor:
         """Codes (frames, num_codebooks) -> the features they stand for, float32 (frames, feature_size)."""
         return self.quantizer.decode(torch.as_tensor(codes))
+
+    def preview(
+        self,
+        audio: str | os.PathLike,
+        output: str | os.PathLike,
+        start: float = 0.0,
+        seconds: float = 10.0,
+        marks: Sequence[tuple[float, str]] = (),
+        write_audio: bool = False,
+    ) -> list[Path]:
+        """Draws the tokens of an audio file under its spectrogram, to a PNG; see preview.py."""
+        from spear_hf.mvq.preview import write_preview
+
+        return write_preview(self, audio, output, start, seconds, marks, write_audio)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes the quantiser; the teacher stays where it is."""
@@ -137,7 +165,13 @@ def _load_recorded(
 ) -> Teacher:
     """The teacher that the config names, or the one of the name given, with the settings of the config."""
     recorded = config.provenance.get("teacher", {})
+    options = recorded.get("options")
     spec = teacher or config.teacher
+    if teacher is not None and config.teacher is not None and is_factory(config.teacher) and not is_factory(teacher):
+        # The new place of what a factory loads: it is an option there.
+        place = next((name for name in ("file", "model") if name in (options or {})), None)
+        if place is not None:
+            spec, options = config.teacher, {**options, place: teacher}
     if spec is None:
         raise ValueError(f"{source}: its config names no teacher; say which: teacher=...")
     beside = Path(source) / spec
@@ -153,7 +187,7 @@ def _load_recorded(
             revision=config.teacher_revision if on_hub else None,
             window=recorded.get("window"),
             window_seconds=recorded.get("window_seconds"),
-            options=recorded.get("options"),
+            options=options,
         )
     except ValueError as error:
         if teacher is not None:
