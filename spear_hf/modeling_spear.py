@@ -86,6 +86,11 @@ class SpearForPreTrainingOutput(ModelOutput):
     statistics (`torch.FloatTensor` of shape `(num_teachers, 2, 3)`, *optional*):
         Per teacher (speech, audio, then others by name), on masked (0) and unmasked (1) frames: the sum of the frames'
         losses, the sum of their accuracies and their number. Sums of these over batches and ranks give exact means.
+    utterance_statistics (`torch.FloatTensor` of shape `(num_teachers, batch_size, 2, 3)`, *optional*):
+        The same for every utterance.
+    codebook_statistics (`torch.FloatTensor` of shape `(num_codebooks, 2)`, *optional*):
+        Per codebook, those of all teachers one after the other: how many entries of masked frames are predicted
+        correctly, and how many there are.
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         The encoder's output.
     attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -100,6 +105,8 @@ class SpearForPreTrainingOutput(ModelOutput):
     audio_masked_accuracy: torch.FloatTensor | None = None
     audio_unmasked_accuracy: torch.FloatTensor | None = None
     statistics: torch.FloatTensor | None = None
+    utterance_statistics: torch.FloatTensor | None = None
+    codebook_statistics: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -1059,29 +1066,38 @@ class SpearForPreTraining(SpearHeadModel):
 
     def _codebook_statistics(
         self, name: str, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, `(2, 3)`.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, and by codebook.
 
         hidden_states `(batch, frames, dim)`, labels `(batch, frames, codebooks)` with -100 ignored, masked
-        `(batch, frames)`.
+        `(batch, frames)`. Returns `(batch, 2, 3)`, masked frames first, and, of the masked frames, the correct and all
+        entries of each codebook, `(codebooks, 2)`.
         """
         codebook_size = self.config.pretraining_targets[name]["codebook_size"]
         has_target = (labels != -100).any(dim=-1)  # (batch, frames)
         masked = torch.zeros_like(has_target) if masked is None else masked
+        groups = torch.stack([has_target & masked, has_target & ~masked], dim=1)  # (batch, 2, frames)
+        places = None
         if not torch.compiler.is_compiling():  # logits of frames without a target are never computed
-            hidden_states, labels, masked = hidden_states[has_target], labels[has_target], masked[has_target]
-            has_target = torch.ones_like(masked)
+            places = has_target
+            hidden_states, labels, masked = hidden_states[places], labels[places], masked[places]
         hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten(0, -2)  # (n, dim), (n, codebooks)
-        masked, has_target = masked.flatten(), has_target.flatten()
 
         logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size)).float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         known = labels != -100
+        correct = (logits.argmax(dim=-1) == labels) & known  # (n, codebooks)
         per_frame = known.sum(dim=-1).clamp(min=1)
         losses = losses.unflatten(0, labels.shape).sum(dim=-1) / per_frame  # (n,)
-        correct = ((logits.argmax(dim=-1) == labels) & known).sum(dim=-1) / per_frame
-        groups = torch.stack([has_target & masked, has_target & ~masked]).to(losses.dtype)  # (2, n)
-        return groups @ torch.stack([losses, correct, torch.ones_like(losses)], dim=-1)
+        sums = torch.stack([losses, correct.sum(dim=-1) / per_frame, torch.ones_like(losses)], dim=-1)  # (n, 3)
+        if places is None:
+            sums = sums.unflatten(0, has_target.shape)
+        else:
+            sums = sums.new_zeros(*has_target.shape, 3).masked_scatter(places[..., None], sums)
+        # No matrix product, which autocast would make of half precision: counts above 256 would be rounded.
+        sums = (groups[..., None] * sums[:, None]).sum(dim=2)  # (batch, 2, 3)
+        entries = torch.stack([correct, known], dim=-1) & masked.flatten()[:, None, None]  # (n, codebooks, 2)
+        return sums, entries.sum(dim=0).to(losses.dtype)
 
     def _check_labels(self, name: str, labels: torch.Tensor, frames: int) -> None:
         target = self.config.pretraining_targets.get(name)
@@ -1147,17 +1163,20 @@ class SpearForPreTraining(SpearHeadModel):
         frames = hidden_states.shape[1]
         masked = self._masked_output_frames(mask_time_indices, frames)
         alpha = self.config.masked_loss_weight
-        statistics, loss = [], hidden_states.new_zeros((), dtype=torch.float32)
+        statistics, codebooks, loss = [], [], hidden_states.new_zeros((), dtype=torch.float32)
         for name, tokens in labels.items():
             self._check_labels(name, tokens, frames)
         for name in self.prediction_heads:
             if name not in labels:
-                statistics.append(loss.new_zeros(2, 3))
+                statistics.append(loss.new_zeros(hidden_states.shape[0], 2, 3))
+                codebooks.append(loss.new_zeros(self.config.pretraining_targets[name]["num_codebooks"], 2))
                 continue
-            sums = self._codebook_statistics(name, hidden_states, labels[name], masked)
+            utterances, entries = self._codebook_statistics(name, hidden_states, labels[name], masked)
+            sums = utterances.sum(dim=0)  # (2, 3)
             weight = self.config.pretraining_targets[name]["weight"]
             loss = loss + weight * (alpha * sums[0, 0] + (1.0 - alpha) * sums[1, 0])
-            statistics.append(sums.detach())
+            statistics.append(utterances.detach())
+            codebooks.append(entries)
             losses, correct, counts = sums.detach().unbind(dim=-1)
             if name in ("speech", "audio"):
                 result[f"{name}_loss"] = losses.sum() / counts.sum()
@@ -1166,7 +1185,9 @@ class SpearForPreTraining(SpearHeadModel):
             has_target = torch.stack([(tokens != -100).any(dim=-1) for tokens in labels.values()]).any(dim=0)
             num_items_in_batch = has_target.sum().clamp(min=1)
         result.loss = loss / num_items_in_batch
-        result.statistics = torch.stack(statistics)
+        result.utterance_statistics = torch.stack(statistics)
+        result.statistics = result.utterance_statistics.sum(dim=1)
+        result.codebook_statistics = torch.cat(codebooks)
         return result
 
 
