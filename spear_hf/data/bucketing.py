@@ -7,10 +7,11 @@ optimiser step over all ranks; `split_batch` deals it out to ranks and to the mi
 of ranks and the memory of a device never change what a step learns from, and all ranks work on utterances of like
 length at a time without asking each other.
 
-There are no fixed buckets (the paper has 20): utterances are cut into batches along their sorted lengths, so a batch is
-a bucket of its own, and the padding is what `jitter` adds on purpose, where a fixed bucket pads by half its width.
+There are no fixed buckets (the paper has 20): utterances are cut into batches along their sorted lengths, so a batch
+is a bucket of its own, and the padding is what `jitter` adds on purpose, where a fixed bucket pads by half its width.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -102,9 +103,7 @@ class BucketingSampler:
         (p-th length of the bound) x (1 + jitter), so no utterance from there on is longer than that over (1 - jitter),
         nor longer than the longest: that many rows always fit.
         """
-        longest = [
-            self.lengths[members[np.arange(count) * len(members) // count]] for members, count in self._groups
-        ]
+        longest = [self.lengths[members[np.arange(count) * len(members) // count]] for members, count in self._groups]
         ordered = np.sort(np.concatenate(longest))[::-1]
         bound = np.minimum(ordered * ((1 + self.jitter) / (1 - self.jitter)), ordered[0])
         starts, place = [], 0
@@ -135,6 +134,10 @@ class BucketingSampler:
             raise ValueError(f"position must not be negative, not {position}.")
         epoch, place = divmod(position, self.batches_per_epoch)
         return epoch, self.plan(epoch)[place]
+
+    def digest(self, position: int) -> str:
+        """Eight hexadecimal digits for the utterances of a batch and their order, to compare runs with."""
+        return hashlib.blake2b(self.batch(position)[1].astype("<i8").tobytes(), digest_size=4).hexdigest()
 
     def padding_share(self, epoch: int = 0) -> float:
         """Share of padding in the samples of an epoch's batches, when each batch is padded to its longest row."""

@@ -57,6 +57,8 @@ class MicroBatch(NamedTuple):
 
     inputs: dict[str, torch.Tensor]
     ids: list[str]
+    domains: list[str]
+    """Of each row: speech or audio."""
     num_items: int
     """Encoder frames with any target: what the loss is normalised by, summed over the global batch."""
     num_samples: int
@@ -70,6 +72,7 @@ class Example:
     """One utterance of a batch."""
 
     id: str
+    domain: str
     waveform: np.ndarray  # (samples,), cropped
     time_mask: np.ndarray  # (filter-bank frames,)
     feature_mask: np.ndarray  # (mel bins,)
@@ -102,6 +105,11 @@ def check_tokens(utterances: Sequence[Utterance], stores: Mapping[str, Tokens], 
                 f"{len(missing)} of {len(utterances)} utterances have no {name} tokens in the store: {shown}. "
                 "Tokenise the whole manifest, or leave them out of it."
             )
+
+
+def domain_of(utterance: Utterance) -> str:
+    """Its domain; without one it counts as speech."""
+    return utterance.domain or "speech"
 
 
 def needs_target(name: str, domain: str | None) -> bool:
@@ -188,7 +196,8 @@ class PreTrainingDataset:
             for name in self.stores
             if needs_target(name, utterance.domain)
         }
-        return Example(utterance.id, waveform[start:stop], time_mask, feature_mask, labels)
+        domain = domain_of(utterance)
+        return Example(utterance.id, domain, waveform[start:stop], time_mask, feature_mask, labels)
 
     def collate(self, examples: Sequence[Example]) -> MicroBatch:
         """Filter bank of all rows, padded on the right; masks are padded with False, labels with -100."""
@@ -221,6 +230,7 @@ class PreTrainingDataset:
         return MicroBatch(
             inputs=inputs,
             ids=[example.id for example in examples],
+            domains=[example.domain for example in examples],
             num_items=count_items(inputs),
             num_samples=sum(len(example.waveform) for example in examples),
             num_padded_samples=rows * max(len(example.waveform) for example in examples),
@@ -237,7 +247,7 @@ class PreTrainingDataset:
             name: torch.full_like(tensor, IGNORED) if name.endswith("_labels") else tensor
             for name, tensor in batch.inputs.items()
         }
-        return MicroBatch(inputs=inputs, ids=[], num_items=0, num_samples=0, num_padded_samples=0)
+        return batch._replace(inputs=inputs, ids=[], num_items=0, num_samples=0, num_padded_samples=0)
 
 
 def count_items(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -10,6 +10,7 @@ utilisation (MFU) is what the audio needs, padding and recomputation left out, o
 
 import functools
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -59,6 +60,23 @@ def forward_flops(config: SpearConfig, frames: int, with_heads: bool = True) -> 
         classes = sum(target["num_codebooks"] * target["codebook_size"] for target in _targets(config))
         total += 2 * output_length * config.hidden_size * classes
     return total
+
+
+class FlopCounter:
+    """Of a step: `FLOPS_OF_A_STEP` times the forward passes of utterances; each length is counted once."""
+
+    def __init__(self, config: SpearConfig) -> None:
+        self.config = config
+        self._forward: dict[int, int] = {}
+
+    def __call__(self, frames: Iterable[int]) -> int:
+        """For utterances of so many filter-bank frames."""
+        total = 0
+        for length in frames:
+            if length not in self._forward:
+                self._forward[length] = forward_flops(self.config, length)
+            total += self._forward[length]
+        return FLOPS_OF_A_STEP * total
 
 
 def _targets(config: SpearConfig) -> list[dict]:

@@ -9,8 +9,8 @@ import torch
 
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
-from ..data.bucketing import BucketingSampler
-from ..data.collation import PreTrainingDataset, Tokens, TokenShape
+from ..data.bucketing import BucketingSampler, visiting_rates
+from ..data.collation import PreTrainingDataset, Tokens, TokenShape, domain_of
 from ..data.manifest import Utterance
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
@@ -67,6 +67,7 @@ def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> BucketingSampler
         round(config.data.batch_seconds * SAMPLING_RATE),
         jitter=config.data.length_jitter,
         seed=config.seed,
+        rates=visiting_rates([domain_of(utterance) for utterance in corpus.training], config.data.domain_weights),
     )
 
 

@@ -3,8 +3,8 @@
 
 torch's `fully_shard` is called here rather than by accelerate, whose FSDP plugin is for accelerators only (on the CPU
 it does nothing, so no test could run it) and asks the model for token embeddings. Each layer is gathered when it is
-needed and freed afterwards. Checkpoints hold whole tensors, the same files as without sharding, so a run may be resumed
-with another number of ranks, or without sharding.
+needed and freed afterwards. Checkpoints hold whole tensors, the same files as without sharding, so a run may be
+resumed with another number of ranks, or without sharding.
 """
 
 from typing import Any
@@ -72,6 +72,19 @@ def reduce_whole_gradients(model: nn.Module) -> None:
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat / dist.get_world_size()):
         gradient.copy_(mean)
+
+
+def parameter_norm(model: nn.Module) -> float:
+    """The norm of all parameters, shards of other ranks included."""
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    local = [parameter.to_local() for parameter in parameters if isinstance(parameter, DTensor)]
+    square = nn.utils.get_total_norm(whole).double() ** 2
+    if local:
+        shards = nn.utils.get_total_norm(local).double() ** 2
+        dist.all_reduce(shards)
+        square = square + shards
+    return float(square.sqrt())
 
 
 def gathered(value: Any, keep: bool = True) -> Any:
