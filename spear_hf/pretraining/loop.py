@@ -318,7 +318,7 @@ def train_step(
     sharded = is_sharded(model)
     if stop_requested:
         sums.request_stop()
-    suspects: list[str] = []
+    row_losses: list[torch.Tensor] = []  # of each micro-batch, (rows,)
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
         if sharded:
@@ -330,8 +330,7 @@ def train_step(
             accelerator.backward(output.loss)
         flops = step_flops(batch.inputs["attention_mask"].sum(dim=1).tolist()) if batch.ids else 0
         sums.add(batch, output, output.loss / num_ranks, flops)
-        if not torch.isfinite(output.loss):
-            suspects += batch.ids
+        row_losses.append(output.utterance_statistics[..., 0].sum(dim=(0, 2)))
     if sharded:
         reduce_whole_gradients(model)
     param_norm = parameter_norm(model)
@@ -365,6 +364,8 @@ def train_step(
     if not finite:
         # Where all losses are finite, the gradient of any utterance may be at fault.
         everyone = [utterance for batch in batches for utterance in batch.ids]
+        bad = [not loss.isfinite() for losses, batch in zip(row_losses, batches) for loss in losses[: len(batch.ids)]]
+        suspects = [utterance for utterance, is_bad in zip(everyone, bad) if is_bad]
         record["skipped"] = ids_by_rank(accelerator, suspects) or ids_by_rank(accelerator, everyone)
         logger.warning(
             "Step %d: loss %s, gradient norm %s; no update. %s.",
