@@ -328,7 +328,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert "12: " in output
     assert "batches per epoch" in output
     assert "GB in float32" in output
+    assert re.search(r"^to go +12 steps, 0.0 hours of audio, about 0.0 hours if 1 x CPU reach", output, re.MULTILINE)
+    assert re.search(r"^operations +0\.\d+ TFLOP a step", output, re.MULTILINE)
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_run_that_has_begun_is_of_what_is_left(runs, finished):
+    code, output = call(runs, finished, "max_steps=30", flags=("--dry-run",))
+    assert code == 0
+    assert re.search(r"^to go +18 steps, .* at the pace of the run so far$", output, re.MULTILINE)
 
 
 def test_set_takes_several_values_and_may_be_repeated(tmp_path):

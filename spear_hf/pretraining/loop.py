@@ -40,7 +40,7 @@ from .online_probe import OnlineProbe
 from .optimization import build_optimizer, set_learning_rate
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
-from .setup import build_dataset, build_model, build_sampler, cropped
+from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, parameter_norm, reduce_whole_gradients, shard
 from .signals import StopRequest
 from .targets import prepare_stores
@@ -215,8 +215,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         )
         stop = stack.enter_context(StopRequest())
         model.train()
-        on_bf16 = accelerator.mixed_precision == "bf16"
-        clock = StepClock(peak_flops(accelerator.device, on_bf16) * accelerator.num_processes)
+        peak = peak_flops(accelerator.device, uses_bf16(config.execution))
+        clock = StepClock(peak * accelerator.num_processes)
         step_flops = FlopCounter(bare_model.config)
         for batches in loader:
             clock.data_arrived()
@@ -270,12 +270,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
 def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerator:
     """Devices, ranks, precision and trackers."""
-    precision = config.execution.precision
-    if precision == "auto":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
     accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="bf16" if uses_bf16(config.execution) else "no",
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
     )

@@ -16,7 +16,7 @@ from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import label_ratio
-from .config import ModelConfig, PreTrainingConfig, TargetConfig
+from .config import ExecutionConfig, ModelConfig, PreTrainingConfig, TargetConfig
 from .corpus import Corpus
 
 
@@ -58,6 +58,13 @@ def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> 
     return SpearForPreTraining.from_pretrained(
         config.model.init_from, config=architecture, ignore_mismatched_sizes=True
     )
+
+
+def uses_bf16(config: ExecutionConfig) -> bool:
+    """Whether the forward pass is in bfloat16: as configured, or where the device computes it natively."""
+    if config.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16"
 
 
 def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> BucketingSampler:
