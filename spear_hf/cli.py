@@ -43,6 +43,19 @@ def pretrain(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of `spear-hf pretrain` runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; of one run by default RUN/report, of several needed.")
+    ] = None,
+) -> None:
+    """Draw what runs have recorded, one or several compared: report.md and report.png."""
+    from .pretraining.command import run_report
+
+    raise typer.Exit(run_report(runs, output))
+
+
+@app.command()
 def embed(
     audio: Annotated[
         list[Path], typer.Argument(help="Audio files of any common format and rate, folders, or manifests.")
