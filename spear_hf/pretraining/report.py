@@ -102,7 +102,8 @@ def report_text(runs: Sequence[RunRecord]) -> str:
         "entries; intervals are of 95 %.\n"
     )
     if len(runs) > 1:
-        keys = sorted({key for run in runs[1:] for key in changed_keys(runs[0].config, run.config)} - {"output_dir"})
+        different = {key for run in runs[1:] for key in changed_keys(runs[0].config, run.config)}
+        keys = sorted(different - {"output_dir"})
         rows = [[f"`{key}`", *(str(_look_up(run.config, key)) for run in runs)] for key in keys]
         parts.append("## Settings that differ\n")
         parts.append(_table(["", *(run.name for run in runs)], rows) if rows else "None.\n")
@@ -134,7 +135,7 @@ def _rows(runs: Sequence[RunRecord]) -> list[list[str]]:
             "audio heard",
             lambda run: f"{run.metrics[-1]['hours']:,.2f} hours, {run.metrics[-1]['epoch']:.1f} epochs",
         )
-        yield "time of the steps", lambda run: f"{sum(r['step_seconds'] for r in run.metrics) / 3600:,.2f} hours"
+        yield "time of the steps", lambda run: f"{sum(r['step_seconds'] for r in run.metrics) / 60:,.1f} minutes"
         yield "loss, training", lambda run: _number(run.at_end("loss"))
         for teacher in dict.fromkeys(name for run in runs for name in run.teachers):
             yield from _teacher_rows(teacher, runs)

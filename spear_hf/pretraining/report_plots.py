@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = (ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", GREY)  # Okabe and Ito
 LINES = ("-", "--", ":", "-.")
 COLUMNS = 2
+LEGEND: dict[str, Any] = {"fontsize": 9, "frameon": True, "framealpha": 0.8, "edgecolor": "none"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Curve:
     key: str
     label: str
     source: str = "metrics"
-    """metrics: a running mean; evaluation, probes: joined points."""
+    """metrics: a running mean and, of one run alone, the steps; evaluation, probes: joined points."""
+    smooth: bool = True
+    """Whether a running mean is drawn; not of what changes smoothly."""
     interval: bool = False
     """Whether KEY_low and KEY_high are there."""
     pale: bool = False
@@ -64,10 +67,6 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
                 ],
             )
         )
-        domains = [
-            Curve(f"{name}_masked_accuracy_on_{domain}", f"on {domain}, held out", "evaluation")
-            for domain in ("speech", "audio")
-        ]
         found.append(
             Panel(
                 f"Accuracy on masked frames, {name} tokens",
@@ -75,8 +74,19 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
                 [
                     Curve(f"{name}_masked_accuracy", "training"),
                     Curve(f"{name}_masked_accuracy", "held out", "evaluation"),
-                    *domains,
                     Curve(f"{name}_unigram_accuracy", "unigram, held out", "evaluation", pale=True),
+                ],
+                scale=100,
+            )
+        )
+        found.append(
+            Panel(
+                f"The same by domain, {name} tokens",
+                "Entries predicted correctly (%)",
+                [
+                    Curve(f"{name}_masked_accuracy_on_{domain}", f"{domain}, {place}", source)
+                    for domain in ("speech", "audio")
+                    for place, source in (("training", "metrics"), ("held out", "evaluation"))
                 ],
                 scale=100,
             )
@@ -101,10 +111,10 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
         for key in probes
     ]
     found += [
-        Panel("Learning rate", "Rate", [Curve("learning_rate", "")]),
+        Panel("Learning rate", "Rate", [Curve("learning_rate", "", smooth=False)]),
         Panel("Norm of the gradient", "Norm, before clipping", [Curve("grad_norm", "")], logarithmic=True),
-        Panel("Norm of the parameters", "Norm", [Curve("param_norm", "")]),
-        Panel("Audio heard", "Hours", [Curve("hours", "")]),
+        Panel("Norm of the parameters", "Norm", [Curve("param_norm", "", smooth=False)]),
+        Panel("Audio heard", "Hours", [Curve("hours", "", smooth=False)]),
         Panel("Pace", "Seconds of audio per second", [Curve("audio_seconds_per_second", "")]),
         Panel(
             "Use of the time",
@@ -116,7 +126,7 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
             ],
             scale=100,
         ),
-        Panel("Memory", "MB", [Curve("memory_mb", "")]),
+        Panel("Memory", "GB", [Curve("memory_mb", "", smooth=False)], scale=1e-3),
     ]
     return [
         panel
@@ -177,9 +187,9 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
             look: dict[str, Any] = {"color": colour, "label": label, "linewidth": 1.8}
             look["linestyle"] = LINES[place % len(LINES)] if several or curve.pale else "-"
             if curve.source == "metrics":
-                if not several:
+                if curve.smooth and not several:
                     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
-                axes.plot(steps, running_mean(values), **look)
+                axes.plot(steps, running_mean(values) if curve.smooth else values, **look)
             else:
                 axes.plot(steps, values, marker="" if curve.pale else "o", ms=5, mec="white", **look)
             if curve.interval:
@@ -195,7 +205,7 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
     elif panel.scale == 100 or panel.unit == "Hours":
         axes.set_ylim(bottom=0)
     if len(drawn) > 1:
-        legend = axes.legend(fontsize=9)
+        legend = axes.legend(**LEGEND)
         if len(runs) > 1:
             for line in legend.get_lines():
                 line.set_color(GREY)  # the colour is the run's
@@ -223,4 +233,4 @@ def _draw_codebooks(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> No
     axes.set_xticks(np.arange(1, place + 1, max(1, place // 8)))
     axes.set_ylim(bottom=0)
     if len(panel.by_codebook) > 1:
-        axes.legend(fontsize=9)
+        axes.legend(**LEGEND)
