@@ -4,9 +4,11 @@
 Compared are weights, optimiser state, evaluations and the metrics without `TIMING_FIELDS`.
 """
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from spear_hf.pretraining.checkpoints import CheckpointFolder, verify
 
 from .conftest import ROOT
-from .pretraining_runs import Runs, assert_same_run, has_steps, kill, metrics, wait_for
+from .pretraining_runs import Runs, assert_same_run, free_port, has_steps, kill, metrics, wait_for
 
 
 STEPS = 20
@@ -170,6 +172,50 @@ def test_a_full_file_system_leaves_the_last_good_checkpoint(runs, finished, tmp_
     )
     assert "could not be written" in done.stderr, done.stderr
     assert f"exit 1 {tmp_path / 'disk/run/checkpoints/step-00000005'}" in done.stdout
+
+
+@pytest.mark.slow
+def test_launchers(runs, two_ranks):
+    """Started by torchrun, stopped by the SIGTERM that a scheduler sends it, and ended by accelerate launch."""
+    output = runs.folder / "launched"
+    command = ["-m", "spear_hf.cli", "pretrain", "--config", "tiny", "--set", *runs.overrides(output)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def launch(launcher: list[str], *more: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", *launcher, *command, *more],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    first = launch(torchrun, "execution.num_workers=1")
+    has_two = has_steps(output, 2)
+    deadline = time.monotonic() + 120
+    while not has_two():
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    first.terminate()
+    messages = first.communicate(timeout=120)[1]
+    assert first.returncode != 0
+    assert "Stopped by SIGTERM" in messages
+    last = metrics(output)[-1]["step"]
+    assert last < STEPS
+    assert checkpoints(output)[-1] == last
+    accelerate = [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+    ]
+    second = launch([*accelerate, "--dynamo_backend=no", f"--main_process_port={free_port()}"], "--resume")
+    messages = second.communicate(timeout=120)[1]
+    assert second.returncode == 0, messages
+    assert_same_run(output, two_ranks)
 
 
 # Without dropout, whose draws depend on the ranks. The large eps keeps AdamW from making steps of full size of the

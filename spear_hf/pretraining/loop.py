@@ -42,7 +42,7 @@ from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, parameter_norm, reduce_whole_gradients, shard
-from .signals import StopRequest
+from .signals import StopRequest, ignore_stop_signals
 from .targets import prepare_stores
 from .validation import Unigram, Validator
 
@@ -203,6 +203,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             steps,
             sampler=range(progress.step, config.max_steps),
             pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
             **loader_arguments(config.execution.num_workers),
         )
         bar = stack.enter_context(
