@@ -175,8 +175,8 @@ def test_a_full_file_system_leaves_the_last_good_checkpoint(runs, finished, tmp_
 
 
 @pytest.mark.slow
-def test_launchers(runs, two_ranks):
-    """Started by torchrun, stopped by the SIGTERM that a scheduler sends it, and ended by accelerate launch."""
+def test_launchers(runs, finished, two_ranks):
+    """Started by torchrun, stopped by the SIGTERM that a scheduler sends to all, and resumed; accelerate launch."""
     output = runs.folder / "launched"
     command = ["-m", "spear_hf.cli", "pretrain", "--config", "tiny", "--set", *runs.overrides(output)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -205,17 +205,16 @@ def test_launchers(runs, two_ranks):
     last = metrics(output)[-1]["step"]
     assert last < STEPS
     assert checkpoints(output)[-1] == last
-    accelerate = [
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        "--num_machines=1",
-        "--mixed_precision=no",
-    ]
-    second = launch([*accelerate, "--dynamo_backend=no", f"--main_process_port={free_port()}"], "--resume")
+    second = launch(torchrun, "--resume")
     messages = second.communicate(timeout=120)[1]
     assert second.returncode == 0, messages
     assert_same_run(output, two_ranks)
+    # On the CPU accelerate starts a single process.
+    alone = runs.folder / "alone"
+    third = launch(["accelerate.commands.launch", "--cpu", "--num_processes=1"], f"output_dir={alone}", "max_steps=3")
+    messages = third.communicate(timeout=120)[1]
+    assert third.returncode == 0, messages
+    assert metrics(alone) == metrics(finished)[:3]
 
 
 # Without dropout, whose draws depend on the ranks. The large eps keeps AdamW from making steps of full size of the

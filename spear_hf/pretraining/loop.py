@@ -440,4 +440,7 @@ def write_final(into: Path, model: SpearForPreTraining, extractor: SpearFeatureE
     extractor.save_pretrained(into)
     model.spear.save_pretrained(into / "encoder")
     extractor.save_pretrained(into / "encoder")
-    write_run_card(into, folder.final, model)
+    try:
+        write_run_card(into, folder.final, model)
+    except ValueError as error:  # records that were lost do not cost the model
+        logger.warning("The model gets no card: %s", error)
