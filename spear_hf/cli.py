@@ -33,8 +33,9 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder by masked prediction of tokens.
 
-    On several GPUs: `accelerate launch -m spear_hf.cli pretrain ...`. Exit code 0: finished. 75: stopped by SIGTERM,
-    SIGUSR1 or Ctrl-C after saving; --resume goes on. 1: an error, printed.
+    On several GPUs: `torchrun --nproc-per-node 8 -m spear_hf.cli pretrain ...`, or `accelerate launch` in place of
+    torchrun; on several nodes with their options for that, and output_dir on a disk that all nodes share. Exit code 0:
+    finished. 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C after saving; --resume goes on. 1: an error, printed.
     """
     from .pretraining.command import run_pretraining
 

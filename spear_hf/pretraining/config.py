@@ -64,7 +64,7 @@ class TargetConfig:
     student is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
 
     store: str | None = None
-    """Folder of a token store, as `spear-hf tokenize` writes it, with the tokens of every utterance."""
+    """A token store, as `spear-hf tokenize` writes it, with the tokens of every utterance (`TokenStore.open`)."""
 
     tokenizer: str | None = None
     """Folder of a tokenizer, as `spear-hf quantize` writes it; the first start tokenises into OUTPUT/tokens."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -234,10 +234,10 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 stop.received is not None,
             )
             record["epoch"] = progress.step / sampler.batches_per_epoch
-            record["batch"] = sampler.digest(progress.step - 1)
             record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE, record.pop("flops")))
             record["memory_mb"] = round(memory_mb(accelerator.device), 1)
             if files:
+                record["batch"] = sampler.digest(progress.step - 1)
                 files["metrics"].write(record)
                 accelerator.log(numbers(record, "training"), step=progress.step)
             bar.update()
@@ -246,8 +246,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 raise NonFiniteLossError(
                     f"The loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
                     f"{progress.step}; their ranks and utterances are under 'skipped' in {folder.metrics}. Look at "
-                    "these, or "
-                    "lower optimizer.learning_rate. --resume continues from the last checkpoint."
+                    "these, or lower optimizer.learning_rate. --resume continues from the last checkpoint."
                 )
             last = progress.step == config.max_steps
             if config.logging.validate_every and (progress.step % config.logging.validate_every == 0 or last):
@@ -376,19 +375,14 @@ def train_step(
 
 def ids_by_rank(accelerator: Accelerator, ids: list[str]) -> list[dict[str, Any]]:
     """The rank and the utterances of every rank that has any."""
-    gathered_ids: list[list[str]] = [ids]
-    if accelerator.num_processes > 1:
-        gathered_ids = [[] for _ in range(accelerator.num_processes)]
-        torch.distributed.all_gather_object(gathered_ids, ids)
-    return [{"rank": rank, "utterances": part} for rank, part in enumerate(gathered_ids) if part]
+    parts = gather_object([{"rank": accelerator.process_index, "utterances": ids}])
+    return [part for part in parts if part["utterances"]]
 
 
 def latest_checkpoint(accelerator: Accelerator, checkpoints: CheckpointFolder) -> Path | None:
     """The newest whole checkpoint, found by the first rank, as finding it reads all its bytes."""
     found = [checkpoints.latest() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
+    return broadcast_object_list(found)[0]
 
 
 def whole_model(accelerator: Accelerator, model: SpearForPreTraining) -> SpearForPreTraining | None:
