@@ -312,6 +312,8 @@ def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
         ("data.split=train", "data.split=train is not in"),
         ("data.min_seconds=40 data.max_seconds=40 data.batch_seconds=40", "No utterance of .* is left to train on"),
         ("model.size=large", "hidden_size"),
+        ("execution.sharding=fsdp", "needs two or more ranks"),
+        ("logging.probe_every=1 logging.probe_manifest=bundled logging.probes=[words]", "probe words has 0 labelled"),
     ],
 )
 def test_wrong_settings_are_errors_before_the_first_step(runs, finished, tmp_path, override, message):
