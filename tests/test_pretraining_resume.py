@@ -94,7 +94,7 @@ def test_killed_inside_a_save(runs, finished):
         output = runs.folder / f"inside-{attempt}"
         process = runs.start(output)
         folder = output / "checkpoints"
-        wait_for(lambda folder=folder: (folder / "step-00000010.partial").is_dir(), process, pause=0)
+        wait_for(lambda folder=folder: (folder / "step-00000010.partial").is_dir(), process, pause=5e-4)
         kill([process])
         if (folder / "step-00000010.partial").is_dir():
             break
@@ -250,18 +250,29 @@ def test_two_ranks_learn_what_one_would(runs, plain):
     assert_same_training(output, plain, tolerance=1e-6)
 
 
-def test_sharded_ranks_learn_what_one_would_and_resume_exactly(runs, plain):
-    output, killed = runs.folder / "sharded", runs.folder / "sharded-killed"
-    sharded = (*PLAIN, "execution.sharding=fsdp", "execution.batch_seconds_per_device=2.5")  # accumulates, too
-    runs.run_ranks(output, *sharded)
-    assert_same_training(output, plain, tolerance=1e-6)
-    processes = runs.start_ranks(killed, *sharded)
-    wait_for(has_steps(killed, 7), processes[0])
+SHARDED = (*PLAIN, "execution.sharding=fsdp", "execution.batch_seconds_per_device=2.5")  # accumulates, too
+
+
+@pytest.fixture(scope="module")
+def sharded(runs) -> Path:
+    output = runs.folder / "sharded"
+    runs.run_ranks(output, *SHARDED)
+    return output
+
+
+def test_sharded_ranks_learn_what_one_would(sharded, plain):
+    assert_same_training(sharded, plain, tolerance=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_resume_exactly_and_their_files_serve_one_rank(runs, sharded, plain):
+    output = runs.folder / "sharded-killed"
+    processes = runs.start_ranks(output, *SHARDED)
+    wait_for(has_steps(output, 7), processes[0])
     kill(processes)
-    runs.run_ranks(killed, *sharded, resume=True)
-    assert_same_run(killed, output)
-    # The same files as without sharding: one rank goes on with them.
+    runs.run_ranks(output, *SHARDED, resume=True)
+    assert_same_run(output, sharded)
     for step in (15, 20):
-        shutil.rmtree(killed / "checkpoints" / f"step-{step:08d}")
-    assert runs.run(killed, *PLAIN, resume=True) == 0, runs.log(killed)
-    assert_same_training(killed, plain, tolerance=1e-6)
+        shutil.rmtree(output / "checkpoints" / f"step-{step:08d}")
+    assert runs.run(output, *PLAIN, resume=True) == 0, runs.log(output)
+    assert_same_training(output, plain, tolerance=1e-6)
