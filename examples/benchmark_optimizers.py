@@ -68,11 +68,11 @@ def num_bytes(state: Any) -> int:
 def benchmark(model: SpearForPreTraining, repeats: int) -> list[dict[str, Any]]:
     """One row for each optimiser and one for the average."""
     device = next(model.parameters()).device
-    optimizers, average = contenders(model), RunningAverage(model, every=1)
+    optimizers, average = contenders(model), RunningAverage(every=1)
     steps = iter(range(1, 1_000_000))
     calls: dict[str, tuple[Callable[[], Any], int]] = {
         **{name: (optimizer.step, PERIOD) for name, optimizer in optimizers.items()},
-        "RunningAverage sample": (lambda: average.update(next(steps)), 1),
+        "RunningAverage sample": (lambda: average.update(next(steps), model.state_dict()), 1),
     }
     measured: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):

@@ -47,13 +47,27 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder by masked prediction of tokens.
 
-    On several GPUs: `accelerate launch -m spear_hf.cli pretrain ...`. Exit code 0: finished. 75: stopped by SIGTERM,
-    SIGUSR1 or Ctrl-C after saving; --resume goes on. 1: an error, printed.
+    On several GPUs: `torchrun --nproc-per-node 8 -m spear_hf.cli pretrain ...`, or `accelerate launch` in place of
+    torchrun; on several nodes with their options for that, and output_dir on a disk that all nodes share. Exit code 0:
+    finished. 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C after saving; --resume goes on. 1: an error, printed.
     """
     from .pretraining.command import run_pretraining
 
     # Of `--set a=1 b=2` the option takes a=1, and what follows arrives as extra arguments.
     raise typer.Exit(run_pretraining(config, [*(overrides or []), *context.args], resume=resume, dry_run=dry_run))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of `spear-hf pretrain` runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; of one run by default RUN/report, of several needed.")
+    ] = None,
+) -> None:
+    """Draw what runs have recorded, one or several compared: report.md and report.png."""
+    from .pretraining.command import run_report
+
+    raise typer.Exit(run_report(runs, output))
 
 
 @app.command()

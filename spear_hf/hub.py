@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
-from .hub_card import write_card
+from .hub_card import is_generated, write_card
 from .hub_checks import check_card, check_loads, check_no_machine_paths
 from .hub_staging import CARD, is_replaced, stage
 
@@ -48,7 +48,7 @@ def publish(
     """Publishes the model in `folder` as `repo_id` in one commit, after checking that it loads and runs.
 
     `folder` is what `save_pretrained` writes, or a checkpoint with the published names, which is converted; it is not
-    changed. Without a README.md it gets a card that states what the model is and, for the final model of a
+    changed. Without a README.md of your own it gets a card that states what the model is and, for the final model of a
     pre-training run, what that run recorded. The repository, and the branch `revision`, are made if need be. Weights,
     configurations and code of an earlier version that are no longer there are removed in the same commit. `with_code`
     adds the model code, so that `trust_remote_code=True` loads the model where this package is not installed.
@@ -65,7 +65,8 @@ def publish(
         staged = Path(place)
         left_out = stage(source, staged, with_code)
         check_no_machine_paths(staged, source)
-        notes = check_card(staged / CARD) if (staged / CARD).is_file() else None
+        own_card = (staged / CARD).is_file() and not is_generated(staged / CARD)
+        notes = check_card(staged / CARD) if own_card else None
         model = check_loads(staged, source)
         if notes is None:
             write_card(staged, source, model, repo_id, with_code)

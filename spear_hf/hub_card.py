@@ -5,6 +5,7 @@ The only figures are those of the configuration, of the weights, and of the reco
 folder is the final model of such a run. They go through `evaluation.card`, which refuses a figure that is not there.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ _LIMITS = """
 The publisher has not stated which audio the model was trained on, nor what it may be used for. Nothing but what stands
 above was measured for this card.
 """
+
+
+# In a card that a run wrote for itself: publishing writes it anew, with the repository's name.
+GENERATED = (
+    "<!-- Written by spear-hf pretrain; spear-hf publish writes it anew. Remove this line to keep your edits. -->"
+)
+
+
+def write_run_card(folder: Path, final: Path, model: SpearPreTrainedModel) -> None:
+    """The card of a finished run in `folder`, which is to become its folder `final`."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", final.resolve().parent.name).strip("-.") or "spear"
+    write_card(folder, final, model, f"OWNER/{name}", with_code=False)
+    card = folder / CARD
+    card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{GENERATED}\n", encoding="utf-8")
+
+
+def is_generated(card: Path) -> bool:
+    """Whether the card is one that `write_run_card` wrote."""
+    return GENERATED in card.read_text(encoding="utf-8")
 
 
 def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id: str, with_code: bool) -> None:

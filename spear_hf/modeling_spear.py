@@ -88,6 +88,11 @@ class SpearForPreTrainingOutput(ModelOutput):
     statistics (`torch.FloatTensor` of shape `(num_teachers, 2, 3)`, *optional*):
         Per teacher (speech, audio, then others by name), on masked (0) and unmasked (1) frames: the sum of the frames'
         losses, the sum of their accuracies and their number. Sums of these over batches and ranks give exact means.
+    utterance_statistics (`torch.FloatTensor` of shape `(num_teachers, batch_size, 2, 3)`, *optional*):
+        The same for every utterance.
+    codebook_statistics (`torch.FloatTensor` of shape `(num_codebooks, 2)`, *optional*):
+        Per codebook, those of all teachers one after the other: how many entries of masked frames are predicted
+        correctly, and how many there are.
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         The encoder's output.
     attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -102,6 +107,8 @@ class SpearForPreTrainingOutput(ModelOutput):
     audio_masked_accuracy: torch.FloatTensor | None = None
     audio_unmasked_accuracy: torch.FloatTensor | None = None
     statistics: torch.FloatTensor | None = None
+    utterance_statistics: torch.FloatTensor | None = None
+    codebook_statistics: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -1061,51 +1068,59 @@ class SpearForPreTraining(SpearHeadModel):
 
     def _codebook_statistics(
         self, name: str, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, `(2, 3)`.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, and by codebook.
 
         hidden_states `(batch, frames, dim)`, labels `(batch, frames, codebooks)` with -100 ignored, masked
-        `(batch, frames)`. Logits exist for `LOGITS_AT_ONCE` at a time, in the backward pass too, which computes them
-        again (2 % of the base encoder's work): kept for a batch of 600 s they would take 1.6 GB in float32.
+        `(batch, frames)`. Returns `(batch, 2, 3)`, masked frames first, and, of the masked frames, the correct and all
+        entries of each codebook, `(codebooks, 2)`. Logits exist for `LOGITS_AT_ONCE` at a time, in the backward pass
+        too, which computes them again: kept for a batch of 600 s they would take 1.6 GB in float32.
         """
         has_target = (labels != -100).any(dim=-1)  # (batch, frames)
         masked = torch.zeros_like(has_target) if masked is None else masked
+        groups = torch.stack([has_target & masked, has_target & ~masked], dim=1)  # (batch, 2, frames)
+        places = None
         if not torch.compiler.is_compiling():  # logits of frames without a target are never computed
-            hidden_states, labels, masked = hidden_states[has_target], labels[has_target], masked[has_target]
-            has_target = torch.ones_like(masked)
+            places = has_target
+            hidden_states, labels, masked = hidden_states[places], labels[places], masked[places]
         hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten(0, -2)  # (n, dim), (n, codebooks)
-        masked, has_target = masked.flatten(), has_target.flatten()
 
-        frames_at_once = max(1, LOGITS_AT_ONCE // self.prediction_heads[name].out_features)
-        rows = [tensor.split(frames_at_once) for tensor in (hidden_states, labels, masked, has_target)]
-        sums = hidden_states.new_zeros(2, 3, dtype=torch.float32)
-        for chunk in zip(*rows):
-            if len(rows[0]) > 1 and torch.is_grad_enabled():
-                sums = sums + checkpoint(
-                    self._chunk_statistics, name, *chunk, use_reentrant=False, preserve_rng_state=False
+        at_once = max(1, LOGITS_AT_ONCE // self.prediction_heads[name].out_features)
+        chunks = list(zip(*(tensor.split(at_once) for tensor in (hidden_states, labels, masked.flatten()))))
+        parts = []
+        for chunk in chunks:
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                parts.append(
+                    checkpoint(self._frame_statistics, name, *chunk, use_reentrant=False, preserve_rng_state=False)
                 )
             else:
-                sums = sums + self._chunk_statistics(name, *chunk)
-        return sums
+                parts.append(self._frame_statistics(name, *chunk))
+        sums = torch.cat([rows for rows, _ in parts])  # (n, 3)
+        if places is None:
+            sums = sums.unflatten(0, has_target.shape)
+        else:
+            sums = sums.new_zeros(*has_target.shape, 3).masked_scatter(places[..., None], sums)
+        # No matrix product, which autocast would make of half precision: counts above 256 would be rounded.
+        sums = (groups[..., None] * sums[:, None]).sum(dim=2)  # (batch, 2, 3)
+        return sums, sum(entries for _, entries in parts)
 
-    def _chunk_statistics(
-        self,
-        name: str,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        masked: torch.Tensor,
-        has_target: torch.Tensor,
-    ) -> torch.Tensor:
-        """`_codebook_statistics` of frames `(n, dim)`, `(n, codebooks)`, `(n,)` and `(n,)`."""
+    def _frame_statistics(
+        self, name: str, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, accuracy and 1 of each frame, `(n, 3)`, and the entries of those that are masked, as above.
+
+        hidden_states `(n, dim)`, labels `(n, codebooks)`, masked `(n,)`.
+        """
         codebook_size = self.config.pretraining_targets[name]["codebook_size"]
         logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size)).float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         known = labels != -100
+        correct = (logits.argmax(dim=-1) == labels) & known  # (n, codebooks)
         per_frame = known.sum(dim=-1).clamp(min=1)
         losses = losses.unflatten(0, labels.shape).sum(dim=-1) / per_frame  # (n,)
-        correct = ((logits.argmax(dim=-1) == labels) & known).sum(dim=-1) / per_frame
-        groups = torch.stack([has_target & masked, has_target & ~masked]).to(losses.dtype)  # (2, n)
-        return groups @ torch.stack([losses, correct, torch.ones_like(losses)], dim=-1)
+        sums = torch.stack([losses, correct.sum(dim=-1) / per_frame, torch.ones_like(losses)], dim=-1)
+        entries = torch.stack([correct, known], dim=-1) & masked[:, None, None]  # (n, codebooks, 2)
+        return sums, entries.sum(dim=0).to(losses.dtype)
 
     def _check_labels(self, name: str, labels: torch.Tensor, frames: int) -> None:
         target = self.config.pretraining_targets.get(name)
@@ -1174,17 +1189,20 @@ class SpearForPreTraining(SpearHeadModel):
         frames = hidden_states.shape[1]
         masked = self._masked_output_frames(mask_time_indices, frames)
         alpha = self.config.masked_loss_weight
-        statistics, loss = [], hidden_states.new_zeros((), dtype=torch.float32)
+        statistics, codebooks, loss = [], [], hidden_states.new_zeros((), dtype=torch.float32)
         for name, tokens in labels.items():
             self._check_labels(name, tokens, frames)
         for name in self.prediction_heads:
             if name not in labels:
-                statistics.append(loss.new_zeros(2, 3))
+                statistics.append(loss.new_zeros(hidden_states.shape[0], 2, 3))
+                codebooks.append(loss.new_zeros(self.config.pretraining_targets[name]["num_codebooks"], 2))
                 continue
-            sums = self._codebook_statistics(name, hidden_states, labels[name], masked)
+            utterances, entries = self._codebook_statistics(name, hidden_states, labels[name], masked)
+            sums = utterances.sum(dim=0)  # (2, 3)
             weight = self.config.pretraining_targets[name]["weight"]
             loss = loss + weight * (alpha * sums[0, 0] + (1.0 - alpha) * sums[1, 0])
-            statistics.append(sums.detach())
+            statistics.append(utterances.detach())
+            codebooks.append(entries)
             losses, correct, counts = sums.detach().unbind(dim=-1)
             if name in ("speech", "audio"):
                 result[f"{name}_loss"] = losses.sum() / counts.sum()
@@ -1193,7 +1211,9 @@ class SpearForPreTraining(SpearHeadModel):
             has_target = torch.stack([(tokens != -100).any(dim=-1) for tokens in labels.values()]).any(dim=0)
             num_items_in_batch = has_target.sum().clamp(min=1)
         result.loss = loss / num_items_in_batch
-        result.statistics = torch.stack(statistics)
+        result.utterance_statistics = torch.stack(statistics)
+        result.statistics = result.utterance_statistics.sum(dim=1)
+        result.codebook_statistics = torch.cat(codebooks)
         return result
 
 

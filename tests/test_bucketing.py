@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear_hf.data.bucketing import BucketingSampler, crop_window, split_batch
+from spear_hf.data.bucketing import BucketingSampler, crop_window, split_batch, visiting_rates
 
 
 SECOND = 16000
@@ -101,3 +101,39 @@ def test_crops_lie_on_the_grid_and_reach_everywhere():
     assert {start for start, _ in windows} == set(range(0, 5001, 640))
     assert crop_window(16000, 16000, 640, 0, 0, "a") == (0, 16000)
     assert crop_window(21000, 16000, 640, 1, 2, "a") == crop_window(21000, 16000, 640, 1, 2, "a")
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 2.5, 3.7])
+def test_domains_are_heard_by_their_weights(lengths, weight):
+    domains = np.array(["audio" if number % 5 == 0 else "speech" for number in range(len(lengths))])
+    rates = visiting_rates(domains, {"audio": weight})
+    sampler = BucketingSampler(lengths, 31 * SECOND, jitter=0.1, rates=rates)
+    epochs = 40
+    counts = np.zeros(len(lengths), dtype=int)
+    for epoch in range(epochs):
+        batches = sampler.plan(epoch)
+        assert len(batches) == sampler.batches_per_epoch
+        assert all(len(batch) * lengths[batch].max() <= 31 * SECOND for batch in batches)
+        heard = np.concatenate(batches)
+        assert len(np.unique(heard)) == len(heard)  # none twice in an epoch
+        counts[heard] += 1
+    assert (counts[domains == "audio"] == epochs).all()
+    share = counts[domains == "speech"] / epochs
+    assert share.mean() == pytest.approx(1 / weight, abs=0.005)
+    assert share.max() - share.min() <= 1 / epochs + 1e-9  # evenly: no utterance is favoured
+    padding = np.mean([sampler.padding_share(epoch) for epoch in range(5)])
+    assert padding <= 0.1
+
+
+def test_weights_of_one_change_nothing(lengths):
+    plain = BucketingSampler(lengths, 60 * SECOND, seed=3)
+    weighted = BucketingSampler(lengths, 60 * SECOND, seed=3, rates=visiting_rates(["speech"] * len(lengths), {}))
+    for epoch in range(3):
+        for one, other in zip(plain.plan(epoch), weighted.plan(epoch), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_wrong_rates_are_refused(lengths):
+    for rates in (np.zeros(len(lengths)), np.ones(3), np.full(len(lengths), 1.5)):
+        with pytest.raises(ValueError, match="rates must hold"):
+            BucketingSampler(lengths, 60 * SECOND, rates=rates)

@@ -198,6 +198,41 @@ def test_pretraining_loss_is_asymmetric(alpha):
     assert torch.allclose(doubled.loss * 2, output.loss)
 
 
+@torch.no_grad()
+def test_pretraining_statistics_of_utterances_and_codebooks_are_exact():
+    model = tiny_model(SpearForPreTraining)
+    values = inputs(SpearForPreTraining, labels=True)
+    values["audio_labels"][:2] = -100
+    values["speech_labels"][2, 3, 0] = -100
+    output = model(**values)
+    assert torch.equal(output.utterance_statistics.sum(dim=1), output.statistics)
+    assert output.utterance_statistics[1, :2].count_nonzero() == 0  # no audio targets
+    expected = []
+    for name in ("speech", "audio"):
+        labels, books = values[f"{name}_labels"], model.config.pretraining_targets[name]["num_codebooks"]
+        predicted = model.prediction_heads[name](output.last_hidden_state).unflatten(-1, (books, -1)).argmax(dim=-1)
+        masked = model._masked_output_frames(values["mask_time_indices"], STATES)
+        for row in range(3):
+            alone = {key: value[row : row + 1] for key, value in values.items()}
+            counts = model(**alone).statistics[:, :, 2]
+            assert torch.equal(output.utterance_statistics[:, row, :, 2], counts)
+        known = (labels != -100) & masked[..., None]
+        hits = (predicted == labels) & known
+        expected += [[int(hits[..., book].sum()), int(known[..., book].sum())] for book in range(books)]
+    assert output.codebook_statistics.tolist() == expected
+
+
+@torch.no_grad()
+def test_pretraining_counts_are_exact_under_autocast():
+    model = tiny_model(SpearForPreTraining)
+    values = inputs(SpearForPreTraining, labels=True)
+    many = {key: value.repeat_interleave(41, dim=0) for key, value in values.items()}  # counts that bfloat16 rounds
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**many)
+    assert torch.equal(output.statistics[..., 2], model(**many).statistics[..., 2])
+    assert output.statistics[0, :, 2].sum() == 123 * STATES
+
+
 def test_pretraining_loss_matches_the_golden_head():
     """Per-element losses of the reference's independent-codebook head."""
     head = load_file(FIXTURES / "golden_mvq" / "head.safetensors")
@@ -207,7 +242,8 @@ def test_pretraining_loss_matches_the_golden_head():
     model = SpearForPreTraining(config)
     model.prediction_heads["speech"].weight.data = head["weight"].flatten(0, 1)
     model.prediction_heads["speech"].bias.data = head["bias"].flatten()
-    sums = model._codebook_statistics("speech", head["p"], head["ix"], None)
+    utterances, _ = model._codebook_statistics("speech", head["p"], head["ix"], None)
+    sums = utterances.sum(dim=0)
     known = head["ix"] != -100
     expected = (head["loss"] * known).sum(-1) / known.sum(-1).clamp(min=1)
     assert torch.allclose(sums[1, 0], expected.sum(), rtol=1e-5)

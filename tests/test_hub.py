@@ -18,7 +18,7 @@ from transformers import Wav2Vec2CTCTokenizer
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearModel, SpearProcessor
 from spear_hf.hub import publish
-from spear_hf.hub_card import write_card
+from spear_hf.hub_card import write_card, write_run_card
 from spear_hf.hub_checks import check_card
 from spear_hf.hub_staging import AUTO_CLASSES, CODE_FILES, MODEL_CLASSES, stage
 from spear_hf.mvq import MultiCodebookQuantizer
@@ -253,6 +253,25 @@ def test_the_card_of_a_run_states_what_it_recorded(folders, tmp_path):
     (run / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"cannot state it"):
         card_of(run / "final", tmp_path / "empty")
+
+
+def test_a_card_that_a_run_wrote_is_written_anew_and_an_edited_one_is_kept(folders, tmp_path):
+    folder = tmp_path / "run one" / "final"
+    shutil.copytree(folders["second"], folder)
+    model = SpearModel.from_pretrained(folder)
+    write_run_card(folder, folder, model)
+    card = folder / "README.md"
+    assert 'from_pretrained("OWNER/run-one")' in card.read_text(encoding="utf-8")
+    names = ("someone/a", "someone/a-longer-name")
+
+    def sizes() -> list[int]:
+        return [publish(folder, name, dry_run=True).files["README.md"] for name in names]
+
+    short, long = sizes()
+    assert long - short == 3 * (len(names[1]) - len(names[0]))  # the title and two lines of code
+    kept = "\n".join(line for line in card.read_text(encoding="utf-8").splitlines() if "spear-hf publish" not in line)
+    card.write_text(kept, encoding="utf-8")
+    assert sizes() == [len(kept.encode())] * 2
 
 
 def card_of(source: Path, staged: Path) -> str:

@@ -26,14 +26,36 @@ from spear_hf.pretraining.setup import build_model
 
 
 def test_the_shipped_names():
-    assert shipped_configs() == ["base-speech", "base-speech-audio", "tiny"]
+    papers = [f"{size}-{domains}" for size in ("base", "large", "xlarge") for domains in ("speech", "speech-audio")]
+    assert shipped_configs() == sorted([*papers, "base-one-gpu", "tiny"])
 
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_config_loads_and_survives_yaml(name):
     config = load_config(name)
     assert build(PreTrainingConfig, yaml.safe_load(yaml.safe_dump(to_plain(config)))) == config
-    assert set(config.targets) == ({"speech", "audio"} if name.endswith("audio") else {"speech"})
+    assert set(config.targets) == ({"speech"} if name.endswith("speech") or name == "tiny" else {"speech", "audio"})
+    assert config.data.domain_weights == ({"audio": 2.5} if "audio" in config.targets else {})
+    if name != "tiny":
+        with torch.device("meta"):
+            tokens = {"speech": PlannedTokens(16, 256), "audio": PlannedTokens(8, 256, 25.0)}
+            model = build_model(config, tokens)
+        counted = sum(parameter.numel() for parameter in model.spear.parameters())
+        published = {"base": 93_289_489, "large": 326_951_472, "xlarge": 596_973_362}[name.split("-")[0]]
+        unused = model.config.num_hidden_layers * model.config.hidden_size  # see SpearConfig
+        assert counted == published - unused
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "steps", "hours"),
+    [("base", 8, 400_000, 25e3), ("large", 16, 500_000, 75e3), ("xlarge", 32, 500_000, 75e3)],
+)
+def test_the_papers_runs(size, gpus, steps, hours):
+    for domains in ("speech", "speech-audio"):
+        config = load_config(f"{size}-{domains}")
+        assert (config.model.size, config.max_steps, config.schedule.eden_hours) == (size, steps, hours)
+        assert 4800 <= config.data.batch_seconds <= 6400
+        assert config.execution.batch_seconds_per_device == config.data.batch_seconds / gpus  # no accumulation
 
 
 def test_tiny_has_two_to_three_million_parameters():
@@ -117,6 +139,10 @@ def test_a_target_can_be_removed():
         ("targets.speech.domains=[music]", "targets.speech: domains must be of speech, audio, or null"),
         ("mixing.noise_probability=2", "mixing: noise_probability must lie between 0 and 1"),
         ("mixing.token_second=music", "mixing.token_second='music' must be one of 'speech', 'any'"),
+        ("data.domain_weights.music=2", "domain_weights.music=2.0: weights of speech and audio must be positive"),
+        ("data.domain_weights.audio=0", "domain_weights.audio=0.0"),
+        ("logging.probe_every=5", "probe_every needs probe_manifest"),
+        ("execution.sharding=ddp", "must be one of 'none', 'fsdp'"),
         ("max_steps", "must have the form key=value"),
         ("max_steps=[1", "not valid YAML"),
     ],
@@ -143,7 +169,7 @@ def test_an_optimiser_brings_its_own_rate_and_clipping():
 
 
 def test_unknown_names_and_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"neither a file nor a shipped configuration \(base-speech"):
+    with pytest.raises(ValueError, match=r"neither a file nor a shipped configuration \(base-one-gpu"):
         load_config("tinny")
     path = tmp_path / "mine.yaml"
     path.write_text("max_steps: 5\nmodel:\n  size: large\n")

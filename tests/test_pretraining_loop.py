@@ -1,25 +1,17 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whole runs in processes of their own: they learn, and survive signals, kills, torn checkpoints and bad settings.
-
-The processes come from a fork server that has imported everything once: an interpreter of its own for each would spend
-most of the time on imports.
-"""
+"""Whole runs in processes of their own: what they record and leave behind, signals, and wrong settings."""
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import sys
-import time
-from collections.abc import Callable, Mapping
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -30,96 +22,20 @@ from typer.testing import CliRunner
 from spear_hf.cli import app
 from spear_hf.data.audio import load_audio
 from spear_hf.data.manifest import read_manifest
-from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
+from spear_hf.hub_card import is_generated
+from spear_hf.hub_checks import check_card
+from spear_hf.pretraining.command import INTERRUPTED
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
 
-from .pretraining_corpus import SMALL, write_manifest
+from .pretraining_runs import Runs, assert_same_run, has_steps, metrics, wait_for
 
 
 STEPS = 12
 
 
-def child(overrides: list[str], resume: bool, environment: Mapping[str, str], log: Path) -> None:
-    """Runs in the process that a test starts."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.stderr = log.open("a", buffering=1, encoding="utf-8")
-    sys.exit(run_pretraining("tiny", overrides, resume=resume))
-
-
-class Runs:
-    """Starts runs on the same clips and tokens."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = write_manifest(folder)
-        self.store: Path | None = None
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["spear_hf.pretraining.command", "tests.test_pretraining_loop"])
-
-    def overrides(self, output: Path, *more: str) -> list[str]:
-        tokens = [f"targets.speech.store={self.store}", "targets.speech.teacher=null"] if self.store else []
-        run = [f"output_dir={output}", f"max_steps={STEPS}", "checkpoint_every=4", f"data.manifest={self.manifest}"]
-        return [*SMALL, *run, *tokens, *more]
-
-    def start(self, output: Path, *more: str, resume: bool = False, **environment: str) -> BaseProcess:
-        log = self.folder / f"{output.name}{environment.get('RANK', '')}.log"
-        arguments = (self.overrides(output, *more), resume, environment, log)
-        process = self.context.Process(target=child, args=arguments)
-        process.start()
-        return process
-
-    def run(self, output: Path, *more: str, resume: bool = False) -> int:
-        process = self.start(output, *more, resume=resume)
-        process.join(120)
-        assert process.exitcode is not None, (self.folder / f"{output.name}.log").read_text()
-        return process.exitcode
-
-    def log(self, output: Path) -> str:
-        return (self.folder / f"{output.name}.log").read_text(encoding="utf-8")
-
-
-def metrics(output: Path) -> list[dict]:
-    """The metrics of a run without the fields that no two runs share."""
-    records = read_json_lines(output / "metrics.jsonl")
-    return [{name: value for name, value in record.items() if name not in TIMING_FIELDS} for record in records]
-
-
-def assert_same_run(output: Path, reference: Path) -> None:
-    """Weights, optimiser state, metrics and evaluations, bit for bit."""
-    assert metrics(output) == metrics(reference)
-    assert read_json_lines(output / "evaluation.jsonl") == read_json_lines(reference / "evaluation.jsonl")
-    last = f"checkpoints/step-{STEPS:08d}"
-    for name in (
-        "final/model.safetensors",
-        *(f"{last}/{file}" for file in ("optimizer.pt", "average.pt", "state.json")),
-    ):
-        assert (output / name).read_bytes() == (reference / name).read_bytes(), name
-
-
-def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 60) -> None:
-    """Returns as soon as the condition holds; fails if the process ends before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def has_steps(output: Path, count: int) -> Callable[[], bool]:
-    path = output / "metrics.jsonl"
-    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return Runs(tmp_path_factory.mktemp("runs"), f"max_steps={STEPS}", "checkpoint_every=4")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +59,14 @@ def test_every_step_is_recorded(finished):
         assert 0 <= record["padding_share"] < 0.2
         assert record["batch_seconds"] <= 5
         assert record["grad_norm"] > 0
+        assert record["parameter_norm"] > record["grad_norm"]
+        assert 0 < record["mfu"] < 1
         assert {*TIMING_FIELDS, "learning_rate", "hours", "epoch", "target_frames", "utterances"} <= set(record)
+        assert re.fullmatch("[0-9a-f]{8}", record["batch"])
+        assert np.mean(record["speech_codebook_accuracy"]) == pytest.approx(record["speech_masked_accuracy"])
+        by_domain = [record[f"speech_masked_accuracy_on_{domain}"] for domain in ("speech", "audio")]
+        known = [accuracy for accuracy in by_domain if accuracy is not None]
+        assert min(known) - 1e-9 <= record["speech_masked_accuracy"] <= max(known) + 1e-9
     assert records[-1]["hours"] == pytest.approx(sum(record["batch_seconds"] for record in records) / 3600)
     assert records[-1]["loss"] < records[0]["loss"]
 
@@ -162,6 +85,8 @@ def test_trackers_get_the_same_numbers(finished):
     events.Reload()
     losses = [record["loss"] for record in metrics(finished)]
     assert [event.value for event in events.Scalars("training/loss")] == pytest.approx(losses)
+    codebooks = [record["speech_codebook_accuracy"][1] for record in metrics(finished)]
+    assert [event.value for event in events.Scalars("training/speech_codebook_accuracy/1")] == pytest.approx(codebooks)
     assert [event.step for event in events.Scalars("evaluation/speech_masked_accuracy")] == [10, STEPS]
 
 
@@ -177,6 +102,17 @@ def test_the_end_loads_with_the_auto_classes(runs, finished):
             assert torch.equal(model(**inputs).last_hidden_state, expected)
 
 
+def test_the_end_has_a_card_with_curves(finished):
+    card = finished / "final" / "README.md"
+    assert check_card(card) == ["README.md names no licence: add `license:` to its metadata."]
+    assert is_generated(card)
+    text = card.read_text(encoding="utf-8")
+    assert f"| Steps | {STEPS} |" in text
+    for link in re.findall(r"\]\((plots/[^)]+)\)", text):
+        assert (card.parent / link).stat().st_size > 10_000
+    assert text.count("](plots/") == 2
+
+
 def test_a_checkpoint_is_a_model_folder(finished):
     model = AutoModelForPreTraining.from_pretrained(finished / "checkpoints" / f"step-{STEPS:08d}" / "model")
     for name, tensor in load_file(finished / "final" / "model.safetensors").items():
@@ -187,22 +123,6 @@ def test_the_config_is_kept(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["max_steps"] == STEPS
     assert config["model"]["config"]["hidden_size"] == 32
-
-
-def test_killed_and_resumed_equals_uninterrupted(runs, finished):
-    output = runs.folder / "killed"
-    process = runs.start(output)
-    wait_for(has_steps(output, 6), process)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    steps = [record["step"] for record in metrics(output)]
-    assert 6 <= len(steps) < STEPS, "the run was over before it was killed"
-    with (output / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "lo')  # torn in the middle of a line
-    assert runs.run(output, "execution.num_workers=1", "logging.validate_every=10", resume=True) == 0, runs.log(output)
-    assert "Resuming from" in runs.log(output)
-    assert_same_run(output, finished)
 
 
 # The paper's optimiser, and an average of the weights after steps 7, 8, ..., 12.
@@ -320,17 +240,6 @@ def assert_same_training(output: Path, plain: Path) -> None:
             assert other[name] == pytest.approx(one[name], rel=1e-3), name
 
 
-def test_two_ranks_learn_what_one_would(runs, plain):
-    output = runs.folder / "ranks"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared["ACCELERATE_USE_CPU"] = "true"
-    processes = [runs.start(output, *PLAIN, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert_same_training(output, plain)
-
-
 def test_gradient_accumulation_does_not_change_a_step(runs, plain):
     output = runs.folder / "accumulated"
     assert runs.run(output, *PLAIN, "execution.batch_seconds_per_device=1.5") == 0, runs.log(output)
@@ -361,9 +270,56 @@ def test_a_diverging_run_skips_names_and_stops(runs, finished):
     records = metrics(output)
     assert [("skipped" in record) for record in records[-3:]] == [True] * 3
     assert records[-1]["loss"] is None
+    assert records[-1]["parameter_norm"] == records[-2]["parameter_norm"]  # no update
     ids = {json.loads(line)["id"] for line in runs.manifest.read_text().splitlines()}
-    assert set(records[-1]["skipped"]) <= ids
-    assert len(records[-1]["skipped"]) == records[-1]["utterances"]
+    (part,) = records[-1]["skipped"]
+    assert part["rank"] == 0
+    assert set(part["utterances"]) <= ids
+    assert len(part["utterances"]) == records[-1]["utterances"]
+
+
+def test_a_loud_file_is_skipped_by_name_and_the_run_goes_on(runs, finished, tmp_path):
+    """Finite samples whose power is infinite in float32 give a loss that is really NaN, on the rank that has them."""
+    lines = runs.manifest.read_text().splitlines()
+    loud = json.loads(lines[0]) | {"path": str(tmp_path / "loud.wav"), "sha256": None}
+    noise = np.random.default_rng(0).standard_normal(loud["num_samples"]) * 1e30
+    soundfile.write(loud["path"], noise, loud["sampling_rate"], subtype="FLOAT")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join([json.dumps(loud), *lines[1:]]) + "\n")
+    output = runs.folder / "loud"
+    settings = (f"data.manifest={manifest}", "logging.validate_every=0", "logging.trackers=[]", "max_steps=8")
+    runs.run_ranks(output, *settings)
+    skipped = [record for record in metrics(output) if "skipped" in record]
+    assert 1 <= len(skipped) <= 3  # once an epoch
+    for record in skipped:
+        (part,) = record["skipped"]
+        assert part["utterances"] == [loud["id"]]
+        assert part["rank"] in (0, 1)
+        assert record["loss"] is None
+    assert f"Rank {skipped[-1]['skipped'][0]['rank']}: {loud['id']}." in runs.log(output, rank=0)
+    weights = load_file(output / "final" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_the_encoder_is_probed_as_the_run_goes(runs, finished):
+    output = runs.folder / "probed"
+    settings = ("logging.validate_every=0", "logging.probe_manifest=bundled", "logging.probes=[spoken_words]")
+    assert runs.run(output, *settings, "logging.probe_every=4", "max_steps=6") == 0, runs.log(output)
+    records = read_json_lines(output / "probes.jsonl")
+    assert [record["step"] for record in records] == [4, 6]
+    for record in records:
+        low, value, high = (record[f"spoken_words_accuracy{end}"] for end in ("_low", "", "_high"))
+        assert 0 <= low <= value <= high <= 1
+    losses = [record["loss"] for record in metrics(output)]
+    assert losses == [record["loss"] for record in metrics(finished)][:6]  # probing disturbs nothing
+
+
+def test_domains_are_heard_by_weight(runs, finished):
+    output = runs.folder / "weighted"
+    settings = ("data.domain_weights.audio=2", "logging.validate_every=0", "max_steps=6")
+    assert runs.run(output, *settings) == 0, runs.log(output)
+    assert "16 utterances" in runs.log(output)
+    assert metrics(output)[-1]["epoch"] == 6 / 3  # of all audio and every second utterance of speech
 
 
 def call(runs: Runs, output: Path, *more: str, flags: tuple[str, ...] = ()) -> tuple[int, str]:
@@ -412,6 +368,8 @@ def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
         ("data.split=train", "data.split=train is not in"),
         ("data.min_seconds=40 data.max_seconds=40 data.batch_seconds=40", "No utterance of .* is left to train on"),
         ("model.size=large", "hidden_size"),
+        ("execution.sharding=fsdp", "needs two or more ranks"),
+        ("logging.probe_every=1 logging.probe_manifest=bundled logging.probes=[words]", "probe words has 0 labelled"),
     ],
 )
 def test_wrong_settings_are_errors_before_the_first_step(runs, finished, tmp_path, override, message):
@@ -428,7 +386,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert "12: " in output
     assert "batches per epoch" in output
     assert "GB in float32" in output
+    assert re.search(r"^to go +12 steps, 0.0 hours of audio, about 0.0 hours if 1 x CPU reach", output, re.MULTILINE)
+    assert re.search(r"^operations +0\.\d+ TFLOP a step", output, re.MULTILINE)
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_run_that_has_begun_is_of_what_is_left(runs, finished):
+    code, output = call(runs, finished, "max_steps=30", flags=("--dry-run",))
+    assert code == 0
+    assert re.search(r"^to go +18 steps, .* at the pace of the run so far$", output, re.MULTILINE)
 
 
 def test_set_takes_several_values_and_may_be_repeated(tmp_path):

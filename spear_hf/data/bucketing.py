@@ -4,8 +4,15 @@
 The order of an epoch is a pure function of (seed, epoch), and its number of batches is the same in every epoch, so the
 only state of the sampler is one integer: the number of batches already taken. A batch is global, the work of one
 optimiser step over all ranks; `split_batch` deals it out to ranks and to the micro-batches of one rank, so the number
-of ranks and the memory of a device never change what a step learns from.
+of ranks and the memory of a device never change what a step learns from, and all ranks work on utterances of like
+length at a time without asking each other.
+
+There are no fixed buckets (the paper has 20): utterances are cut into batches along their sorted lengths, so a batch
+is a bucket of its own, and the padding is what `jitter` adds on purpose, where a fixed bucket pads by half its width.
 """
+
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +32,8 @@ class BucketingSampler:
         jitter: more of it mixes the batches better and costs padding of about the same share.
         seed: of the order.
         shuffle: False gives every epoch the same order, longest first (validation).
+        rates: share of the epochs in which each utterance is heard, in (0, 1], alike for many utterances; None: all.
+            See `visiting_rates`.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class BucketingSampler:
         jitter: float = 0.05,
         seed: int = 0,
         shuffle: bool = True,
+        rates: np.ndarray | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.max_batch_samples = int(max_batch_samples)
@@ -52,6 +62,7 @@ class BucketingSampler:
                 f"The longest utterance has {longest} samples, more than a batch may hold ({self.max_batch_samples}): "
                 "raise the seconds of a batch or lower the longest crop (max_seconds)."
             )
+        self._groups = self._group_by_rate(rates)
         self._batch_starts = self._cut_batches()
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
@@ -60,13 +71,40 @@ class BucketingSampler:
         """The same in every epoch."""
         return len(self._batch_starts)
 
+    def _group_by_rate(self, rates: np.ndarray | None) -> list[tuple[np.ndarray, int]]:
+        """Utterances of one rate, longest first, and how many of them an epoch hears; at least one."""
+        rates = np.ones(len(self.lengths)) if rates is None else np.asarray(rates, dtype=np.float64)
+        if rates.shape != self.lengths.shape or not ((rates > 0) & (rates <= 1)).all():
+            raise ValueError("rates must hold a number in (0, 1] for every utterance.")
+        groups = []
+        for rate in np.unique(rates):
+            members = np.flatnonzero(rates == rate)
+            members = members[np.argsort(-self.lengths[members], kind="stable")]
+            groups.append((members, max(1, round(rate * len(members)))))
+        return groups
+
+    def heard(self, epoch: int) -> np.ndarray:
+        """The utterances of an epoch, in no particular order: of a group of n, m evenly spaced along the lengths.
+
+        The place i of the group is heard when (i + epoch) * m / n passes a whole number: exactly m an epoch, each of
+        them in every n/m-th epoch (rounded down or up), and none twice in one.
+        """
+        chosen = []
+        for members, count in self._groups:
+            places = (np.arange(len(members)) + epoch) % len(members)
+            chosen.append(members[(places + 1) * count // len(members) > places * count // len(members)])
+        return np.sort(np.concatenate(chosen))
+
     def _cut_batches(self) -> np.ndarray:
         """First place of each batch in an epoch's sorted sequence, the same for any draw of the random factors.
 
-        At place p the sorted products are at most (p-th longest length) x (1 + jitter), so no utterance from there on
-        is longer than that over (1 - jitter), nor longer than the longest: that many rows always fit.
+        The j-th utterance that an epoch hears of a group of n with m to hear is at best the one at place j * n / m
+        (rounded down): so no epoch's lengths, sorted, exceed the bound's. At place p the sorted products are at most
+        (p-th length of the bound) x (1 + jitter), so no utterance from there on is longer than that over (1 - jitter),
+        nor longer than the longest: that many rows always fit.
         """
-        ordered = np.sort(self.lengths)[::-1]
+        longest = [self.lengths[members[np.arange(count) * len(members) // count]] for members, count in self._groups]
+        ordered = np.sort(np.concatenate(longest))[::-1]
         bound = np.minimum(ordered * ((1 + self.jitter) / (1 - self.jitter)), ordered[0])
         starts, place = [], 0
         while place < len(ordered):
@@ -78,11 +116,12 @@ class BucketingSampler:
         """All batches of an epoch in their order, each an array of utterance indices."""
         if self._planned is not None and self._planned[0] == epoch:
             return self._planned[1]
-        keys = self.lengths.astype(np.float64)
+        heard = self.heard(epoch)
+        keys = self.lengths[heard].astype(np.float64)
         if self.shuffle:
             rng = keyed_generator(self.seed, epoch, "order of utterances")
             keys *= 1 + self.jitter * rng.uniform(-1, 1, len(keys))
-        batches = np.split(np.argsort(-keys, kind="stable"), self._batch_starts[1:])
+        batches = np.split(heard[np.argsort(-keys, kind="stable")], self._batch_starts[1:])
         if self.shuffle:
             rng = keyed_generator(self.seed, epoch, "order of batches")
             batches = [batches[place] for place in rng.permutation(len(batches))]
@@ -96,10 +135,25 @@ class BucketingSampler:
         epoch, place = divmod(position, self.batches_per_epoch)
         return epoch, self.plan(epoch)[place]
 
+    def digest(self, position: int) -> str:
+        """Eight hexadecimal digits for the utterances of a batch and their order, to compare runs with."""
+        return hashlib.blake2b(self.batch(position)[1].astype("<i8").tobytes(), digest_size=4).hexdigest()
+
     def padding_share(self, epoch: int = 0) -> float:
         """Share of padding in the samples of an epoch's batches, when each batch is padded to its longest row."""
         padded = sum(len(batch) * int(self.lengths[batch].max()) for batch in self.plan(epoch))
-        return 1.0 - int(self.lengths.sum()) / padded
+        return 1.0 - int(self.lengths[self.heard(epoch)].sum()) / padded
+
+
+def visiting_rates(domains: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+    """The share of epochs in which each utterance is heard, so that domains are heard in proportion to `weights`.
+
+    The domain of the largest weight is heard whole in every epoch, one of a third of that weight in every third. An
+    epoch is thus one pass over the domain that is repeated most, no utterance comes twice in it, and every repetition
+    has its own crop and masks, which are drawn by epoch. A domain without a weight has 1.
+    """
+    values = np.array([weights.get(domain, 1.0) for domain in domains], dtype=np.float64)
+    return values / values.max()
 
 
 def split_batch(

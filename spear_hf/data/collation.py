@@ -63,6 +63,8 @@ class MicroBatch(NamedTuple):
 
     inputs: dict[str, torch.Tensor]
     ids: list[str]
+    domains: list[str]
+    """Of each row: speech or audio."""
     num_items: int
     """Encoder frames with any target: what the loss is normalised by, summed over the global batch."""
     num_samples: int
@@ -80,6 +82,7 @@ class Example:
     """One utterance of a batch."""
 
     id: str
+    domain: str
     waveform: np.ndarray  # (samples,), cropped and mixed
     time_mask: np.ndarray  # (filter-bank frames,)
     feature_mask: np.ndarray  # (mel bins,)
@@ -137,6 +140,11 @@ def check_tokens(
                     else "Tokenise the whole manifest, or leave them out of it."
                 )
             )
+
+
+def domain_of(utterance: Utterance) -> str:
+    """Its domain; without one it counts as speech."""
+    return utterance.domain or "speech"
 
 
 def needs_target(name: str, domain: str | None, domains: Sequence[str] | None = None) -> bool:
@@ -290,6 +298,7 @@ class PreTrainingDataset:
         noisy = self._noisy(waveform, index, epoch)  # last: its power is measured against all that is heard
         return Example(
             utterance.id,
+            domain_of(utterance),
             waveform if noisy is None else noisy,
             time_mask,
             feature_mask,
@@ -329,6 +338,7 @@ class PreTrainingDataset:
         return MicroBatch(
             inputs=inputs,
             ids=[example.id for example in examples],
+            domains=[example.domain for example in examples],
             num_items=count_items(inputs),
             num_samples=sum(len(example.waveform) for example in examples),
             num_padded_samples=rows * max(len(example.waveform) for example in examples),
@@ -347,7 +357,7 @@ class PreTrainingDataset:
             name: torch.full_like(tensor, IGNORED) if name.endswith("_labels") else tensor
             for name, tensor in batch.inputs.items()
         }
-        return MicroBatch(inputs=inputs, ids=[], num_items=0, num_samples=0, num_padded_samples=0)
+        return batch._replace(inputs=inputs, ids=[], num_items=0, num_samples=0, num_padded_samples=0)
 
 
 def count_items(inputs: Mapping[str, torch.Tensor]) -> int:

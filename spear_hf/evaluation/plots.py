@@ -51,14 +51,16 @@ def styled(draw: Drawn) -> Drawn:
     return cast(Drawn, wrapper)
 
 
-def new_figure(rows: int = 1, size: tuple[float, float] = (7.0, 4.0), **subplots: Any) -> "tuple[Figure, Any]":
-    """A figure with one column of axes, on the canvas that writes PNG."""
+def new_figure(
+    rows: int = 1, size: tuple[float, float] = (7.0, 4.0), columns: int = 1, **subplots: Any
+) -> "tuple[Figure, Any]":
+    """A figure with its axes, on the canvas that writes PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, 1, **subplots)
+    return figure, figure.subplots(rows, columns, **subplots)
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:

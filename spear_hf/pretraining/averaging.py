@@ -1,11 +1,11 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The running average of the weights, which is what is published of a run (paper: sampled every 200 steps).
 
-    average = RunningAverage(model, every=200, start=300_000)
+    average = RunningAverage(every=200, start=300_000)
     for step in ...:                    # 1, 2, ...
         ...                             # an update of the model
-        average.update(step)
-    model.load_state_dict(average.averaged_state())
+        average.update(step, model.state_dict())
+    model.load_state_dict(average.averaged_state(model.state_dict()))
 
 The arithmetic mean of the weights after steps `every`, 2 `every`, ... that come after `start`, all of equal weight.
 What is kept is their sum, so the mean between two checkpoints of a run follows from both: `averaged_state(earlier)`.
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 FORMAT_VERSION = 1
@@ -33,16 +33,14 @@ class RunningAverage:
     """See the module.
 
     Args:
-        model: its state is sampled: parameters and buffers of floating point. Of others the latest value counts.
         every: steps between two samples.
         start: samples are taken after this step. Where it differs from that of a state that is loaded, as in a run
             that is prolonged, the samples of that state stay if any of them is of after `start`, else are dropped.
     """
 
-    def __init__(self, model: nn.Module, every: int = 200, start: int = 0) -> None:
+    def __init__(self, every: int = 200, start: int = 0) -> None:
         if every < 1 or start < 0:
             raise ValueError(f"every={every} must be at least 1 step, and start={start} not negative.")
-        self.model = model
         self.every = every
         self.start = start
         self.samples = 0
@@ -50,11 +48,14 @@ class RunningAverage:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Call after every step (the first is 1), in any case: takes a sample where one is due."""
+    def update(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Takes a sample of a model's `state` after `step` (the first is 1), where one is due.
+
+        Its parameters and buffers of floating point are sampled, as whole tensors.
+        """
         if step <= self.start or step % self.every:
             return
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in state.items():
             if tensor.is_floating_point():
                 if name not in self._sums:
                     self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
@@ -62,14 +63,17 @@ class RunningAverage:
         self.samples += 1
         self._last_step = step
 
-    def averaged_state(self, earlier: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    def averaged_state(
+        self, latest: Mapping[str, Tensor], earlier: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
         """State of the model with averaged weights, in their own data types, on the CPU.
 
         Args:
+            latest: the state of the model as it is now, of which what is not averaged is taken.
             earlier: the `state_dict()` of an earlier checkpoint of the same run: only samples since then count.
 
         ValueError if no samples would remain or if `earlier` is not of the same sequence of samples. Without
-        `earlier`, and with less than `FEWEST_SAMPLES` samples, it is the state of the model as it is now.
+        `earlier`, and with less than `FEWEST_SAMPLES` samples, it is `latest`.
         """
         samples, sums = self.samples, self._sums
         if earlier is not None:
@@ -83,7 +87,7 @@ class RunningAverage:
                 )
             if earlier["samples"]:
                 sums = {name: total - earlier["sums"][name] for name, total in sums.items()}
-        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        state = {name: tensor.detach().cpu() for name, tensor in latest.items()}
         if earlier is not None or samples >= FEWEST_SAMPLES:
             state |= {name: (total / samples).to(state[name].dtype) for name, total in sums.items()}
         return state
@@ -100,7 +104,7 @@ class RunningAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was saved. ValueError if its samples are of another model or of other steps."""
+        """Goes on where `state` was saved. ValueError if its samples are of other steps."""
         if state["format_version"] != FORMAT_VERSION:
             raise ValueError(
                 f"The running average has format version {state['format_version']}, not {FORMAT_VERSION}."
@@ -108,11 +112,10 @@ class RunningAverage:
         if state["last_step"] <= self.start:
             self.samples, self._last_step, self._sums = 0, 0, {}
             return
-        shapes = {name: x.shape for name, x in self.model.state_dict().items() if x.is_floating_point()}
-        if state["every"] != self.every or {name: x.shape for name, x in state["sums"].items()} != shapes:
+        if state["every"] != self.every:
             raise ValueError(
-                f"The running average was taken every {state['every']} steps (now {self.every}) of "
-                f"{len(state['sums'])} tensors (now {len(shapes)}): restore the configuration."
+                f"The running average was taken every {state['every']} steps, now it would be {self.every}: restore "
+                "the configuration."
             )
         self.start = state["start"]
         self.samples, self._last_step = state["samples"], state["last_step"]

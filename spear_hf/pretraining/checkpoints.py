@@ -25,6 +25,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,10 @@ PREFIX, PARTIAL, RECORD = "step-", ".partial", "COMPLETE"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written, most often because the disk is full; the ones before it are whole."""
 
 
 def sync_path(path: Path) -> None:
@@ -143,12 +149,23 @@ class CheckpointFolder:
         return self.folder / f"{PREFIX}{step:08d}"
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Has `write` fill a folder, makes it the checkpoint of `step`, and removes all but the newest `keep`."""
+        """Has `write` fill a folder, makes it the checkpoint of `step`, and removes all but the newest `keep`.
+
+        SaveError if that fails.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
         path = self.path(step)
-        write_folder(path, write)
+        try:
+            write_folder(path, write)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each writer says it in its own way
+            kept = f"The last whole one is of step {self.steps()[-1]}" if self.steps() else "There is none before it"
+            free = shutil.disk_usage(self.folder).free
+            raise SaveError(
+                f"The checkpoint of step {step} could not be written to {self.folder}, where {free / 1e6:,.0f} MB are "
+                f"free: {error}. {kept}; make room and continue with --resume."
+            ) from error
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old))
         return path

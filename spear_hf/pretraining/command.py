@@ -1,16 +1,18 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `spear-hf pretrain` does: settings in, messages and an exit code out."""
+"""What `spear-hf pretrain` and `spear-hf report` do: settings in, messages and an exit code out."""
 
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from .config import load_config
 from .loop import NonFiniteLossError, pretrain
 from .planning import plan_run
+from .report import write_report
 
 
 # EX_TEMPFAIL of sysexits.h: "try again later", here with --resume.
@@ -38,6 +40,18 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
         )
         return INTERRUPTED
     print(outcome.final)
+    return 0
+
+
+def run_report(runs: Sequence[Path], output: Path | None) -> int:
+    """Writes the report of one or more runs and prints its path. Exit code 0, or 1 after an error."""
+    try:
+        if output is None and len(runs) > 1:
+            raise ValueError("several runs are compared in a folder of its own: name it with --output.")
+        print(write_report(runs, output or runs[0] / "report"))
+    except (ValueError, OSError) as error:
+        print(f"spear-hf report: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -72,7 +72,7 @@ class TargetConfig:
     student is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
 
     store: str | None = None
-    """Folder of a token store, as `spear-hf tokenize` writes it, with the tokens of every utterance."""
+    """A token store, as `spear-hf tokenize` writes it, with the tokens of every utterance (`TokenStore.open`)."""
 
     tokenizer: str | None = None
     """Folder of a tokenizer, as `spear-hf quantize` writes it; the first start tokenises into OUTPUT/tokens."""
@@ -136,6 +136,10 @@ class DataConfig:
     batch_seconds: float = 600.0
     """Seconds of audio, padding included, of one optimiser step over all ranks (paper: 4,800 to 6,400)."""
 
+    domain_weights: dict[str, float] = field(default_factory=dict)
+    """How often an utterance of a domain is heard compared with the others (paper: audio 2 to 3). An epoch is one pass
+    over the domain of the largest weight; of the others it hears a part, another one in every epoch."""
+
     length_jitter: float = 0.05
     """Batches hold utterances of like length, which is blurred by this share so that they differ between epochs."""
 
@@ -148,6 +152,9 @@ class DataConfig:
             raise ValueError(f"batch_seconds={self.batch_seconds} must hold a crop of {self.max_seconds} seconds.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), not {self.validation_fraction}.")
+        for domain, weight in self.domain_weights.items():
+            if domain not in DOMAINS or weight <= 0:
+                raise ValueError(f"domain_weights.{domain}={weight}: weights of speech and audio must be positive.")
         if self.validation_utterances < 0 or not 0 <= self.length_jitter < 1:
             raise ValueError("validation_utterances must not be negative, and length_jitter must lie in [0, 1).")
 
@@ -315,6 +322,22 @@ class LoggingConfig:
     progress: bool = True
     """Show a progress bar."""
 
+    probe_manifest: str | None = None
+    """A labelled manifest (`bundled`: examples/data): linear probes of the encoder are trained on its rows of split
+    probe_train and tested on probe_test, as the run goes. Nothing else is learnt from it."""
+
+    probe_every: int = 0
+    """Probe after every so many steps and after the last; 0: never."""
+
+    probes: tuple[str, ...] = ()
+    """Names in its column `probe`; none: all whose labels are one per utterance."""
+
+    def __post_init__(self) -> None:
+        if self.validate_every < 0 or self.probe_every < 0:
+            raise ValueError("validate_every and probe_every must not be negative; 0: never.")
+        if self.probe_every and self.probe_manifest is None:
+            raise ValueError("probe_every needs probe_manifest: name a labelled manifest, or `bundled`.")
+
 
 @dataclass(frozen=True)
 class ExecutionConfig:
@@ -325,6 +348,10 @@ class ExecutionConfig:
 
     batch_seconds_per_device: float | None = None
     """Seconds, padding included, that fit on a device at once; more are accumulated. null: all of a rank's share."""
+
+    sharding: Literal["none", "fsdp"] = "none"
+    """none: every rank holds the whole model (DDP). fsdp: weights, gradients and optimiser state in shards over the
+    ranks (FSDP2), for models that do not fit. Checkpoints are the same files."""
 
     num_workers: int = 0
     """Processes that prepare batches ahead; 0: the training process itself."""
@@ -379,6 +406,11 @@ class PreTrainingConfig:
             raise ValueError("targets must name a teacher at least.")
         if wrong := [name for name in self.targets if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
             raise ValueError(f"targets.{wrong[0]} cannot be the name of a target: take a plain word, such as speech.")
+        if self.execution.sharding == "fsdp" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"execution.sharding=fsdp does not go with optimizer.name={self.optimizer.name}, whose steps depend "
+                "on whole tensors: set execution.sharding=none, or optimizer.name=adamw."
+            )
         device = self.execution.batch_seconds_per_device
         if device is not None and device < self.data.max_seconds:
             raise ValueError(

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ..data.audio import SAMPLING_RATE
+from ..data.collation import domain_of
 from ..data.decoding import utterance_seconds
-from ..data.manifest import Utterance, read_manifest
+from ..data.manifest import DOMAINS, Utterance, read_manifest
 from ..data.seeding import keyed_generator
 from .config import DataConfig
 
@@ -33,11 +34,17 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Of the training ids and lengths in their order: equal fingerprints give equal batches."""
+        """Of the training ids, domains and lengths in their order: equal fingerprints give equal batches."""
         digest = hashlib.blake2b(digest_size=16)
         for utterance, length in zip(self.training, self.training_lengths):
-            digest.update(f"{utterance.id}\0{length}\n".encode())
+            digest.update(f"{utterance.id}\0{domain_of(utterance)}\0{length}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains of the training utterances, speech first."""
+        present = {domain_of(utterance) for utterance in self.training}
+        return [domain for domain in DOMAINS if domain in present]
 
     @property
     def hours(self) -> float:
@@ -45,29 +52,35 @@ class Corpus:
         return float(self.training_lengths.sum()) / SAMPLING_RATE / 3600
 
 
-def manifest_source(manifest: str | None) -> Path:
-    """The path that `data.manifest` means; `bundled` is looked for in the current folder and beside the package."""
+def manifest_source(manifest: str | None, key: str = "data.manifest") -> Path:
+    """The path that `data.manifest`, or the setting `key`, means.
+
+    `bundled` is looked for in the current folder and beside the package.
+    """
     if manifest is None:
-        raise ValueError(
-            "data.manifest is not set: name a manifest or a folder of audio with --set data.manifest=PATH."
-        )
+        raise ValueError(f"{key} is not set: name a manifest or a folder of audio with --set {key}=PATH.")
     if manifest != BUNDLED:
         if not Path(manifest).exists():
-            raise ValueError(f"data.manifest={manifest} does not exist.")
+            raise ValueError(f"{key}={manifest} does not exist.")
         return Path(manifest)
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (folder / BUNDLED_MANIFEST).is_file():
             return folder / BUNDLED_MANIFEST
     raise ValueError(
         f"The bundled audio ({BUNDLED_MANIFEST}) is part of a source checkout and was found neither in the current "
-        "folder nor beside the package: run inside a checkout, or name your own audio with --set data.manifest=PATH."
+        f"folder nor beside the package: run inside a checkout, or name your own audio with --set {key}=PATH."
     )
+
+
+def read_utterances(source: Path) -> list[Utterance]:
+    """The utterances of a manifest or a folder of audio: the one place where a run learns what there is to hear."""
+    return read_manifest(source)
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Reads the manifest, selects training and validation utterances, and leaves out the ones that are too short."""
     source = manifest_source(config.manifest)
-    utterances = read_manifest(source)
+    utterances = read_utterances(source)
     training, validation = _divide(utterances, config, seed, source)
     kept = []
     for group, name in ((training, "training"), (validation, "validation")):
@@ -83,6 +96,8 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
             )
         kept.append(([utt for utt, keep in zip(group, long_enough) if keep], lengths[long_enough]))
     (training, training_lengths), (validation, validation_lengths) = kept
+    if unheard := sorted(set(config.domain_weights) - {domain_of(utterance) for utterance in training}):
+        logger.warning("No training utterance has the domain %s of data.domain_weights.", " or ".join(unheard))
     if not training:
         raise ValueError(f"No utterance of {source} is left to train on: all are shorter than data.min_seconds.")
     if len(validation) > config.validation_utterances:

@@ -13,14 +13,14 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,19 +29,23 @@ from ..data.audio import SAMPLING_RATE
 from ..data.collation import MicroBatch, StepDataset, loader_arguments
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
+from ..hub_card import write_run_card
 from ..modeling_spear import SpearForPreTraining
 from .averaging import RunningAverage
 from .checkpoints import CheckpointFolder, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
-from .metrics import JsonLines, StepClock, StepSums, memory_mb, ratio, teacher_metrics
-from .optimization import build_optimizer, clip_gradients, set_learning_rate, update_metrics
+from .flops import FlopCounter, peak_flops
+from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary
+from .online_probe import OnlineProbe
+from .optimization import build_optimizer, clip_gradients, clipping_factor, set_learning_rate
 from .regularizers import Regularizers, install_regularizers
 from .regularizers_schedules import adjusted_batches
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
-from .setup import build_dataset, build_model, build_sampler, cropped
-from .signals import StopRequest
+from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
+from .sharding import gathered, is_sharded, parameter_norm, reduce_whole_gradients, shard
+from .signals import StopRequest, ignore_stop_signals
 from .targets import prepare_stores
 from .validation import Unigram, Validator
 
@@ -78,6 +82,8 @@ class Progress:
     """Samples of audio seen, without padding."""
     skipped_in_a_row: int = 0
     """Steps without an update just before."""
+    num_ranks: int = 1
+    """Of the process that saved it; another number may go on."""
 
     @property
     def hours(self) -> float:
@@ -102,11 +108,14 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         stack.enter_context(logging_redirect_tqdm(loggers=[logging.getLogger("spear_hf")]))
 
         corpus = load_corpus(config.data, config.seed)
+        extractor = SpearFeatureExtractor()
+        probe = None
+        if config.logging.probe_every and accelerator.is_main_process:
+            probe = OnlineProbe(config.logging, extractor, config.seed)
         with accelerator.main_process_first():  # the others find what the first has made
             stores = prepare_stores(config, corpus, folder, device=str(accelerator.device))
 
         bare_model = build_model(config, stores)
-        extractor = SpearFeatureExtractor()
         sampler = build_sampler(config, corpus)
         steps = StepDataset(
             build_dataset(config, corpus.training, stores, bare_model.config, extractor, corpus.training_lengths),
@@ -133,41 +142,63 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         first_averaged = config.max_steps - round(config.max_steps * config.averaging.last_fraction)
         average = None
         if accelerator.is_main_process:  # all ranks have the same weights: one keeps their average
-            average = RunningAverage(bare_model, config.averaging.every, start=first_averaged)
+            average = RunningAverage(config.averaging.every, start=first_averaged)
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
-        saved = checkpoints.latest() if resume else None
+        saved = latest_checkpoint(accelerator, checkpoints) if resume else None
         progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
+        if saved and progress.num_ranks != accelerator.num_processes:
+            logger.warning(
+                "Resuming on %d ranks instead of %d: utterances, crops and masks stay the same, dropout does not.",
+                accelerator.num_processes,
+                progress.num_ranks,
+            )
+        progress.num_ranks = accelerator.num_processes
+        if average is not None:
+            first_averaged = average.start  # that of the checkpoint, where it goes on with its samples
+        first_averaged = broadcast_object_list([first_averaged])[0]
         regularizers = install_regularizers(bare_model, config.regularizers)
         if saved:
             regularizers.load(saved)
-        model, optimizer = accelerator.prepare(bare_model, optimizer)
+        if config.execution.sharding == "fsdp":
+            shard(bare_model, optimizer, accelerator)
+            model = bare_model
+        else:
+            model, optimizer = accelerator.prepare(bare_model, optimizer)
 
-        metrics_file, evaluation_file = None, None
+        files: dict[str, JsonLines] = {}
         if accelerator.is_main_process:
             folder.create(config)
-            metrics_file = stack.enter_context(JsonLines(folder.metrics, progress.step))
-            evaluation_file = stack.enter_context(JsonLines(folder.evaluation, progress.step))
+            for path in (folder.metrics, folder.evaluation, folder.probes):
+                files[path.stem] = stack.enter_context(JsonLines(path, progress.step))
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
         accelerator.wait_for_everyone()
 
         def validate() -> None:
             if validator is not None:
                 record = validator(bare_model)
-                if evaluation_file is not None:
-                    evaluation_file.write({"step": progress.step, **record})
+                if files:
+                    files["evaluation"].write({"step": progress.step, **record})
                     accelerator.log(numbers(record, "evaluation"), step=progress.step)
                 logger.info("Step %d, held-out audio: %s.", progress.step, summary(record))
 
+        def run_probe() -> None:
+            whole = whole_model(accelerator, bare_model)
+            if probe is not None and whole is not None:
+                record = probe(whole.spear.to(accelerator.device))
+                files["probes"].write({"step": progress.step, **record})
+                accelerator.log(numbers(record, "probe"), step=progress.step)
+            accelerator.wait_for_everyone()
+
         def save() -> None:
-            if average is not None:
-                for file in (metrics_file, evaluation_file):
-                    assert file is not None
+            whole = whole_model(accelerator, bare_model)
+            state = gathered(optimizer.state_dict(), keep=accelerator.is_main_process)
+            if whole is not None:
+                assert average is not None
+                for file in files.values():
                     file.sync()
                 path = checkpoints.save(
                     progress.step,
-                    lambda into: write_checkpoint(
-                        into, bare_model, optimizer, average, regularizers, progress, corpus
-                    ),
+                    lambda into: write_checkpoint(into, whole, state, average, regularizers, progress, corpus),
                 )
                 logger.info("Saved %s.", path)
             accelerator.wait_for_everyone()
@@ -187,6 +218,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             steps,
             sampler=range(progress.step, config.max_steps),
             pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
             **loader_arguments(config.execution.num_workers),
         )
         bar = stack.enter_context(
@@ -199,7 +231,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         )
         stop = stack.enter_context(StopRequest())
         model.train()
-        clock = StepClock()
+        peak = peak_flops(accelerator.device, uses_bf16(config.execution))
+        clock = StepClock(peak * accelerator.num_processes)
+        step_flops = FlopCounter(bare_model.config)
         for batches in loader:
             clock.data_arrived()
             record, must_stop = train_step(
@@ -211,27 +245,34 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 regularizers,
                 batches,
                 progress,
+                StepSums(codebooks_of(bare_model), corpus.domains, accelerator.device),
+                step_flops,
                 stop.received is not None,
             )
-            if average is not None:
-                average.update(progress.step)
+            if progress.step > first_averaged and progress.step % config.averaging.every == 0:
+                sampled = whole_model(accelerator, bare_model)  # gathered by all ranks, where it is in shards
+                if average is not None and sampled is not None:
+                    average.update(progress.step, sampled.state_dict())
             record["epoch"] = progress.step / sampler.batches_per_epoch
-            record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE))
+            record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE, record.pop("flops")))
             record["memory_mb"] = round(memory_mb(accelerator.device), 1)
-            if metrics_file is not None:
-                metrics_file.write(record)
+            if files:
+                record["batch"] = sampler.digest(progress.step - 1)
+                files["metrics"].write(record)
                 accelerator.log(numbers(record, "training"), step=progress.step)
             bar.update()
             bar.set_postfix_str(summary(record), refresh=False)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise NonFiniteLossError(
                     f"The loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
-                    f"{progress.step}; their utterances are under 'skipped' in {folder.metrics}. Look at these, or "
-                    "lower optimizer.learning_rate. --resume continues from the last checkpoint."
+                    f"{progress.step}; their ranks and utterances are under 'skipped' in {folder.metrics}. Look at "
+                    "these, or lower optimizer.learning_rate. --resume continues from the last checkpoint."
                 )
             last = progress.step == config.max_steps
             if config.logging.validate_every and (progress.step % config.logging.validate_every == 0 or last):
                 validate()
+            if config.logging.probe_every and (progress.step % config.logging.probe_every == 0 or last):
+                run_probe()
             if progress.step % config.checkpoint_every == 0 or last or must_stop:
                 save()
             if must_stop and not last:
@@ -239,9 +280,11 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 return Outcome(progress.step, final=None, interrupted_by=name)
             clock.restart()
 
-        if average is not None:
-            bare_model.load_state_dict(average.averaged_state())
-            write_folder(folder.final, lambda into: write_final(into, bare_model, extractor))
+        final = whole_model(accelerator, bare_model)
+        if final is not None:
+            assert average is not None
+            final.load_state_dict(average.averaged_state(final.state_dict()))
+            write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
         return Outcome(progress.step, final=folder.final)
@@ -249,15 +292,17 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
 def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerator:
     """Devices, ranks, precision and trackers."""
-    precision = config.execution.precision
-    if precision == "auto":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
+    accelerator = Accelerator(
+        mixed_precision="bf16" if uses_bf16(config.execution) else "no",
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}: configure it for plain multi-GPU, "
+            "and have the model sharded with --set execution.sharding=fsdp."
+        )
+    return accelerator
 
 
 def train_step(
@@ -269,11 +314,14 @@ def train_step(
     regularizers: Regularizers,
     batches: Sequence[MicroBatch],
     progress: Progress,
+    sums: StepSums,
+    step_flops: FlopCounter,
     stop_requested: bool,
 ) -> tuple[dict[str, Any], bool]:
     """One update from this rank's micro-batches: the metrics of the step, and whether any rank was told to stop.
 
-    A step whose loss or gradient is not finite on any rank makes no update on all; its utterances are recorded.
+    A step whose loss or gradient is not finite on any rank makes no update on all; its ranks and utterances are
+    recorded. `sums` are empty ones; afterwards they are those of all ranks.
     """
     device, num_ranks = accelerator.device, accelerator.num_processes
     torch.manual_seed(keyed_seed(config.seed, progress.step, accelerator.process_index, "dropout"))
@@ -285,24 +333,31 @@ def train_step(
     # Distributed training averages gradients over the ranks, where their sum is wanted.
     normaliser = items[0] / num_ranks
     regularizers.set_step(adjusted_batches(progress.step, config.data.batch_seconds), normaliser)
-    sums = StepSums(list(bare_model.prediction_heads), device)
+    sharded = is_sharded(model)
     if stop_requested:
         sums.request_stop()
-    suspects: list[str] = []
+    row_losses: list[torch.Tensor] = []  # of each micro-batch, (rows,)
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        if sharded:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with contextlib.nullcontext() if last or sharded else accelerator.no_sync(model):
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
-            output = model(**inputs, num_items_in_batch=normaliser)
+            with accelerator.autocast():
+                output = model(**inputs, num_items_in_batch=normaliser)
             accelerator.backward(output.loss)
-        sums.add(batch, output.loss / num_ranks, output.statistics)
-        if not torch.isfinite(output.loss):
-            suspects += batch.ids
+        flops = step_flops(batch.inputs["attention_mask"].sum(dim=1).tolist()) if batch.ids else 0
+        sums.add(batch, output, output.loss / num_ranks, flops)
+        row_losses.append(output.utterance_statistics[..., 0].sum(dim=(0, 2)))
     regularizers.end_step()
+    if sharded:
+        reduce_whole_gradients(model)
+    weights_norm = parameter_norm(model)
     grad_norm = clip_gradients(accelerator, model, config.optimizer)
 
     sums.vector = accelerator.reduce(sums.vector, "sum")
-    statistics, counts = sums.read()
+    totals = sums.read()
+    counts = totals.counters
     finite = math.isfinite(counts["loss"]) and math.isfinite(grad_norm)
     if finite:
         optimizer.step()
@@ -314,10 +369,11 @@ def train_step(
     record: dict[str, Any] = {
         "step": progress.step,
         "loss": counts["loss"],
-        **teacher_metrics(sums.teachers, statistics),
+        **sums.metrics(totals),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        **update_metrics(optimizer, bare_model, config.optimizer, grad_norm),
+        "clipping_factor": clipping_factor(optimizer, config.optimizer, grad_norm),
+        "parameter_norm": weights_norm,
         "utterances": round(counts["utterances"]),
         "target_frames": round(counts["items"]),
         "mixed_share": ratio(counts["mixed"], counts["utterances"]),
@@ -325,42 +381,61 @@ def train_step(
         "batch_seconds": counts["samples"] / SAMPLING_RATE,
         "padding_share": 1.0 - (ratio(counts["samples"], counts["padded_samples"]) or 0.0),
         "hours": progress.hours,
+        "flops": counts["flops"],
     }
     if not finite:
         # Where all losses are finite, the gradient of any utterance may be at fault.
         everyone = [utterance for batch in batches for utterance in batch.ids]
-        record["skipped"] = gather_ids(accelerator, suspects) or gather_ids(accelerator, everyone)
+        bad = [not loss.isfinite() for losses, batch in zip(row_losses, batches) for loss in losses[: len(batch.ids)]]
+        suspects = [utterance for utterance, is_bad in zip(everyone, bad) if is_bad]
+        record["skipped"] = ids_by_rank(accelerator, suspects) or ids_by_rank(accelerator, everyone)
         logger.warning(
-            "Step %d: loss %s, gradient norm %s; no update. Utterances: %s.",
+            "Step %d: loss %s, gradient norm %s; no update. %s.",
             progress.step,
             counts["loss"],
             grad_norm,
-            ", ".join(record["skipped"]),
+            "; ".join(f"Rank {part['rank']}: {', '.join(part['utterances'])}" for part in record["skipped"]),
         )
     return record, counts["stop"] > 0
 
 
-def gather_ids(accelerator: Accelerator, ids: list[str]) -> list[str]:
-    """The ids of all ranks, in the order of the ranks."""
-    if accelerator.num_processes == 1:
-        return ids
-    gathered: list[list[str]] = [[] for _ in range(accelerator.num_processes)]
-    torch.distributed.all_gather_object(gathered, ids)
-    return [utterance for part in gathered for utterance in part]
+def ids_by_rank(accelerator: Accelerator, ids: list[str]) -> list[dict[str, Any]]:
+    """The rank and the utterances of every rank that has any."""
+    parts = gather_object([{"rank": accelerator.process_index, "utterances": ids}])
+    return [part for part in parts if part["utterances"]]
+
+
+def latest_checkpoint(accelerator: Accelerator, checkpoints: CheckpointFolder) -> Path | None:
+    """The newest whole checkpoint, found by the first rank, as finding it reads all its bytes."""
+    found = [checkpoints.latest() if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
+
+
+def whole_model(accelerator: Accelerator, model: SpearForPreTraining) -> SpearForPreTraining | None:
+    """The model to save or probe, on the first rank; None on the others. Sharded weights are gathered by all ranks."""
+    if not is_sharded(model):
+        return model if accelerator.is_main_process else None
+    weights = gathered(model.state_dict(), keep=accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return None
+    with torch.device("meta"):
+        whole = SpearForPreTraining(model.config)
+    whole.load_state_dict(weights, assign=True)
+    return whole
 
 
 def write_checkpoint(
     into: Path,
     model: SpearForPreTraining,
-    optimizer: Any,
+    optimizer_state: dict[str, Any],
     average: RunningAverage,
     regularizers: Regularizers,
     progress: Progress,
     corpus: Corpus,
 ) -> None:
-    """The files of a checkpoint; see checkpoints.py. Called on one rank: all have the same weights."""
+    """The files of a checkpoint; see checkpoints.py. Called on one rank, with whole tensors."""
     model.save_pretrained(into / "model")
-    torch.save(optimizer.state_dict(), into / "optimizer.pt")
+    torch.save(optimizer_state, into / "optimizer.pt")
     torch.save(average.state_dict(), into / "average.pt")
     regularizers.save(into)
     state = {**vars(progress), "corpus": corpus.fingerprint}
@@ -390,32 +465,16 @@ def load_checkpoint(
     return Progress(**state)
 
 
-def write_final(into: Path, model: SpearForPreTraining, extractor: SpearFeatureExtractor) -> None:
-    """The finished model with its heads, the encoder alone in `encoder/`, and the feature extractor for both."""
+def write_final(into: Path, model: SpearForPreTraining, extractor: SpearFeatureExtractor, folder: RunFolder) -> None:
+    """The finished model with its heads, the encoder alone in `encoder/`, the feature extractor for both, and a card.
+
+    What is written is what is published: the weights of `model`.
+    """
     model.save_pretrained(into)
     extractor.save_pretrained(into)
     model.spear.save_pretrained(into / "encoder")
     extractor.save_pretrained(into / "encoder")
-
-
-def numbers(record: dict[str, Any], group: str) -> dict[str, float]:
-    """What a tracker can draw of a record."""
-    return {
-        f"{group}/{name}": value for name, value in record.items() if isinstance(value, int | float) and name != "step"
-    }
-
-
-def summary(record: dict[str, Any]) -> str:
-    """Loss and masked accuracy of each teacher, in a few words."""
-
-    def parts() -> Iterator[str]:
-        if "loss" in record:
-            yield f"loss {record['loss']:.3f}"
-        for name in (key.removesuffix("_masked_accuracy") for key in record if key.endswith("_masked_accuracy")):
-            if record[f"{name}_masked_accuracy"] is not None:
-                text = f"{name} masked accuracy {record[f'{name}_masked_accuracy']:.3f}"
-                if record.get(f"{name}_unigram_accuracy") is not None:
-                    text += f" (unigram {record[f'{name}_unigram_accuracy']:.3f})"
-                yield text
-
-    return ", ".join(parts())
+    try:
+        write_run_card(into, folder.final, model)
+    except ValueError as error:  # records that were lost do not cost the model
+        logger.warning("The model gets no card: %s", error)

@@ -5,59 +5,101 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 from ..data.audio import SAMPLING_RATE
-from ..data.collation import MicroBatch
+from ..data.collation import MicroBatch, needs_target
+from ..modeling_spear import SpearForPreTraining, SpearForPreTrainingOutput
 
 
 # Fields of a metrics line that differ between two runs of the same training.
-TIMING_FIELDS = ("step_seconds", "audio_seconds_per_second", "data_wait_share", "memory_mb")
+TIMING_FIELDS = ("step_seconds", "audio_seconds_per_second", "data_wait_share", "mfu", "memory_mb")
 
-# Places of the counters that are summed with the model's statistics.
-COUNTERS = ("loss", "samples", "padded_samples", "utterances", "items", "mixed", "noisy", "stop")
+# Counters that are summed with the model's statistics, in this order.
+COUNTERS = ("loss", "samples", "padded_samples", "utterances", "items", "mixed", "noisy", "flops", "stop")
+
+
+class Sums(NamedTuple):
+    """What a step, or a validation, comes to over all micro-batches and ranks; on the CPU, in float64."""
+
+    statistics: torch.Tensor
+    """(teachers, domains, 2 [masked, unmasked], 3 [loss, correct, count])."""
+    codebooks: torch.Tensor
+    """(codebooks of all teachers, 2 [correct, count]), of masked frames."""
+    counters: dict[str, float]
+    """`COUNTERS` by name."""
 
 
 class StepSums:
     """Sums over the micro-batches of a step on one rank, in one vector, so that a single reduction makes them global.
 
     Args:
-        teachers: names of the model's heads, in its order.
+        codebooks: teacher -> number of codebooks, in the order of the model's heads.
+        domains: of the utterances, in the order of the metrics.
         device: where the vector lives.
     """
 
-    def __init__(self, teachers: Sequence[str], device: torch.device) -> None:
-        self.teachers = list(teachers)
+    def __init__(self, codebooks: Mapping[str, int], domains: Sequence[str], device: torch.device) -> None:
+        self.codebooks = dict(codebooks)
+        self.domains = list(domains)
         # float32 has 24 bits: too few for the samples of a step. MPS has no float64.
         kind = torch.float32 if device.type == "mps" else torch.float64
-        self.vector = torch.zeros(6 * len(self.teachers) + len(COUNTERS), dtype=kind, device=device)
+        self._sizes = [6 * len(self.codebooks) * len(self.domains), 2 * sum(self.codebooks.values()), len(COUNTERS)]
+        self.vector = torch.zeros(sum(self._sizes), dtype=kind, device=device)
 
-    def add(self, batch: MicroBatch, loss: torch.Tensor, statistics: torch.Tensor) -> None:
-        """One forward pass: its loss (already normalised) and the statistics (teachers, 2, 3) of the output."""
-        size = statistics.numel()
-        self.vector[:size] += statistics.detach().flatten()
-        self.vector[size] += loss.detach()
-        counters = [batch.num_samples, batch.num_padded_samples, len(batch.ids), batch.num_items]
-        counters += [batch.num_mixed, batch.num_noisy]
-        self.vector[size + 1 : size + 1 + len(counters)] += torch.tensor(
-            counters, dtype=self.vector.dtype, device=self.vector.device
-        )
+    def add(
+        self, batch: MicroBatch, output: SpearForPreTrainingOutput, loss: torch.Tensor | None = None, flops: int = 0
+    ) -> None:
+        """One forward pass: its output, its loss (already normalised), and the operations that the step takes."""
+        assert output.utterance_statistics is not None
+        assert output.codebook_statistics is not None
+        statistics, codebooks, counters = self.vector.split(self._sizes)
+        rows = [[domain == row for row in batch.domains] for domain in self.domains]
+        chosen = torch.tensor(rows, dtype=self.vector.dtype).to(self.vector.device)  # (domains, rows)
+        by_domain = torch.einsum("dr,trgk->tdgk", chosen, output.utterance_statistics.to(self.vector.dtype))
+        statistics += by_domain.flatten()
+        codebooks += output.codebook_statistics.flatten()
+        if loss is not None:
+            counters[0] += loss.detach()
+        counts = [batch.num_samples, batch.num_padded_samples, len(batch.ids), batch.num_items]
+        counts += [batch.num_mixed, batch.num_noisy, flops]
+        counters[1:-1] += torch.tensor(counts, dtype=self.vector.dtype).to(self.vector.device)
 
     def request_stop(self) -> None:
         """This rank was told to stop; after the reduction all ranks know."""
         self.vector[-1] += 1
 
-    def read(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """Statistics (teachers, 2, 3) on the CPU, and the counters by name. Waits for the device."""
-        vector = self.vector.double().cpu()
-        size = 6 * len(self.teachers)
-        return vector[:size].view(-1, 2, 3), dict(zip(COUNTERS, vector[size:].tolist()))
+    def read(self) -> Sums:
+        """The sums. Waits for the device."""
+        statistics, codebooks, counters = self.vector.double().cpu().split(self._sizes)
+        shape = (len(self.codebooks), len(self.domains), 2, 3)
+        return Sums(statistics.view(shape), codebooks.view(-1, 2), dict(zip(COUNTERS, counters.tolist())))
+
+    def metrics(self, sums: Sums) -> dict[str, Any]:
+        """Losses and accuracies of the teachers: of all utterances, by domain if there are several, by codebook."""
+        metrics: dict[str, Any] = dict(teacher_metrics(list(self.codebooks), sums.statistics.sum(dim=1)))
+        codebooks = sums.codebooks.split(list(self.codebooks.values()))
+        for (name, by_domain), entries in zip(zip(self.codebooks, sums.statistics), codebooks):
+            for domain, ((masked_loss, correct, masked), (unmasked_loss, _, unmasked)) in zip(
+                self.domains, by_domain.tolist()
+            ):
+                if len(self.domains) > 1 and needs_target(name, domain):
+                    metrics[f"{name}_loss_on_{domain}"] = ratio(masked_loss + unmasked_loss, masked + unmasked)
+                    metrics[f"{name}_masked_accuracy_on_{domain}"] = ratio(correct, masked)
+            metrics[f"{name}_codebook_accuracy"] = [ratio(correct, count) for correct, count in entries.tolist()]
+        return metrics
+
+
+def codebooks_of(model: SpearForPreTraining) -> dict[str, int]:
+    """Teacher -> number of codebooks, in the order of the model's heads."""
+    targets: Mapping[str, dict] = model.config.pretraining_targets or {}
+    return {name: targets[name]["num_codebooks"] for name in model.prediction_heads}
 
 
 def teacher_metrics(teachers: Sequence[str], statistics: torch.Tensor) -> dict[str, float | None]:
@@ -76,6 +118,34 @@ def teacher_metrics(teachers: Sequence[str], statistics: torch.Tensor) -> dict[s
     return metrics
 
 
+def numbers(record: Mapping[str, Any], group: str) -> dict[str, float]:
+    """What a tracker can draw of a record; the entries of a list are numbered."""
+    drawn: dict[str, float] = {}
+    for name, value in record.items():
+        values = {f"{name}/{place}": item for place, item in enumerate(value)} if isinstance(value, list) else {}
+        for full_name, item in (values or {name: value}).items():
+            if isinstance(item, int | float) and name != "step":
+                drawn[f"{group}/{full_name}"] = item
+    return drawn
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """Loss and masked accuracy of each teacher, in a few words."""
+
+    def parts() -> Iterator[str]:
+        if "loss" in record:
+            yield f"loss {record['loss']:.3f}"
+        for key in record:
+            name = key.removesuffix("_masked_accuracy")
+            if name != key and record[key] is not None:
+                text = f"{name} masked accuracy {record[key]:.3f}"
+                if record.get(f"{name}_unigram_accuracy") is not None:
+                    text += f" (unigram {record[f'{name}_unigram_accuracy']:.3f})"
+                yield text
+
+    return ", ".join(parts())
+
+
 def ratio(numerator: float, denominator: float) -> float | None:
     """Their quotient; None where there is nothing to divide by."""
     return numerator / denominator if denominator else None
@@ -89,9 +159,14 @@ def memory_mb(device: torch.device) -> float:
 
 
 class StepClock:
-    """Where the time of a step goes: waiting for data, and the whole."""
+    """Where the time of a step goes: waiting for data, and the whole.
 
-    def __init__(self) -> None:
+    Args:
+        peak: FLOP/s of all ranks together.
+    """
+
+    def __init__(self, peak: float) -> None:
+        self.peak = peak
         self.start = time.perf_counter()
         self.waited = 0.0
 
@@ -99,14 +174,15 @@ class StepClock:
         """Call when the step's batches are there."""
         self.waited = time.perf_counter() - self.start
 
-    def lap(self, samples: float) -> dict[str, float]:
-        """The timing fields of the step that ends now; the next one begins."""
+    def lap(self, samples: float, flops: float) -> dict[str, float]:
+        """The timing fields of the step that ends now, which heard `samples` of audio; the next one begins."""
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         return {
             "step_seconds": round(seconds, 4),
             "audio_seconds_per_second": round(samples / SAMPLING_RATE / seconds, 2),
             "data_wait_share": round(self.waited / seconds, 4),
+            "mfu": round(flops / seconds / self.peak, 5),
         }
 
     def restart(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from .config import OptimizerConfig
@@ -61,17 +60,13 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, config: Optimizer
     return float(get_total_norm(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
 
 
-def update_metrics(optimizer: Any, model: nn.Module, config: OptimizerConfig, grad_norm: float) -> dict[str, float]:
-    """What the last update is judged by: the norm of all weights, and what the gradients were multiplied by."""
+def clipping_factor(optimizer: Any, config: OptimizerConfig, grad_norm: float) -> float:
+    """What the gradients of the last update were multiplied by."""
     inner = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
     if isinstance(inner, ScaledAdam):
-        factor = inner.clipping_factor
-    else:
-        assert config.max_grad_norm is not None
-        factor = min(1.0, config.max_grad_norm / (grad_norm + 1e-6))  # as torch does it
-    norm = get_total_norm(parameter.detach() for parameter in model.parameters())
-    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return {"clipping_factor": factor, "parameter_norm": float(whole)}
+        return inner.clipping_factor
+    assert config.max_grad_norm is not None
+    return min(1.0, config.max_grad_norm / (grad_norm + 1e-6))  # as torch does it
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -2,6 +2,7 @@
 """`spear-hf pretrain --dry-run`: how long the run will be and what it needs, without a step of it."""
 
 import os
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,14 +15,21 @@ from ..data.collation import TokenShape
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.quantizer import MultiCodebookQuantizer
 from ..mvq.store import TokenStore
+from .checkpoints import CheckpointFolder
 from .config import PreTrainingConfig, TargetConfig
 from .corpus import load_corpus
-from .setup import build_model, build_sampler
+from .flops import FlopCounter, peak_flops
+from .metrics import read_json_lines
+from .run_folder import RunFolder
+from .setup import build_model, build_sampler, uses_bf16
 
 
 # float32 weights, gradients and the two averages of AdamW or ScaledAdam.
 BYTES_PER_PARAMETER = 16
 STUDENT_RATE = 50.0  # assumed of tokens that do not exist yet
+FRAME_SHIFT = 160  # samples, of the filter bank
+ASSUMED_MFU = 0.3  # where nothing has been measured
+PACE_STEPS = 200  # the last so many steps tell the pace of a run
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,11 @@ class Plan:
     validation_utterances: int
     batches_per_epoch: int
     padding_share: float
+    step: int
+    """Steps done already, by the last checkpoint."""
     steps: int
     epochs: float
+    """Of the whole run, as are `hours_seen`."""
     hours_seen: float
     num_ranks: int
     micro_batches: int
@@ -45,14 +56,24 @@ class Plan:
     """Weights, gradients and optimiser state on each device."""
     activation_bytes: int
     """What autograd keeps in float32 for the largest micro-batch; bf16 takes about half."""
+    step_flops: float
+    """Of a mean step over all ranks."""
+    seconds_to_go: float
+    """By the pace of the run so far, or at `ASSUMED_MFU`."""
+    pace: str
+    """What that rests on."""
 
     def __str__(self) -> str:
         parameters = self.encoder_parameters + self.head_parameters
+        left = self.steps - self.step
         rows = {
             "training": f"{self.training_utterances} utterances, {self.training_hours:.2f} hours",
             "validation": f"{self.validation_utterances} utterances",
             "batches per epoch": f"{self.batches_per_epoch}, {self.padding_share:.1%} padding",
             "steps": f"{self.steps}: {self.epochs:.1f} epochs, {self.hours_seen:.1f} hours of audio",
+            "to go": f"{left} steps, {self.hours_seen * left / self.steps:.1f} hours of audio, about "
+            f"{self.seconds_to_go / 3600:,.1f} hours {self.pace}",
+            "operations": f"{self.step_flops / 1e12:,.2f} TFLOP a step",
             "forward passes per step": f"{self.micro_batches} on each of {self.num_ranks} ranks",
             "parameters": f"{parameters:,} ({self.encoder_parameters:,} encoder, {self.head_parameters:,} heads)",
             "memory per device": f"about {(self.state_bytes + self.activation_bytes) / 1e9:.2f} GB in float32: "
@@ -81,7 +102,10 @@ def planned_tokens(target: TargetConfig) -> TokenShape:
 
 
 def plan_run(config: PreTrainingConfig) -> Plan:
-    """Reads the manifest and builds the model; token stores need not exist yet. Runs one forward pass on the CPU."""
+    """Reads the manifest and builds the model; token stores need not exist yet. Runs one forward pass on the CPU.
+
+    Where output_dir holds a run already, the plan is for the rest of it.
+    """
     corpus = load_corpus(config.data, config.seed)
     sampler = build_sampler(config, corpus)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,30 +122,52 @@ def plan_run(config: PreTrainingConfig) -> Plan:
     # One row of the largest micro-batch stands for all: they are of like length.
     samples, rows_of_largest = largest
     activations = activation_bytes(model, samples // rows_of_largest) * rows_of_largest
+    heard = sampler.lengths[sampler.heard(0)]
+    count = FlopCounter(model.config)
+    step_flops = count((heard // FRAME_SHIFT).tolist()) / sampler.batches_per_epoch
     epochs = config.max_steps / sampler.batches_per_epoch
-    cropped_hours = float(sampler.lengths.sum()) / SAMPLING_RATE / 3600
+    step, seconds, pace = _pace(config, step_flops, num_ranks)
+    shards = num_ranks if config.execution.sharding == "fsdp" else 1
     return Plan(
         training_utterances=len(corpus.training),
         training_hours=corpus.hours,
         validation_utterances=len(corpus.validation),
         batches_per_epoch=sampler.batches_per_epoch,
         padding_share=sampler.padding_share(),
+        step=step,
         steps=config.max_steps,
         epochs=epochs,
-        hours_seen=epochs * cropped_hours,
+        hours_seen=epochs * float(heard.sum()) / SAMPLING_RATE / 3600,
         num_ranks=num_ranks,
         micro_batches=max(len(part) for part in parts),
         encoder_parameters=encoder,
         head_parameters=parameters - encoder,
-        state_bytes=BYTES_PER_PARAMETER * parameters,
+        state_bytes=BYTES_PER_PARAMETER * parameters // shards,
         activation_bytes=activations,
+        step_flops=step_flops,
+        seconds_to_go=(config.max_steps - step) * seconds,
+        pace=pace,
     )
+
+
+def _pace(config: PreTrainingConfig, step_flops: float, num_ranks: int) -> tuple[int, float, str]:
+    """Steps done by the run in output_dir, seconds of a step, and what these rest on."""
+    folder = RunFolder(config.output_dir)
+    done = CheckpointFolder(folder.checkpoints).steps()
+    seconds = [record["step_seconds"] for record in read_json_lines(folder.metrics)[-PACE_STEPS:]]
+    step = min(done[-1], config.max_steps) if done else 0
+    if seconds:
+        return step, statistics.median(seconds), "at the pace of the run so far"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = num_ranks * peak_flops(device, uses_bf16(config.execution))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return step, step_flops / (ASSUMED_MFU * peak), f"if {num_ranks} x {name} reach {ASSUMED_MFU:.0%} of their peak"
 
 
 def activation_bytes(model: SpearForPreTraining, num_samples: int) -> int:
     """Bytes that autograd keeps for one utterance of `num_samples`, parameters left out, counted in a forward pass."""
     config = model.config
-    frames = num_samples // 160
+    frames = num_samples // FRAME_SHIFT
     targets: Mapping[str, dict] = config.pretraining_targets or {}
     output_frames = int(model._get_feat_extract_output_lengths(frames))
     labels = {

@@ -5,11 +5,13 @@ OUTPUT/
     config.yaml         every setting of the run
     metrics.jsonl       one object per step
     evaluation.jsonl    one object per validation
+    probes.jsonl        one object per probing, where logging.probe_every asks for it
     tensorboard/        what the trackers write
     tokenizers/  tokens/   quantisers and tokens that the run made itself
     checkpoints/        see checkpoints.py
     final/              the averaged model: AutoModel, AutoModelForPreTraining, AutoFeatureExtractor
         encoder/        the encoder alone, without the heads of pre-training
+        README.md       model card with the curves of the run, plots/
 """
 
 import logging
@@ -32,6 +34,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
+        self.probes = self.path / "probes.jsonl"
         self.trackers = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizers = self.path / "tokenizers"

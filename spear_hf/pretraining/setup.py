@@ -9,15 +9,15 @@ import torch
 
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
-from ..data.bucketing import BucketingSampler
-from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape
+from ..data.bucketing import BucketingSampler, visiting_rates
+from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape, domain_of
 from ..data.manifest import Utterance, read_manifest
 from ..data.mixing import Mixer
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import label_ratio
-from .config import ModelConfig, PreTrainingConfig, TargetConfig
+from .config import ExecutionConfig, ModelConfig, PreTrainingConfig, TargetConfig
 from .corpus import Corpus
 
 
@@ -61,6 +61,13 @@ def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> 
     )
 
 
+def uses_bf16(config: ExecutionConfig) -> bool:
+    """Whether the forward pass is in bfloat16: as configured, or where the device computes it natively."""
+    if config.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16"
+
+
 def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> BucketingSampler:
     """The order of the training utterances."""
     return BucketingSampler(
@@ -68,6 +75,7 @@ def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> BucketingSampler
         round(config.data.batch_seconds * SAMPLING_RATE),
         jitter=config.data.length_jitter,
         seed=config.seed,
+        rates=visiting_rates([domain_of(utterance) for utterance in corpus.training], config.data.domain_weights),
     )
 
 

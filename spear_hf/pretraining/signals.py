@@ -11,6 +11,15 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def ignore_stop_signals(worker: int) -> None:
+    """For the loader's workers: launchers and schedulers signal all processes, and the step to come needs its data.
+
+    A worker still ends with the process that started it.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """While entered, notes the stop signals instead of dying of them. A second Ctrl-C interrupts at once."""
 

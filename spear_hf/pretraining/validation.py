@@ -1,7 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Masked prediction on held-out audio, against always guessing each codebook's most frequent token (the unigram)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,11 @@ from accelerate import Accelerator
 
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler
-from ..data.collation import PreTrainingDataset, StepDataset, Tokens
+from ..data.collation import MicroBatch, PreTrainingDataset, StepDataset, Tokens, domain_of
+from ..data.manifest import DOMAINS
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import IGNORED
-from .metrics import ratio, teacher_metrics
+from .metrics import StepSums, codebooks_of, ratio
 
 
 # So many utterances are enough for the distribution of the tokens: 2,000 of 10 s are a million frames.
@@ -78,6 +80,8 @@ class Validator:
         accelerator: Accelerator,
     ) -> None:
         self.unigrams = dict(unigrams)
+        present = {domain_of(utterance) for utterance in dataset.utterances}
+        self.domains = [domain for domain in DOMAINS if domain in present]
         self.accelerator = accelerator
         samples = round(batch_seconds * SAMPLING_RATE)
         sampler = BucketingSampler(lengths, samples, shuffle=False)
@@ -87,33 +91,32 @@ class Validator:
         self._batches = sampler.batches_per_epoch
 
     @torch.no_grad()
-    def __call__(self, model: SpearForPreTraining) -> dict[str, float | None]:
+    def __call__(self, model: SpearForPreTraining) -> dict[str, Any]:
         """Losses and accuracies on masked and unmasked frames and, on the same masked frames, the unigram's."""
         teachers = list(model.prediction_heads)
         device = self.accelerator.device
-        statistics = torch.zeros(len(teachers), 2, 3, device=device)
+        sums = StepSums(codebooks_of(model), self.domains, device)
         baseline = torch.zeros(len(teachers), 3, dtype=torch.float64)
         was_training = model.training
         model.eval()
         for batch in self._micro_batches():
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
             with self.accelerator.autocast():
-                statistics += model(**inputs).statistics
+                sums.add(batch, model(**inputs))
             for place, name in enumerate(teachers):
-                labels = batch[f"{name}_labels"]
-                masked = model._masked_output_frames(batch["mask_time_indices"], labels.shape[1])
+                labels = batch.inputs[f"{name}_labels"]
+                masked = model._masked_output_frames(batch.inputs["mask_time_indices"], labels.shape[1])
                 assert masked is not None
                 baseline[place] += self.unigrams[name].sums(labels, masked)
         model.train(was_training)
-        statistics = self.accelerator.reduce(statistics, "sum").double().cpu()
+        sums.vector = self.accelerator.reduce(sums.vector, "sum")
         baseline = self.accelerator.reduce(baseline.float().to(device), "sum").double().cpu()
-        metrics = teacher_metrics(teachers, statistics)
+        metrics = sums.metrics(sums.read())
         for name, (cost, correct, count) in zip(teachers, baseline.tolist()):
             metrics[f"{name}_unigram_loss"] = ratio(cost, count)
             metrics[f"{name}_unigram_accuracy"] = ratio(correct, count)
         return metrics
 
-    def _micro_batches(self) -> Iterable[dict[str, torch.Tensor]]:
+    def _micro_batches(self) -> Iterator[MicroBatch]:
         for place in range(self._batches):
-            for batch in self._steps[place]:
-                yield batch.inputs
+            yield from self._steps[place]
