@@ -306,7 +306,7 @@ def text(rows: list[dict[str, Any]]) -> str:
                 f"{_percent(original, 'accuracy', '.1f')} %."
             ),
             "",
-            "| codebooks | kbit/s | passes | relative error | perplexity | probe, % | difference |",
+            "| codebooks | kbit/s | passes | relative error | perplexity at 5 passes | probe, % | difference |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in own[1:]:
