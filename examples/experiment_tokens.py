@@ -253,7 +253,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
         error.set_ylim(0, 1.08 * max(row["relative_error"] for row in own if "relative_error" in row))
         accuracy.set_ylim(bottom=0)
         accuracy.set_xscale("log", base=2)
-        counts = sorted({row["num_codebooks"] for row in own if row.get("num_codebooks")})
+        counts = sorted({row["num_codebooks"] for row in rows if row.get("num_codebooks")})
         accuracy.set_xticks(counts, [str(count) for count in counts])
         accuracy.set_xlabel("Codebooks of 256")
         accuracy.set_title(f"Probe: {part.probe}")
