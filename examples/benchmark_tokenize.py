@@ -223,16 +223,24 @@ def document(rows: list[dict[str, Any]]) -> str:
             "Measured by `examples/benchmark_tokenize.py` (`tokenize.csv` has machine, versions and command): a "
             f"teacher of WavLM Large's architecture to block {LAYER}, {CODEBOOKS} codebooks of {CODEBOOK_SIZE}, 5 "
             f"passes, utterances of {SHORTEST:g} to {LONGEST:g} s. Stages are timed one after the other; the last "
-            "column is of the whole command, with decoding ahead in threads."
+            "column is of the whole command, with decoding ahead in threads. Load: processes that wanted a core, as "
+            "seen at the end; where that is above the machine's cores, times are too long, and shares are rough."
         ),
         "",
-        "| device | type | audio | decode | front end | forward | encode | write | encode / forward | "
-        "audio-hours an hour |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| device | type | threads | load | audio | decode | front end | forward | encode | write | "
+        "encode / forward | audio-hours an hour |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         seconds = [f"{float(row[f'{stage}_seconds']):.2f} s" for stage in STAGES]
-        cells = [row["device"], row["dtype"], f"{float(row['audio_seconds']):.0f} s", *seconds]
+        cells = [
+            row["device"],
+            row["dtype"],
+            row["threads"],
+            row["load"],
+            f"{float(row['audio_seconds']):.0f} s",
+            *seconds,
+        ]
         cells += [f"{100 * float(row['encode_share_of_forward']):.1f} %", f"{float(row['audio_hours_per_hour']):.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [

@@ -250,10 +250,10 @@ def plot(rows: list[dict[str, Any]]) -> Any:
             accuracy.errorbar(counts * shift, values[0], yerr=bars, capsize=3, elinewidth=1, **style)
         accuracy.axhline(100 * original["accuracy"], color=GREEN, linestyle="--", linewidth=1.5, label="the features")
         error.set_title(part.title.split(",")[0])
-        error.set_ylim(bottom=0)
+        error.set_ylim(0, 1.08 * max(row["relative_error"] for row in own if "relative_error" in row))
         accuracy.set_ylim(bottom=0)
         accuracy.set_xscale("log", base=2)
-        counts = sorted({row["num_codebooks"] for row in own if row.get("num_codebooks")})
+        counts = sorted({row["num_codebooks"] for row in rows if row.get("num_codebooks")})
         accuracy.set_xticks(counts, [str(count) for count in counts])
         accuracy.set_xlabel("Codebooks of 256")
         accuracy.set_title(f"Probe: {part.probe}")
@@ -306,7 +306,7 @@ def text(rows: list[dict[str, Any]]) -> str:
                 f"{_percent(original, 'accuracy', '.1f')} %."
             ),
             "",
-            "| codebooks | kbit/s | passes | relative error | perplexity | probe, % | difference |",
+            "| codebooks | kbit/s | passes | relative error | perplexity at 5 passes | probe, % | difference |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in own[1:]:
