@@ -117,6 +117,7 @@ class Experiment:
             f"seed={self.arguments.seed}",
             f"max_steps={self.arguments.steps}",
             f"schedule.decay_steps={self.arguments.steps}",
+            f"schedule.warmup_steps={self.arguments.steps // 10}",
             *arm.settings,
         ]
 
