@@ -15,6 +15,8 @@ than 20 ms after the last one. A last hidden state at 25 Hz (`output_downsamplin
 For that the audio is extended by its mirror image, see framing.py. Scene embeddings are statistics over these frames.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,17 +46,18 @@ class HearModel(nn.Module):
         scene: str = "mean",
     ) -> None:
         super().__init__()
+        config: Any = encoder.config
         self.encoder = encoder
         self.feature_extractor = feature_extractor
-        self.layers = parse_layer(layers, encoder.config.num_hidden_layers)
+        self.layers = parse_layer(layers, config.num_hidden_layers)
         if scene not in SCENES:
             raise ValueError(f"scene={scene!r} must be one of {', '.join(SCENES)}")
         self.scene = scene
-        copies = encoder.config.num_hidden_layers + 1 if self.layers == "all" else 1
-        self.timestamp_embedding_size = copies * encoder.config.hidden_size
+        copies = config.num_hidden_layers + 1 if self.layers == "all" else 1
+        self.timestamp_embedding_size = copies * config.hidden_size
         self.scene_embedding_size = self.timestamp_embedding_size * (2 if scene == "mean+std" else 1)
         # Only the last hidden state of an encoder may be at 25 Hz.
-        self.factor = encoder.config.output_downsampling_factor if self.layers == "last" else 1
+        self.factor = config.output_downsampling_factor if self.layers == "last" else 1
 
     @property
     def frame_samples(self) -> int:
@@ -91,8 +94,8 @@ def load_model(model_file_path: str = "", layers: int | str | None = None, scene
     name, options = split_options(model_file_path, ("layers", "scene"))
     if not name:
         raise ValueError("no model is named: pass the folder or Hub id of a SPEAR model (--model of the runner)")
-    encoder, feature_extractor = load_encoder(name, device="cpu")
-    encoder = encoder.base_model
+    model, feature_extractor = load_encoder(name, device="cpu")
+    encoder: Any = model.base_model
     if not isinstance(encoder, SpearPreTrainedModel) or not isinstance(feature_extractor, SpearFeatureExtractor):
         raise ValueError(f"{name} is a {encoder.config.model_type} model: this module is for SPEAR models")
     return HearModel(

@@ -49,8 +49,8 @@ class UpstreamExpert(nn.Module):
             raise ValueError("ckpt is not set: name the folder or Hub id of a SPEAR model (-k of run_downstream)")
         if model_config is not None:
             raise ValueError(f"model_config={model_config!r}: the configuration is that of {ckpt}, leave it out")
-        encoder, feature_extractor = load_encoder(ckpt, device="cpu")
-        encoder = encoder.base_model
+        model, feature_extractor = load_encoder(ckpt, device="cpu")
+        encoder: Any = model.base_model
         if not isinstance(encoder, SpearPreTrainedModel) or not isinstance(feature_extractor, SpearFeatureExtractor):
             raise ValueError(f"{ckpt} is a {encoder.config.model_type} model: this upstream is for SPEAR models")
         self.model = encoder
