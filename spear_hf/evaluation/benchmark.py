@@ -124,7 +124,7 @@ def _one(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The record of a task and a representation, from disk if it is there, and the samples of its headline."""
     path = folder / "results" / _file_name(task.name) / f"{_file_name(representation.name)}.json"
-    key = _key(task, representation, settings)
+    key = _key(task, representation, store, settings)
     if path.is_file() and path.with_suffix(".npz").is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.get("key") == key:
@@ -139,20 +139,18 @@ def _one(
     return record, results[0].estimate.samples
 
 
-def _key(task: Task, representation: Representation, settings: Settings) -> str:
-    """A hash of all that a result depends on, but for the audio itself."""
+def _key(task: Task, representation: Representation, store: EmbeddingCache, settings: Settings) -> str:
+    """A hash of all that a result depends on: what the clips hold and are, the representation, the settings."""
     shown = {name: value for name, value in asdict(settings).items() if name not in ("progress", "device")}
-    clips = [
-        [
-            (clip.id, clip.labels, clip.transcript, clip.speaker, clip.group, clip.language, len(clip.segments))
-            for clip in part
-        ]
-        for fold in task.folds
-        for part in (fold.train, fold.valid, fold.test)
-    ]
-    facts = [FORMAT_VERSION, task.name, task.kind, task.labels, task.collar, task.postprocessing, clips, shown]
-    text = json.dumps([*facts, representation.fingerprint], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for fold in task.folds:
+        for part in ("train", "valid", "test"):
+            for clip in getattr(fold, part):
+                facts = [part, store.checksum(clip), clip.id, clip.labels, clip.transcript, clip.speaker, clip.group]
+                digest.update(json.dumps([*facts, clip.language, clip.segments], default=str).encode())
+    facts = [FORMAT_VERSION, task.name, task.kind, task.labels, task.collar, task.postprocessing, shown]
+    digest.update(json.dumps([*facts, representation.fingerprint], default=str).encode())
+    return digest.hexdigest()
 
 
 def _write_samples(path: Path, key: str, result: Result) -> None:

@@ -89,12 +89,12 @@ class EmbeddingCache:
         """The file of a clip's features."""
         if keep not in KEEPS:
             raise ValueError(f"keep={keep!r} must be one of {', '.join(KEEPS)}")
-        checksum = self._checksum(clip)
+        checksum = self.checksum(clip)
         kind = self.folder / f"v{FORMAT_VERSION}" / representation.fingerprint[:32] / keep
         return kind / checksum[:2] / f"{checksum}.safetensors"
 
-    def _checksum(self, clip: Clip) -> str:
-        """Of the encoded audio: what it decodes to follows from that."""
+    def checksum(self, clip: Clip) -> str:
+        """SHA-256 of the encoded audio: what it decodes to follows from that. ValueError if it cannot be read."""
         if isinstance(clip.source, bytes):
             return hashlib.sha256(clip.source).hexdigest()
         name = str(clip.source)

@@ -69,10 +69,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report: a table for each task, with intervals and differences to the first model."""
     settings, lines = report["settings"], ["# Evaluation of frozen representations", ""]
     lines += [
-        f"Intervals: 95 %, percentiles of {settings['resamples']} bootstrap samples of the test clips, or of groups of "
-        f"them, drawn alike for all. Seed {settings['seed']}, {settings['seeds']} run(s) of heads trained by gradient, "
-        f"grid `{settings['grid']}`. All figures in per cent. The features and the head of a row are those that were "
-        "best on the validation clips (of ABX tests: on the other half of the items); all others are in report.json.",
+        "All figures are in per cent. Intervals: 95 %, percentiles of "
+        f"{settings['resamples']} bootstrap samples of the test clips, or of groups of them, drawn alike for all "
+        f"rows. Seed {settings['seed']}; {settings['seeds']} run(s) of heads trained by gradient, grid "
+        f"`{settings['grid']}`. "
+        "Features and head of a row are those that were best on the validation clips (of ABX tests: on the other half "
+        "of the items); all others are in report.json.",
         "",
     ]
     for name, task in report["tasks"].items():
@@ -199,7 +201,7 @@ def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | 
         text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
-    data = document.data
+    data: Any = document.data
     ours = model_index(report, name)
     taken = {result.dataset_name for result in ours}
     data.eval_results = [*(old for old in data.eval_results or [] if old.dataset_name not in taken), *ours]
