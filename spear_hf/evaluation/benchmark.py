@@ -112,6 +112,7 @@ def _described(representation: Representation, spec: str) -> dict[str, Any]:
     return {
         "spec": spec if spec.startswith(TEACHER) or spec in (LOG_MEL, MFCC) else short_name(spec),
         "fingerprint": representation.fingerprint,
+        "weights": representation.weights,
         "layers": representation.num_layers,
         "dim": representation.dim,
         "frame_rate": 1 / representation.frame_seconds,

@@ -27,6 +27,11 @@ def run_evaluation(
     from .report import add_to_card, markdown, write_report
 
     try:
+        if card is not None and (len(models) != 1 or not card.is_file()):
+            raise ValueError(
+                f"--card {card} must be the README.md of the only --model; a model without one gets it from `spear-hf "
+                "publish`, with the results, if OUTPUT/report.json is copied to evaluation.json in its folder"
+            )
         report = evaluate(
             models,
             tasks,

@@ -4,8 +4,8 @@
 from collections.abc import Collection
 
 
-def split_options(text: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
-    """The name and its options. ValueError for an option that is not `known`, comes twice or has no value."""
+def split_options(text: str, known: Collection[str] | None) -> tuple[str, dict[str, str]]:
+    """The name and its options. ValueError for an option that is not `known` (None: any), comes twice or is empty."""
     name, mark, tail = text.partition("#")
     options: dict[str, str] = {}
     if not mark:
@@ -13,8 +13,9 @@ def split_options(text: str, known: Collection[str]) -> tuple[str, dict[str, str
     for item in tail.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
-            raise ValueError(f"{text!r}: {item!r} must read KEY=VALUE; the keys are {', '.join(known)}")
-        if key not in known:
+            keys = "" if known is None else f"; the keys are {', '.join(known)}"
+            raise ValueError(f"{text!r}: {item!r} must read KEY=VALUE{keys}")
+        if known is not None and key not in known:
             raise ValueError(f"{text!r}: unknown option {key!r}; known are {', '.join(known)}")
         if key in options:
             raise ValueError(f"{text!r}: the option {key!r} comes twice")

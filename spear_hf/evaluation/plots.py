@@ -286,6 +286,7 @@ def plot_feature_scores(results: Mapping[str, Sequence[Mapping[str, Any]]], titl
         else:
             axes.axhline(100 * items[0]["value"], color=colour, linestyle="--", linewidth=1.5, label=name)
     axes.set_title(title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Layer (0: what enters the first one)")
     axes.set_ylabel("Test score (%)")
     axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=9)
@@ -302,6 +303,7 @@ def plot_layer_weights(weights: Mapping[str, Sequence[float]], title: str) -> "F
     for place, (name, values) in enumerate(weights.items()):
         axes.plot(range(len(values)), values, color=COLOURS[place % len(COLOURS)], marker="o", mec="white", label=name)
     axes.set_title(title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Layer (0: what enters the first one)")
     axes.set_ylabel("Weight")
     axes.set_ylim(bottom=0)

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+from torch import nn
 
 from .benchmark import FORMAT, FORMAT_VERSION
 from .plots import plot_confusion, plot_feature_scores, plot_layer_weights, save_figure
+from .representations import weights_fingerprint
 
 
 BEGIN, END = "<!-- evaluation: begin, written by spear-hf evaluate -->", "<!-- evaluation: end -->"
 REPORT_NAME = "evaluation.json"
-"""Of a report in a model's folder, for `spear-hf publish`."""
+"""A report in a model's folder, which the card that `spear-hf publish` writes then states."""
 METRIC_NAMES = {
     "accuracy": "accuracy",
     "map": "mAP",
@@ -207,6 +209,15 @@ def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | 
     data.eval_results = [*(old for old in data.eval_results or [] if old.dataset_name not in taken), *ours]
     data.model_name = data.model_name or name.split("/")[-1]
     _write(path, f"---\n{data.to_yaml()}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}")
+
+
+def name_of(report: Mapping[str, Any], model: nn.Module) -> str:
+    """What an encoder, or a model with a head on one, is called in a report. ValueError if it was not evaluated."""
+    weights = weights_fingerprint(getattr(model, "base_model", model))
+    for name, entry in report["representations"].items():
+        if entry["weights"] == weights:
+            return name
+    raise ValueError("the report is not of this model: its weights or its configuration were others")
 
 
 def _known(report: Mapping[str, Any], name: str) -> None:

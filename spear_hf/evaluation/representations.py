@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.mfcc import FEATURE_SIZE as MFCC_SIZE
 from ..mvq.mfcc import FRAME_LENGTH, FRAME_RATE, KaldiMfcc
-from ..mvq.teachers import Teacher, load_teacher
+from ..mvq.teachers import Teacher, WindowRule, is_factory, load_teacher
 from .embedding import embed_waveforms, load_encoder, pick_device
 from .options import split_options
 from .segments import FILTER_BANK_CENTRE, FILTER_BANK_STEP
@@ -47,6 +47,8 @@ class Representation(ABC):
 
     name: str
     fingerprint: str
+    weights: str | None = None
+    """Hash of an encoder's parameters and configuration; the fingerprint covers the precision too."""
     num_layers: int
     """Hidden states, what enters the first layer included."""
     dim: int
@@ -127,7 +129,8 @@ class EncoderStates(Representation):
         self.batchable = isinstance(encoder, SpearPreTrainedModel)
         if isinstance(feature_extractor, SpearFeatureExtractor):
             feature_extractor.pad_short = True
-        self.fingerprint = fingerprint(encoder)
+        self.weights = weights_fingerprint(encoder)
+        self.fingerprint = _digest(f"{self.weights} {encoder.dtype}")
         noise = 0.1 * np.random.default_rng(0).standard_normal(SAMPLING_RATE).astype(np.float32)
         try:
             states, rate = embed_waveforms([noise], encoder, feature_extractor, "all", "none")
@@ -180,13 +183,17 @@ def load_representation(
     if spec == MFCC:
         return Mfcc()
     if spec.startswith(TEACHER):
-        source, options = split_options(spec.removeprefix(TEACHER), TEACHER_OPTIONS)
-        settings: dict[str, Any] = {
-            "layer": int(options["layer"]) if "layer" in options else None,
-            "window": options.get("window"),
-            "window_seconds": float(options["window_seconds"]) if "window_seconds" in options else None,
-        }
-        teacher = load_teacher(source, device=pick_device(device), dtype=dtype, **settings)
+        text = spec.removeprefix(TEACHER)
+        source, options = split_options(text, None if is_factory(text.partition("#")[0]) else TEACHER_OPTIONS)
+        teacher = load_teacher(
+            source,
+            layer=int(options.pop("layer")) if "layer" in options else None,
+            device=pick_device(device),
+            dtype=dtype,
+            window=cast(WindowRule | None, options.pop("window", None)),
+            window_seconds=float(options.pop("window_seconds")) if "window_seconds" in options else None,
+            options=dict(options),
+        )
         return TeacherFeatures(name or spec, teacher)
     if spec.startswith(f"{RANDOM}:"):
         model, extractor = _random_encoder(spec.removeprefix(f"{RANDOM}:"), device, dtype, seed)
@@ -219,12 +226,12 @@ def _random_encoder(
     return module.to(pick_device(device), getattr(torch, dtype)).eval(), extractor
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the parameters, the buffers and the configuration."""
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of the parameters, the buffers and the configuration, whatever the precision they are held in."""
     digest = hashlib.sha256(f"{type(model).__name__} {_settings(model)}".encode())
     for name, value in sorted(model.state_dict().items()):
         array = value.detach().cpu().float().contiguous().numpy()
-        digest.update(f"{name} {value.dtype} {array.shape}".encode())
+        digest.update(f"{name} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
 

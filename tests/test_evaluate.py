@@ -1,0 +1,250 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""`spear-hf evaluate` from the command to the card, on tones that the filter bank tells apart."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from spear_hf import SpearForCTC, SpearModel
+from spear_hf.cli import app
+from spear_hf.evaluation.benchmark import evaluate, representation_specs
+from spear_hf.evaluation.protocols import Settings, feature_sets
+from spear_hf.evaluation.report import (
+    BEGIN,
+    REPORT_NAME,
+    add_to_card,
+    evaluation_section,
+    markdown,
+    model_index,
+    name_of,
+    read_report,
+    write_report,
+)
+from spear_hf.evaluation.representations import load_representation
+from spear_hf.hub_card import write_card
+from spear_hf.hub_checks import check_card
+
+from .evaluation_corpus import write_corpus, write_hear_task, write_model
+
+
+QUICK = {"resamples": 40, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "tones")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("single") / "tones", pair=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(model, task, output, cache, baselines=("log-mel",), **settings):
+    return evaluate([str(model)], [task], output, baselines, cache, Settings(**QUICK | settings), device="cpu")
+
+
+def headline(report, name):
+    (task,) = report["tasks"]
+    return report["representations"][name]["tasks"][task]["headline"]
+
+
+def test_command(single, model, tmp_path):
+    """All defaults but the number of resamples; then the card; then again, from what is there."""
+    output, card = tmp_path / "out", tmp_path / "README.md"
+    card.write_text("---\nlicense: apache-2.0\n---\n\n# A model\n", encoding="utf-8")
+    arguments = ["evaluate", "--model", str(model), "--tasks", f"{single}#group_regex=.*", "--output", str(output)]
+    arguments += ["--resamples", "40", "--device", "cpu", "--card", str(card)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = read_report(output / "report.json")
+    names = list(report["representations"])
+    assert names == [report["models"][0], "log-mel", "mfcc", f"random:{report['models'][0]}"]
+    record = report["representations"][names[0]]["tasks"]["tones"]
+    choices = {(item["features"], item["head"]) for item in record["results"]}
+    linear = {(name, "linear") for name in ("weighted", "layer 0", "layer 1", "layer 2", "all")}
+    assert choices == linear | {(name, "mlp") for name in ("weighted", "layer 2", "all")}
+    assert headline(report, "log-mel")["value"] == 1
+    assert headline(report, "log-mel")["more"]["confusion"] == [[4, 0, 0], [0, 4, 0], [0, 0, 4]]
+    assert set(record["minus"]) == set(names[1:])
+    assert (output / "tones-confusion.png").is_file()
+    assert (output / "tones-layers.png").is_file()
+    assert (output / "tones-weights.png").is_file()
+    assert "| log-mel | 100.0 (100.0 to 100.0) |" in (output / "report.md").read_text(encoding="utf-8")
+    loaded = ModelCard.load(card)
+    assert loaded.data.license == "apache-2.0"
+    assert loaded.data.eval_results[0].metric_value == round(record["headline"]["value"], 4)
+
+    results = {path: path.stat().st_mtime_ns for path in (output / "results").rglob("*.json")}
+    assert len(results) == 4
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in results} == results
+    assert read_report(output / "report.json") == report
+    once = card.read_text(encoding="utf-8")
+    assert once.count(BEGIN) == 1
+
+    nowhere = [*arguments[:-1], str(tmp_path / "none.md")]
+    assert CliRunner().invoke(app, nowhere).exit_code == 1
+    bad = CliRunner().invoke(app, [*arguments[:4], "nowhere#kind=x", *arguments[5:]])
+    assert bad.exit_code == 1
+
+
+def test_results_are_redone_where_something_changed(single, model, cache, tmp_path):
+    settings = {"features": ("last",), "heads": ("linear",), "baselines": ()}
+    task = f"{single}#group_regex=.*"
+    first = run(model, task, tmp_path, cache, **settings)
+    (path,) = (tmp_path / "results").rglob("*.json")
+    before = path.stat().st_mtime_ns
+    assert run(model, task, tmp_path, cache, **settings) == first
+    assert path.stat().st_mtime_ns == before
+    run(model, task, tmp_path, cache, **settings, seed=1)
+    assert path.stat().st_mtime_ns != before
+    path.write_text("{}", encoding="utf-8")
+    assert run(model, task, tmp_path, cache, **settings) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "metric", "best"),
+    [
+        ("/tags.jsonl#kind=tagging", "map", 0.9),
+        ("#kind=frames,segments={0}/segments.jsonl", "frame_accuracy", 0.8),
+        ("#kind=events,segments={0}/segments.jsonl", "event_f1", 0.6),
+        ("#kind=asr", "wer", 0.35),
+    ],
+)
+def test_kinds(corpus, model, cache, tmp_path, options, metric, best):
+    """Tones are told apart by log-mel alone, and by a wide range of models; the tiny one has to work, not to win."""
+    task = str(corpus) + options.format(corpus)
+    report = run(model, task, tmp_path, cache, features=("weighted", "last"), heads=("linear",))
+    found, own = headline(report, "log-mel"), headline(report, report["models"][0])
+    assert found["metric"] == metric
+    assert found["low"] <= found["value"] <= found["high"]
+    assert found["value"] >= best if found["higher_is_better"] else found["value"] <= best
+    assert 0 <= own["low"] <= own["high"]
+    assert markdown(report)
+    json.dumps(report, allow_nan=False)
+
+
+def test_verification(single, model, cache, tmp_path):
+    """Hums of two voices that were not heard in training."""
+    report = run(model, f"{single}#kind=verification", tmp_path, cache, baselines=("mfcc",))
+    heads = {item["head"]: item for item in report["representations"]["mfcc"]["tasks"]["tones"]["results"]}
+    assert set(heads) == {"cosine", "mlp"}
+    assert heads["mlp"]["value"] <= 0.35
+    assert heads["mlp"]["test_speakers"] == 2
+    own = report["representations"][report["models"][0]]["tasks"]["tones"]["results"]
+    assert {(item["features"], item["head"]) for item in own} == {
+        *((name, "cosine") for name in ("layer 0", "layer 1", "layer 2", "all")),
+        *((name, "mlp") for name in ("weighted", "layer 2", "all")),
+    }
+
+
+def test_query_by_example(single, model, cache, tmp_path):
+    """Three tones by two voices: the training split's item against the test split's."""
+    report = run(model, f"{single}#kind=query", tmp_path, cache)
+    assert headline(report, "log-mel")["value"] >= 0.8
+    name = report["models"][0]
+    features = [item["features"] for item in report["representations"][name]["tasks"]["tones"]["results"]]
+    assert features == ["selected", "layer 0", "layer 1", "layer 2"]
+    assert len(headline(report, name)["layers"]) == 2
+
+
+def test_hear_folds(cache, tmp_path):
+    """Every fold tests once, and the score is the mean of the folds'."""
+    folder = write_hear_task(tmp_path / "folds", splits=("fold00", "fold01", "fold02"))
+    report = evaluate(["log-mel"], [str(folder)], tmp_path / "out", (), cache, Settings(**QUICK, heads=("linear",)))
+    assert report["tasks"]["tones"]["folds"] == 3
+    assert report["tasks"]["tones"]["clips"] == {"train": 18, "valid": 18, "test": 18}
+    assert headline(report, "log-mel")["value"] == 1
+    assert len(headline(report, "log-mel")["penalty"]) == 3
+
+
+def test_feature_sets(model):
+    own, mel = load_representation(str(model), device="cpu"), load_representation("log-mel")
+    assert feature_sets(own, ("last", "layers"), "linear") == ["layer 2", "layer 0", "layer 1"]
+    assert feature_sets(own, ("weighted", "layers", "last", "all"), "mlp") == ["weighted", "layer 2", "all"]
+    assert feature_sets(mel, ("weighted", "layers"), "mlp") == ["features"]
+
+
+def test_representations_by_name(model):
+    specs = representation_specs([str(model)], ["log-mel", "random", "teacher:kaldi-mfcc", "log-mel"])
+    short = "/".join(model.parts[-2:])
+    assert list(specs) == [short, "log-mel", f"random:{short}", "teacher:kaldi-mfcc"]
+    assert specs[f"random:{short}"] == f"random:{model}"
+    assert representation_specs(["mfcc"], ["random"]) == {"mfcc": "mfcc"}
+
+
+def test_card_and_report(single, model, cache, tmp_path):
+    report = run(model, f"{single}#group_regex=.*", tmp_path / "out", cache, features=("last",), heads=("linear",))
+    name = report["models"][0]
+    value = headline(report, name)["value"]
+    section = evaluation_section(report, name)
+    assert f"{100 * value:.1f} (" in section
+    assert "log-mel" in section
+    assert model_index(report, name)[0].metric_value == round(value, 4)
+    card = tmp_path / "README.md"
+    card.write_text("# Mine\n\nText that stays.\n", encoding="utf-8")
+    add_to_card(card, report)
+    first = card.read_text(encoding="utf-8")
+    add_to_card(card, report)
+    assert card.read_text(encoding="utf-8") == first
+    assert "Text that stays." in first
+    assert ModelCard(first).data.eval_results[0].metric_type == "accuracy"
+    with pytest.raises(ValueError, match="not in the report"):
+        add_to_card(card, report, "other")
+    write_report(report, tmp_path / "out")
+    for content, message in (({}, "no report"), (report | {"format_version": 9}, "format_version 9")):
+        (tmp_path / "bad.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_report(tmp_path / "bad.json")
+
+
+def test_published_card(single, model, cache, tmp_path):
+    """`spear-hf publish` states the report in the model's folder, if it is of this model."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    task = f"{single}#group_regex=.*"
+    report = run(folder, task, tmp_path / "out", cache, features=("last",), heads=("linear",), baselines=("mfcc",))
+    shutil.copyfile(tmp_path / "out" / "report.json", folder / REPORT_NAME)
+    encoder = SpearModel.from_pretrained(folder)
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    write_card(staged, folder, encoder, "me/mine", False)
+    card = ModelCard.load(staged / "README.md")
+    value = headline(report, report["models"][0])["value"]
+    assert f"| {100 * value:.1f} (" in card.text
+    assert card.data.eval_results[0].metric_value == round(value, 4)
+    assert not check_card(staged / "README.md")
+    assert name_of(report, SpearForCTC.from_pretrained(folder)) == report["models"][0]
+    with torch.no_grad():
+        encoder.stem.conv1.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="not of this model"):
+        write_card(staged, folder, encoder, "me/mine", False)
+
+
+def test_wrong_settings(single, model, tmp_path):
+    for settings, message in (
+        ({"features": ("best",)}, "features: best"),
+        ({"heads": ("svm",)}, "heads: svm"),
+        ({"pool": "max"}, "pool: max"),
+        ({"seeds": 0}, "seeds=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings(**settings)
+    with pytest.raises(ValueError, match="two tasks are called tones"):
+        evaluate([str(model)], [str(single), str(single)], tmp_path)
+    with pytest.raises(ValueError, match="name at least one"):
+        evaluate([], [str(single)], tmp_path, ())
