@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
 from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
@@ -96,9 +98,38 @@ def test_baselines_and_teachers(clips):
     for one, other in zip(mfcc(waveforms), teacher(waveforms)):
         assert np.allclose(one, other, atol=1e-4)
     assert mfcc.centres(3) == pytest.approx([0.0125, 0.0325, 0.0525])
+    loud = load_representation("teacher:tests.evaluation_corpus:energies#gain=3", device="cpu")
+    (plain,) = load_representation("teacher:tests.evaluation_corpus:energies", device="cpu")(waveforms[1:])
+    assert np.allclose(loud(waveforms[1:])[0], 3 * plain)
+    assert (loud.num_layers, loud.dim, loud.frame_seconds) == (1, 1, 0.02)
     assert short_name("teacher:/some/where/models/whisper#layer=3") == "teacher:models/whisper#layer=3"
     with pytest.raises(ValueError, match="unknown option"):
         load_representation("teacher:kaldi-mfcc#depth=3")
+
+
+def test_other_encoders(tmp_path, clips):
+    """Not invariant to padding, so that no two clips share a batch; frames lie in the middle of what they see."""
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    torch.manual_seed(0)
+    Wav2Vec2Model(config).save_pretrained(tmp_path / "w2v2")
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "w2v2")
+    model = load_representation(str(tmp_path / "w2v2"), device="cpu")
+    assert (model.num_layers, model.dim, model.frame_seconds) == (3, 16, 0.02)
+    assert model.first_centre == pytest.approx(0.0125)  # half of 400 samples
+    assert not model.batchable
+    waveforms = [0.1 * np.random.default_rng(0).standard_normal(n).astype(np.float32) for n in (8000, 3200)]
+    assert np.allclose(model(waveforms)[1], model(waveforms[1:])[0], atol=1e-5)
+    random = load_representation(f"random:{tmp_path / 'w2v2'}", device="cpu", seed=1)
+    assert random.num_layers == 3
+    assert random.weights != model.weights
 
 
 def test_errors_name_the_clip(tmp_path, clips):

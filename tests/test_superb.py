@@ -40,6 +40,8 @@ def test_frames_of_every_length_are_those_that_the_toolkit_expects(upstream):
         expected = max(1, round(samples / rate))
         extended = framed(torch.zeros(samples), expected, 160)
         assert (extractor.num_frames(len(extended)) - 7) // 2 == expected
+        # Newer versions of the toolkit round up, and cut or repeat up to 5 frames.
+        assert abs(expected - ((samples - 1) // rate + 1)) <= 1
         # Whatever the toolkit cuts off or misses, no sample of the audio lies beyond the frames' own cells.
         assert abs(expected * rate - samples) <= rate / 2
 
