@@ -68,7 +68,7 @@ def evaluate(
         raise ValueError("name at least one model or baseline, and one task")
     _unique([task.name for task in loaded], "tasks", "give one of them another with #name=...")
     folder = Path(output)
-    store = EmbeddingCache(folder / "cache" if cache is None else cache, batch_seconds, max_seconds)
+    store = EmbeddingCache(cache or folder / "cache", batch_seconds, max_seconds, settings.progress)
     entries: dict[str, dict[str, Any]] = {}
     samples: dict[tuple[str, str], np.ndarray] = {}
     with tqdm(total=len(specs) * len(loaded), desc="evaluate", unit="result", disable=not settings.progress) as bar:
@@ -91,15 +91,20 @@ def representation_specs(models: Sequence[str], baselines: Sequence[str]) -> dic
     specs: list[str] = list(models)
     for baseline in baselines:
         if baseline == RANDOM:
-            trained = [model for model in models if not model.startswith((TEACHER, f"{RANDOM}:", LOG_MEL, MFCC))]
+            kinds = (TEACHER, f"{RANDOM}:")
+            trained = [model for model in models if model not in (LOG_MEL, MFCC) and not model.startswith(kinds)]
             specs += [f"{RANDOM}:{model}" for model in trained]
         else:
             specs.append(baseline)
-    specs = list(dict.fromkeys(specs))
-    names = [short_name(spec) for spec in specs]
-    if len(set(names)) < len(names):
-        names = specs
-    return dict(zip(names, specs))
+    named: dict[str, str] = {}
+    for spec in dict.fromkeys(specs):
+        name = short = short_name(spec)
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{short} ({number})"
+        named[name] = spec
+    return named
 
 
 def _unique(names: Sequence[str], what: str, fix: str) -> None:
@@ -110,7 +115,7 @@ def _unique(names: Sequence[str], what: str, fix: str) -> None:
 
 def _described(representation: Representation, spec: str) -> dict[str, Any]:
     return {
-        "spec": spec if spec.startswith(TEACHER) or spec in (LOG_MEL, MFCC) else short_name(spec),
+        "spec": short_name(spec),  # no paths of this machine
         "fingerprint": representation.fingerprint,
         "weights": representation.weights,
         "layers": representation.num_layers,

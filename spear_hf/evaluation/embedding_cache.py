@@ -40,14 +40,23 @@ class EmbeddingCache:
         folder: is made where it is not there.
         batch_seconds: of audio, padding included, that is embedded at once.
         max_seconds: longer clips are refused, because the memory of attention grows with the square of the length.
+        progress: whether a bar is shown while clips are embedded.
     """
 
-    def __init__(self, folder: str | os.PathLike, batch_seconds: float = 30.0, max_seconds: float = 120.0) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        batch_seconds: float = 30.0,
+        max_seconds: float = 120.0,
+        progress: bool = True,
+    ) -> None:
+        if batch_seconds <= 0 or max_seconds <= 0:
+            raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
+        self.folder, self.progress = Path(folder), progress
         self.batch_seconds, self.max_seconds = batch_seconds, max_seconds
         self._checksums: dict[str, str] = {}
 
-    def fill(self, representation: Representation, clips: Sequence[Clip], keep: str, progress: bool = True) -> None:
+    def fill(self, representation: Representation, clips: Sequence[Clip], keep: str) -> None:
         """Computes what is missing. ValueError names the clip that is no audio, too long, or has bad features."""
         missing = {self.path(representation, clip, keep): clip for clip in clips}
         missing = {path: clip for path, clip in missing.items() if not path.is_file()}

@@ -35,6 +35,7 @@ from .tasks import Clip
 
 HEADS = ("linear", "mlp")
 GRIDS = ("small", "full")
+_ROWS_AT_ONCE = 4096  # of all layers: 0.2 GB for a base model
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,13 @@ def outputs_of(head: Head, features: Features, device: torch.device, embed: bool
     head.eval()
     function = head.embed if embed else head
     outputs: list[np.ndarray] = []
-    for start in range(0, len(features.lengths), 64):
-        places = range(start, min(start + 64, len(features.lengths)))
-        rows = function(features.rows(list(places)).to(device)).float().cpu()
-        outputs += [part.numpy() for part in rows.split([features.lengths[place] for place in places])]
+    places: list[int] = []
+    rows = 0
+    for place, length in enumerate(features.lengths):
+        places.append(place)
+        rows += length
+        if rows >= _ROWS_AT_ONCE or place == len(features.lengths) - 1:
+            computed = function(features.rows(places).to(device)).float().cpu()
+            outputs += [part.numpy() for part in computed.split([features.lengths[other] for other in places])]
+            places, rows = [], 0
     return outputs

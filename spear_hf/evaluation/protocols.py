@@ -12,8 +12,9 @@ A representation with one layer has the features `features`.
 
 The linear head of a classification with fixed features is a logistic regression, solved exactly, whose penalty is
 chosen on the validation clips or by cross-validation (probe.py), unless the features are more than 5e7 numbers; every
-other head is trained by gradient (heads.py). `headline` is the choice with the best validation score: the test clips
-never choose.
+other head is trained by gradient (heads.py). The headline is the choice with the best validation score: the test clips
+never choose. Without validation clips of its own a task has cross-validation where the solution is exact, and a fifth
+of its training clips elsewhere: two estimates of unlike precision, by which heads are compared all the same.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -206,7 +207,7 @@ def _frame_features(
 ) -> Maker:
     last = representation.num_layers - 1
     keep = "last" if {layer_of(name) for name in names} == {last} else "frames"
-    cache.fill(representation, task.clips, keep, settings.progress)
+    cache.fill(representation, task.clips, keep)
 
     def make(name: str, chosen: Sequence[Clip]) -> Features:
         layer = None if keep == "last" else layer_of(name)

@@ -169,7 +169,7 @@ def query_results(
     if len(labels) < 2:
         raise ValueError(f"{task.name}: {len(labels)} items are said in both splits, train and test; two are needed")
     sides = [[side[label] for label in labels] for side in (first, second)]
-    cache.fill(representation, [clip for side in sides for clip in side], "frames", settings.progress)
+    cache.fill(representation, [clip for side in sides for clip in side], "frames")
     units = [label for _ in sides for label in labels]
     results: list[Result] = []
     corrects = []
