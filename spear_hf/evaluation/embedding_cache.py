@@ -60,10 +60,8 @@ class EmbeddingCache:
         """Computes what is missing. ValueError names the clip that is no audio, too long, or has bad features."""
         missing = {self.path(representation, clip, keep): clip for clip in clips}
         missing = {path: clip for path, clip in missing.items() if not path.is_file()}
-        bar = tqdm(
-            total=len(missing), desc=f"{representation.name}, {keep}", unit="clip", disable=not progress or None
-        )
-        with bar:
+        title = f"{representation.name}, {keep}"
+        with tqdm(total=len(missing), desc=title, unit="clip", disable=not missing or not self.progress) as bar:
             for batch in self._batches(list(missing.items()), representation.batchable):
                 waveforms = [_decoded(clip) for _, clip in batch]
                 try:
