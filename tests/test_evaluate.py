@@ -2,7 +2,12 @@
 """`spear-hf evaluate` from the command to the card, on tones that the filter bank tells apart."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -28,6 +33,7 @@ from spear_hf.evaluation.representations import load_representation
 from spear_hf.hub_card import write_card
 from spear_hf.hub_checks import check_card
 
+from .conftest import ROOT
 from .evaluation_corpus import write_corpus, write_hear_task, write_model
 
 
@@ -166,11 +172,17 @@ def test_query_by_example(single, model, cache, tmp_path):
 def test_hear_folds(cache, tmp_path):
     """Every fold tests once, and the score is the mean of the folds'."""
     folder = write_hear_task(tmp_path / "folds", splits=("fold00", "fold01", "fold02"))
-    report = evaluate(["log-mel"], [str(folder)], tmp_path / "out", (), cache, Settings(**QUICK, heads=("linear",)))
+    settings = Settings(**QUICK, seeds=2)
+    report = evaluate(["log-mel"], [str(folder)], tmp_path / "out", (), cache, settings, device="cpu")
     assert report["tasks"]["tones"]["folds"] == 3
     assert report["tasks"]["tones"]["clips"] == {"train": 18, "valid": 18, "test": 18}
-    assert headline(report, "log-mel")["value"] == 1
-    assert len(headline(report, "log-mel")["penalty"]) == 3
+    linear, mlp = sorted(
+        report["representations"]["log-mel"]["tasks"]["tones"]["results"], key=lambda item: item["head"]
+    )
+    assert linear["value"] == mlp["value"] == 1
+    assert len(linear["penalty"]) == 3
+    assert [(item["seed"], item["fold"]) for item in mlp["heads"]] == [(s, f) for s in (0, 1) for f in (0, 1, 2)]
+    assert report["tasks"]["tones"]["chance"] == pytest.approx(1 / 3)
 
 
 def test_feature_sets(model):
@@ -233,6 +245,42 @@ def test_published_card(single, model, cache, tmp_path):
         encoder.stem.conv1.weight.mul_(1.01)
     with pytest.raises(ValueError, match="not of this model"):
         write_card(staged, folder, encoder, "me/mine", False)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(single, model, tmp_path):
+    """SIGKILL after the first result; the rest is computed later, and all is as without the interruption."""
+    tasks = [f"{single}#group_regex=.*", f"{single}#kind=verification,name=voices"]
+    arguments = [item for task in tasks for item in ("--tasks", task)]
+    command = [
+        sys.executable,
+        "-m",
+        "spear_hf.cli",
+        "evaluate",
+        "--model",
+        str(model),
+        *arguments,
+        "--resamples",
+        "40",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, "--resamples", "40", "--device", "cpu", "--output", str(output)], env=environment
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.rglob("results/*/*.json")):
+        assert process.poll() is None, "it ended before its first result"
+        assert time.monotonic() < deadline, "no result came"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "report.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in output.rglob("results/*/*.json")}
+    settings = Settings(resamples=40, progress=False)
+    resumed = evaluate([str(model)], tasks, output, settings=settings, device="cpu")
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert resumed == evaluate([str(model)], tasks, tmp_path / "whole", settings=settings, device="cpu")
 
 
 def test_wrong_settings(single, model, tmp_path):

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -183,6 +184,7 @@ def _report(
             "source": short_name(task.source),
             "metric": first["metric"],
             "higher_is_better": first["higher_is_better"],
+            "chance": _chance(task),
             "labels": list(task.labels) if len(task.labels) <= 100 else len(task.labels),
             "clips": {
                 part: len({clip.id for fold in task.folds for clip in getattr(fold, part)})
@@ -209,6 +211,14 @@ def _report(
                 if other != name
             }
     return report
+
+
+def _chance(task: Task) -> float | None:
+    """What the main metric is without listening: always the most frequent test label, or guessing; None: unknown."""
+    if task.kind == "classification":
+        labels = [clip.labels[0] for clip in task.test_clips]
+        return max(Counter(labels).values()) / len(labels)
+    return 0.5 if task.kind in ("verification", "query") else None
 
 
 def _estimate(

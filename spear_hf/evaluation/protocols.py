@@ -28,7 +28,7 @@ from .bootstrap import RESAMPLES, Estimate, Score, estimate, mean_of
 from .embedding_cache import EmbeddingCache
 from .heads import GRIDS, HEADS, Examples, Features, FrameFeatures, PooledFeatures, grid, outputs_of, train_heads
 from .probe import fit_linear
-from .problems import PROBLEMS, Classification, Problem, accuracy, confusion
+from .problems import PROBLEMS, Problem, accuracy, confusion
 from .representations import Representation
 from .tasks import Clip, Fold, Task, held_out
 
@@ -305,6 +305,3 @@ def _result(
     found = estimate(mean_of(parts), bootstrap_units(task.test_clips), settings.seed, settings.resamples)
     validation = float(np.mean(validations)) if validations else None
     return Result(name, head, problem.metric, problem.higher_is_better, found, validation, details)
-
-
-__all__ = ["FEATURES", "Classification", "Result", "Settings", "run_task"]

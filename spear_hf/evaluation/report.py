@@ -82,9 +82,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     for name, task in report["tasks"].items():
         better = "larger is better" if task["higher_is_better"] else "smaller is better"
         counts = ", ".join(f"{count} {part}" for part, count in task["clips"].items() if count)
-        lines += [f"## {name}", "", f"{task['kind']}; {METRIC_NAMES[task['metric']]}, {better}; clips: {counts}.", ""]
+        chance = "" if task["chance"] is None else f" Chance: {100 * task['chance']:.1f}."
+        metric = METRIC_NAMES[task["metric"]]
+        lines += [f"## {name}", "", f"{task['kind']}; {metric}, {better}; clips: {counts}.{chance}", ""]
         model = report["models"][0] if report["models"] else None
-        header = ["representation", METRIC_NAMES[task["metric"]], "features, head"]
+        header = ["representation", metric, "features, head"]
         if model:
             header.append(f"{model} minus this")
         lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
