@@ -176,10 +176,11 @@ def test_hear_folds(cache, tmp_path):
     report = evaluate(["log-mel"], [str(folder)], tmp_path / "out", (), cache, settings, device="cpu")
     assert report["tasks"]["tones"]["folds"] == 3
     assert report["tasks"]["tones"]["clips"] == {"train": 18, "valid": 18, "test": 18}
-    linear, mlp = sorted(
-        report["representations"]["log-mel"]["tasks"]["tones"]["results"], key=lambda item: item["head"]
-    )
-    assert linear["value"] == mlp["value"] == 1
+    results = {item["head"]: item for item in report["representations"]["log-mel"]["tasks"]["tones"]["results"]}
+    linear, mlp = results["linear"], results["mlp"]
+    assert linear["value"] == 1
+    assert mlp["value"] > 0.8
+    assert (mlp["value"] * 36) == pytest.approx(round(mlp["value"] * 36))  # a mean of 6 accuracies of 6 clips
     assert len(linear["penalty"]) == 3
     assert [(item["seed"], item["fold"]) for item in mlp["heads"]] == [(s, f) for s in (0, 1) for f in (0, 1, 2)]
     assert report["tasks"]["tones"]["chance"] == pytest.approx(1 / 3)
