@@ -84,6 +84,10 @@ def test_command(single, model, tmp_path):
     choices = {(item["features"], item["head"]) for item in record["results"]}
     linear = {(name, "linear") for name in ("weighted", "layer 0", "layer 1", "layer 2", "all")}
     assert choices == linear | {(name, "mlp") for name in ("weighted", "layer 2", "all")}
+    assert {item["validated_by"] for item in record["results"]} == {"cross-validation", "held-out training clips"}
+    assert record["headline"]["validated_by"] == "cross-validation"
+    exact = [item["validation"] for item in record["results"] if item["solver"] != "gradient"]
+    assert record["headline"]["validation"] == max(exact)
     assert headline(report, "log-mel")["value"] == 1
     assert headline(report, "log-mel")["more"]["confusion"] == [[4, 0, 0], [0, 4, 0], [0, 0, 4]]
     assert set(record["minus"]) == set(names[1:])
@@ -183,6 +187,7 @@ def test_hear_folds(cache, tmp_path):
     assert (mlp["value"] * 36) == pytest.approx(round(mlp["value"] * 36))  # a mean of 6 accuracies of 6 clips
     assert len(linear["penalty"]) == 3
     assert [(item["seed"], item["fold"]) for item in mlp["heads"]] == [(s, f) for s in (0, 1) for f in (0, 1, 2)]
+    assert {item["validated_by"] for item in results.values()} == {"validation clips"}
     assert report["tasks"]["tones"]["chance"] == pytest.approx(1 / 3)
 
 

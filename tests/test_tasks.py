@@ -43,6 +43,7 @@ def test_errors_of_manifests(corpus):
         (f"{corpus}#group_regex=zzz", "finds nothing in the id"),
         (f"{corpus}/tags.jsonl", "labels, and classification needs one"),
         (f"{corpus}/tags.jsonl#kind=asr", "has no transcript"),
+        (f"{corpus}#label=speaker", "no training clip has: cid, dan"),
     ):
         with pytest.raises(ValueError, match=message):
             load_task(spec)

@@ -174,6 +174,8 @@ def linear_probe(
     recordings).
     """
     targets = np.asarray(test_y)
+    if unknown := sorted(set(targets.tolist()) - set(np.asarray(train_y).tolist())):
+        raise ValueError(f"Test labels that no training utterance has: {', '.join(map(str, unknown[:10]))}.")
     fit = fit_linear(train_x, train_y, test_x, test_y, groups, penalties, seed)
     predictions = fit.predictions
     correct = predictions == targets
@@ -211,15 +213,16 @@ def fit_linear(
     valid_x: np.ndarray | None = None,
     valid_y: Sequence[Hashable] = (),
 ) -> LinearFit:
-    """As `linear_probe`, without its interval. The penalty is chosen on `valid_x` (utterances, features), if given."""
+    """As `linear_probe`, without its interval; a test label that no training utterance has can only be missed.
+
+    The penalty is chosen on `valid_x` (utterances, features) instead of by cross-validation, if that is given.
+    """
     train_x, test_x = _checked(train_x, train_y, "training"), _checked(test_x, test_y, "test")
     labels = np.asarray(train_y)
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"Training features have {train_x.shape[1]} columns, test features {test_x.shape[1]}.")
     if groups is not None and len(groups) != len(labels):
         raise ValueError(f"There are {len(groups)} groups for {len(labels)} training utterances.")
-    if unknown := sorted(set(np.asarray(test_y).tolist()) - set(labels.tolist())):
-        raise ValueError(f"Test labels that no training utterance has: {', '.join(map(str, unknown[:10]))}.")
     # The solver's steps are of microseconds: threads would wait for each other most of the time (10 times slower).
     with threadpool_limits(limits=1):
         if valid_x is not None:

@@ -13,8 +13,9 @@ A representation with one layer has the features `features`.
 The linear head of a classification with fixed features is a logistic regression, solved exactly, whose penalty is
 chosen on the validation clips or by cross-validation (probe.py), unless the features are more than 5e7 numbers; every
 other head is trained by gradient (heads.py). The headline is the choice with the best validation score: the test clips
-never choose. Without validation clips of its own a task has cross-validation where the solution is exact, and a fifth
-of its training clips elsewhere: two estimates of unlike precision, by which heads are compared all the same.
+never choose. A task without validation clips has cross-validation where the solution is exact, and a fifth of its
+training clips elsewhere, on which early stopping takes its best moment; as the latter flatters, the headline is then
+chosen among the exact ones, if there are any.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -36,6 +37,7 @@ from .tasks import Clip, Fold, Task, held_out
 FEATURES = ("weighted", "layers", "last", "all")
 POOLS = ("mean", "mean+std")
 EXACT_NUMBERS = 5e7
+CROSS_VALIDATION = "cross-validation"
 MIN_UNITS = 5
 """Groups of test clips from which the bootstrap draws groups; with fewer it draws clips."""
 
@@ -110,12 +112,14 @@ def run_task(task: Task, representation: Representation, cache: EmbeddingCache, 
         results = verification_results(task, representation, cache, settings)
     else:
         results = _trained_results(task, representation, cache, settings)
+    # Cross-validation and a held-out part are no measures to compare by: early stopping picks its best moment on it.
+    comparable = [result for result in results if result.details.get("validated_by") == CROSS_VALIDATION] or results
     # Without any validation the last layer, by the linear head, comes first.
     last = "features" if representation.num_layers == 1 else f"layer {representation.num_layers - 1}"
     ranks = [
-        (-np.inf if result.validation is None else result.validation, result.features == last) for result in results
+        (-np.inf if result.validation is None else result.validation, result.features == last) for result in comparable
     ]
-    best = results[max(range(len(results)), key=ranks.__getitem__)]
+    best = comparable[max(range(len(comparable)), key=ranks.__getitem__)]
     return [best, *(result for result in results if result is not best)]
 
 
@@ -225,6 +229,7 @@ def _exact(task: Task, problem: Problem, name: str, head: str, make: Maker, sett
 
     parts: list[tuple[Score, slice]] = []
     validations, penalties, guesses = [], [], []
+    validated_by = "validation clips" if all(fold.valid for fold in task.folds) else CROSS_VALIDATION
     start = 0
     for fold in task.folds:
         grouped = any(clip.group for clip in fold.train)
@@ -247,6 +252,7 @@ def _exact(task: Task, problem: Problem, name: str, head: str, make: Maker, sett
             validations.append(fit.validation_accuracy)
     details = {
         "solver": "logistic regression",
+        "validated_by": validated_by if validations else None,
         "penalty": penalties,
         "more": {"confusion": confusion(guesses, task.test_clips, task.labels)},
     }
@@ -274,7 +280,13 @@ def _by_gradient(task: Task, problem: Problem, name: str, head: str, make: Maker
             more.append(problem.more(outputs, fold.test, trained.tuning))
             if trained.validation is not None:
                 validations.append(trained.validation)
-    details = {"solver": "gradient", "heads": heads, "more": _averaged(more)}
+    validated_by = "validation clips" if all(fold.valid for fold in task.folds) else "held-out training clips"
+    details = {
+        "solver": "gradient",
+        "validated_by": validated_by if validations else None,
+        "heads": heads,
+        "more": _averaged(more),
+    }
     return _result(task, problem, name, head, parts, validations, details, settings)
 
 

@@ -67,6 +67,20 @@ def _choice(result: Mapping[str, Any]) -> str:
     return result["features"] if result["head"] == "none" else f"{result['features']}, {result['head']}"
 
 
+def _others(record: Mapping[str, Any]) -> str:
+    """The best by validation of every head, and of weighted sums, but for the headline's kind: 'mlp on all 51.3'."""
+    kinds: dict[tuple[str, bool], tuple[float, Mapping[str, Any]]] = {}
+    taken = record["headline"]["head"], record["headline"]["features"] == "weighted"
+    for result in record["results"]:
+        kind = result["head"], result["features"] == "weighted"
+        rank = -float("inf") if result["validation"] is None else result["validation"]
+        if kind != taken and result["head"] != "none" and (kind not in kinds or rank > kinds[kind][0]):
+            kinds[kind] = rank, result
+    return "; ".join(
+        f"{head} on {found['features']} {100 * found['value']:.1f}" for (head, _), (_, found) in kinds.items()
+    )
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report: a table for each task, with intervals and differences to the first model."""
     settings, lines = report["settings"], ["# Evaluation of frozen representations", ""]
@@ -75,8 +89,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{settings['resamples']} bootstrap samples of the test clips, or of groups of them, drawn alike for all "
         f"rows. Seed {settings['seed']}; {settings['seeds']} run(s) of heads trained by gradient, grid "
         f"`{settings['grid']}`. "
-        "Features and head of a row are those that were best on the validation clips (of ABX tests: on the other half "
-        "of the items); all others are in report.json.",
+        "Features and head of a row are those with the best validation score, as protocols.py says (of ABX tests: on "
+        "the other half of the items); beside it stand the best ones of other kinds, and report.json has all.",
         "",
     ]
     for name, task in report["tasks"].items():
@@ -86,13 +100,13 @@ def markdown(report: Mapping[str, Any]) -> str:
         metric = METRIC_NAMES[task["metric"]]
         lines += [f"## {name}", "", f"{task['kind']}; {metric}, {better}; clips: {counts}.{chance}", ""]
         model = report["models"][0] if report["models"] else None
-        header = ["representation", metric, "features, head"]
+        header = ["representation", metric, "features, head", "other heads"]
         if model:
             header.append(f"{model} minus this")
         lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         for other, entry in report["representations"].items():
             record = entry["tasks"][name]
-            cells = [other, _shown(record["headline"]), _choice(record["headline"])]
+            cells = [other, _shown(record["headline"]), _choice(record["headline"]), _others(record)]
             if model:
                 minus = report["representations"][model]["tasks"][name]["minus"]
                 cells.append("" if other == model else _shown(minus[other], "mean", "+"))
