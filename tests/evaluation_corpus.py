@@ -32,7 +32,7 @@ def clip(labels, speaker, seed, loudness=0.04):
 
 
 def write_corpus(folder, train=18, test=12, pair=True):
-    """manifest.jsonl (label: the first tone), tags.jsonl (all tones), segments.jsonl.
+    """manifest.jsonl (label: the first tone), tags.jsonl (all tones), segments.jsonl; the test split has other voices.
 
     Without `pair` a clip has one tone, and a louder hum.
     """
@@ -42,9 +42,9 @@ def write_corpus(folder, train=18, test=12, pair=True):
     for index in range(train + test):
         split = "train" if index < train else "test"
         chosen = [names[index % 3], names[(index // 3 + index) % 3]] if pair else [names[index % 3]]
-        speaker = speakers[index % 2 + (2 if split == "test" else 0) + 2 * (index % 4 // 2) * (split == "train")]
+        speaker = speakers[(0, 1, 4, 5)[index % 4]] if split == "train" else speakers[2 + index % 2]
         name = f"audio/{split}{index}.wav"
-        soundfile.write(folder / name, clip(chosen, speaker, index, 0.002 if pair else 0.04), RATE, subtype="PCM_16")
+        soundfile.write(folder / name, clip(chosen, speaker, index, 0.002 if pair else 0.015), RATE, subtype="PCM_16")
         row = {"id": f"{split}{index}", "path": name, "split": split, "speaker": speaker, "language": "x"}
         rows.append({**row, "label": chosen[0], "transcript": " ".join(chosen)})
         tags.append({**row, "label": sorted(set(chosen))})
