@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from spear_hf import SpearForCTC, SpearModel
 from spear_hf.cli import app
 from spear_hf.evaluation.benchmark import evaluate, representation_specs
+from spear_hf.evaluation.metrics import equal_error_rate
 from spear_hf.evaluation.protocols import Settings, feature_sets
 from spear_hf.evaluation.report import (
     BEGIN,
@@ -30,6 +32,8 @@ from spear_hf.evaluation.report import (
     write_report,
 )
 from spear_hf.evaluation.representations import load_representation
+from spear_hf.evaluation.tasks import Clip
+from spear_hf.evaluation.untrained import trials
 from spear_hf.hub_card import write_card
 from spear_hf.hub_checks import check_card
 
@@ -156,11 +160,28 @@ def test_verification(single, model, cache, tmp_path):
     assert set(heads) == {"cosine", "mlp"}
     assert heads["mlp"]["value"] <= 0.35
     assert heads["mlp"]["test_speakers"] == 2
+    assert 0 <= heads["mlp"]["more"]["min_dcf"] <= 1
     own = report["representations"][report["models"][0]]["tasks"]["tones"]["results"]
     assert {(item["features"], item["head"]) for item in own} == {
         *((name, "cosine") for name in ("layer 0", "layer 1", "layer 2", "all")),
         *((name, "mlp") for name in ("weighted", "layer 2", "all")),
     }
+
+
+def test_trials():
+    clips = [Clip(str(index), b"", speaker=speaker) for index, speaker in enumerate("aabb")]
+    vectors = np.array([[1, 0], [1, 0.1], [0, 1], [1, 0.4]], dtype=np.float64)  # the last one sounds like a
+    pairs = trials(vectors, clips, seed=0)
+    assert pairs.same.tolist() == [1, 0, 0, 0, 0, 1]
+    assert pairs.cosines[1] == 0
+    plain, _ = equal_error_rate(pairs.cosines, pairs.same)
+    assert pairs.score(np.ones(4, dtype=int)) == pytest.approx(plain)
+    # Without the last clip all is well; a clip that counts twice makes its pairs count twice.
+    assert pairs.score(np.array([1, 1, 1, 0])) == 0
+    weights = np.array([2, 1, 1, 3])
+    counts = weights[pairs.first] * weights[pairs.second]
+    expected, _ = equal_error_rate(np.repeat(pairs.cosines, counts), np.repeat(pairs.same, counts))
+    assert pairs.score(weights) == pytest.approx(expected)
 
 
 def test_query_by_example(single, model, cache, tmp_path):

@@ -225,14 +225,22 @@ class MinimumDetectionCost(LocalMetric):
         cost_miss: float = 1.0,
         cost_accept: float = 1.0,
     ) -> dict[str, float]:
-        if not 0 < prior < 1 or cost_miss <= 0 or cost_accept <= 0:
-            raise ValueError(
-                f"prior={prior} must lie between 0 and 1, and cost_miss={cost_miss} and cost_accept={cost_accept} "
-                "must be positive"
-            )
-        accepted, missed, _ = _error_rates(np.asarray(predictions), np.asarray(references), None)
-        costs = cost_miss * prior * missed + cost_accept * (1 - prior) * accepted
-        return {"min_dcf": float(costs.min() / min(cost_miss * prior, cost_accept * (1 - prior)))}
+        cost = minimum_detection_cost(np.asarray(predictions), np.asarray(references), prior, cost_miss, cost_accept)
+        return {"min_dcf": cost}
+
+
+def minimum_detection_cost(
+    scores: np.ndarray, truth: np.ndarray, prior: float = 0.05, cost_miss: float = 1.0, cost_accept: float = 1.0
+) -> float:
+    """What `MinimumDetectionCost` computes, of arrays (trials,)."""
+    if not 0 < prior < 1 or cost_miss <= 0 or cost_accept <= 0:
+        raise ValueError(
+            f"prior={prior} must lie between 0 and 1, and cost_miss={cost_miss} and cost_accept={cost_accept} must be "
+            "positive"
+        )
+    accepted, missed, _ = _error_rates(scores, truth, None)
+    costs = cost_miss * prior * missed + cost_accept * (1 - prior) * accepted
+    return float(costs.min() / min(cost_miss * prior, cost_accept * (1 - prior)))
 
 
 def _error_rates(

@@ -13,16 +13,16 @@ on the other half.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..data.seeding import keyed_generator
-from .bootstrap import Score, estimate, mean_of, ratio
+from .bootstrap import estimate, mean_of, ratio
 from .embedding_cache import EmbeddingCache
 from .heads import Examples, PooledFeatures, grid, outputs_of, train_heads
-from .metrics import equal_error_rate
+from .metrics import equal_error_rate, minimum_detection_cost
 from .problems import Classification
 from .protocols import FEATURES, Result, Settings, chosen_pool, feature_sets
 from .representations import Representation
@@ -115,40 +115,49 @@ def _verified(
     settings: Settings,
 ) -> Result:
     test = parts["test"]
-    scores = [verification_score(by_part["test"], test, settings.seed) for by_part in vectors]
+    pairs = [trials(by_part["test"], test, settings.seed) for by_part in vectors]
     units = [str(clip.speaker) for clip in test]
-    found = estimate(mean_of([(score, slice(None)) for score in scores]), units, settings.seed, settings.resamples)
+    parts_of_mean = [(pair.score, slice(None)) for pair in pairs]
+    found = estimate(mean_of(parts_of_mean), units, settings.seed, settings.resamples)
+    costs = [minimum_detection_cost(pair.cosines, pair.same) for pair in pairs]
     validation = None
     if valid := parts["valid"]:
         ones = np.ones(len(valid), dtype=np.int64)
         try:
-            rates = [verification_score(by_part["valid"], valid, settings.seed)(ones) for by_part in vectors]
+            rates = [trials(by_part["valid"], valid, settings.seed).score(ones) for by_part in vectors]
             validation = -float(np.mean(rates))
         except ValueError:  # no speaker has two clips
             validation = None
-    return Result(name, head, "eer", False, found, validation, {"test_speakers": len(set(units))})
+    details = {"test_speakers": len(set(units)), "more": {"min_dcf": float(np.mean(costs))}}
+    return Result(name, head, "eer", False, found, validation, details)
 
 
-def verification_score(vectors: np.ndarray, clips: Sequence[Clip], seed: int) -> Score:
-    """The equal error rate of cosines (clips, width) over all pairs of clips, or over 50,000 of them.
+@dataclass(frozen=True)
+class Trials:
+    """Pairs of clips by their places (trials,), their cosines, and 1 where the speaker is the same."""
 
-    A pair counts as often as the product of its clips' weights: of speakers drawn twice, all pairs are.
-    """
+    first: np.ndarray
+    second: np.ndarray
+    cosines: np.ndarray
+    same: np.ndarray
+
+    def score(self, weights: np.ndarray) -> float:
+        """The equal error rate. A pair counts as often as the product of its clips' weights (clips,) says."""
+        counts = weights[self.first] * weights[self.second]
+        kept = counts > 0
+        return equal_error_rate(self.cosines[kept], self.same[kept], counts[kept])[0]
+
+
+def trials(vectors: np.ndarray, clips: Sequence[Clip], seed: int) -> Trials:
+    """All pairs of clips with vectors (clips, width), or 50,000 of them, drawn by the seed."""
     first, second = np.triu_indices(len(clips), k=1)
     if len(first) > MAX_TRIALS:
         kept = keyed_generator(seed, "trials", len(clips)).choice(len(first), MAX_TRIALS, replace=False)
         first, second = first[kept], second[kept]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    cosines = np.einsum("td,td->t", unit[first], unit[second])
     speakers = np.array([str(clip.speaker) for clip in clips])
     same = (speakers[first] == speakers[second]).astype(np.int64)
-
-    def score(weights: np.ndarray) -> float:
-        counts = weights[first] * weights[second]
-        kept = counts > 0
-        return equal_error_rate(cosines[kept], same[kept], counts[kept])[0]
-
-    return score
+    return Trials(first, second, np.einsum("td,td->t", unit[first], unit[second]), same)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
