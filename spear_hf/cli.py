@@ -97,6 +97,70 @@ def embed(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(help="Folder or Hub id of an audio encoder; may be repeated.")],
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SOURCE#KEY=VALUE,...",
+            help="Manifest, folder, HEAR task folder or dataset of the Hub, and options; may be repeated. Keys: kind "
+            "(classification, tagging, frames, events, asr, pr, verification, query), probe, train, valid, test, ...",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the report; a run that was stopped goes on there.")],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="Another encoder, teacher:SPEC or random:MODEL, side by side; may be repeated."),
+    ] = None,
+    default_baselines: Annotated[
+        bool, typer.Option(help="Also log-mel, mfcc, and the model's architecture with random weights.")
+    ] = True,
+    feature: Annotated[
+        list[str] | None, typer.Option(help="weighted, layers, last or all; may be repeated. Default: by the task.")
+    ] = None,
+    head: Annotated[list[str] | None, typer.Option(help="linear or mlp; may be repeated. Default: both.")] = None,
+    grid: Annotated[str, typer.Option(help="Settings of trained heads to try: small, or full (HEAR's).")] = "small",
+    pool: Annotated[str, typer.Option(help="Features of a clip: mean+std, or mean (SUPERB's, HEAR's).")] = "mean+std",
+    seeds: Annotated[int, typer.Option(help="Runs of trained heads, averaged.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of heads, of random weights, and of the bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap of the intervals.")] = 1000,
+    card: Annotated[Path | None, typer.Option(help="README.md that gets the results, in text and metadata.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of embeddings; default: OUTPUT/cache.")] = None,
+    batch_seconds: Annotated[float, typer.Option(help="Of audio that is embedded at once, padding included.")] = 30.0,
+    max_seconds: Annotated[float, typer.Option(help="Refuse longer clips: memory grows with length squared.")] = 120.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the encoders: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Evaluate frozen encoders on labelled audio, by the protocols of SUPERB and HEAR, against baselines.
+
+    OUTPUT gets report.json, report.md and plots. Embeddings are kept on disk; results that are there are not redone.
+    """
+    from .evaluation.command import run_evaluation
+
+    code = run_evaluation(
+        model,
+        tasks,
+        output,
+        card=card,
+        default_baselines=default_baselines,
+        baselines=baseline or (),
+        device=device,
+        dtype=dtype,
+        cache=cache,
+        batch_seconds=batch_seconds,
+        max_seconds=max_seconds,
+        features=tuple(feature) if feature else None,
+        heads=tuple(head or ("linear", "mlp")),
+        grid=grid,
+        pool=pool,
+        seeds=seeds,
+        seed=seed,
+        resamples=resamples,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def quantize(
     teacher: Annotated[str, typer.Option(help="kaldi-mfcc, module:factory, or folder or Hub id of an audio encoder.")],
     data: Data,

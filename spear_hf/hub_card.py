@@ -1,8 +1,9 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The model card of a folder that has none: what the model is, and what the run that made it recorded.
 
-The only figures are those of the configuration, of the weights, and of the records of `spear-hf pretrain` where the
-folder is the final model of such a run. They go through `evaluation.card`, which refuses a figure that is not there.
+The only figures are those of the configuration, of the weights, of the records of `spear-hf pretrain` where the folder
+is the final model of such a run, and of `spear-hf evaluate` where its report lies there. They go through
+`evaluation.card` and `evaluation.report`, which refuse a figure that is not there.
 """
 
 import re
@@ -105,8 +106,13 @@ def is_generated(card: Path) -> bool:
 
 
 def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id: str, with_code: bool) -> None:
-    """Writes README.md into the staged folder, and plots where `source` is the final model of a run."""
+    """Writes README.md into the staged folder, and plots where `source` is the final model of a run.
+
+    With an evaluation.json in `source`, a report of `spear-hf evaluate` on this very model, it states that too;
+    ValueError if the report is another model's.
+    """
     from .evaluation.card import fill_template
+    from .evaluation.report import REPORT_NAME, add_to_card, name_of, read_report
 
     report = _describe(model, repo_id, with_code)
     template = _MODEL
@@ -118,6 +124,9 @@ def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id:
     )
     content = f"---\n{metadata.to_yaml()}\n---\n\n{fill_template(template + _LIMITS, report)}"
     (staged / CARD).write_text(content, encoding="utf-8")
+    if (source / REPORT_NAME).is_file():
+        evaluated = read_report(source / REPORT_NAME)
+        add_to_card(staged / CARD, evaluated, name_of(evaluated, model))
 
 
 def _describe(model: SpearPreTrainedModel, repo_id: str, with_code: bool) -> dict[str, Any]:

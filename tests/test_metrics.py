@@ -7,26 +7,34 @@ import evaluate
 import jiwer
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from spear_hf.evaluation.metrics import (
     Accuracy,
     CharacterErrorRate,
+    DPrime,
     EqualErrorRate,
     FrameScores,
     MeanAveragePrecision,
+    MinimumDetectionCost,
     MultiLabelFrameScores,
+    PhoneErrorRate,
     WordErrorRate,
+    equal_error_rate,
+    mean_average_precision,
 )
 
 
 ALL = (
     Accuracy,
     CharacterErrorRate,
+    DPrime,
     EqualErrorRate,
     FrameScores,
     MeanAveragePrecision,
+    MinimumDetectionCost,
     MultiLabelFrameScores,
+    PhoneErrorRate,
     WordErrorRate,
 )
 
@@ -127,3 +135,56 @@ def test_equal_error_rate_of_two_gaussians():
 def test_equal_error_rate_needs_both_kinds():
     with pytest.raises(ValueError, match="2 of 2 trials are of the same speaker"):
         EqualErrorRate().compute(predictions=[0.1, 0.2], references=[1, 1])
+
+
+def test_phone_error_rate():
+    # a substitution and a deletion of 5 phones
+    assert PhoneErrorRate().compute(predictions=["h e l"], references=["h a l o"])["per"] == pytest.approx(2 / 4)
+    pair = {"predictions": ["a b c", "d"], "references": ["a c", "d e"]}
+    assert PhoneErrorRate().compute(**pair)["per"] == jiwer.wer(pair["references"], pair["predictions"])
+
+
+def test_d_prime():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((200, 3)) < 0.3).astype(int)
+    scores = (truth + rng.normal(size=truth.shape)).astype(np.float32)
+    areas = [roc_auc_score(truth[:, index], scores[:, index]) for index in range(3)]
+    result = DPrime().compute(predictions=scores.tolist(), references=truth.tolist())
+    assert result["auc"] == pytest.approx(np.mean(areas))
+    assert result["d_prime"] == pytest.approx(np.mean([2**0.5 * NormalDist().inv_cdf(area) for area in areas]))
+    # Unit-variance normals one apart have d' = 1, whatever the number of classes.
+    assert result["d_prime"] == pytest.approx(1, abs=0.2)
+    # A perfect class of 2 positives and 2 negatives: half a pair of 4 away from 1. One without positives is left out.
+    perfect = DPrime().compute(
+        predictions=[[0.9, 0], [0.8, 0], [0.1, 0], [0.2, 0]], references=[[1, 0]] * 2 + [[0, 0]] * 2
+    )
+    assert perfect["d_prime"] == pytest.approx(2**0.5 * NormalDist().inv_cdf(1 - 0.125))
+    assert (perfect["auc"], perfect["classes"]) == (1, 1)
+    with pytest.raises(ValueError, match="no class has both"):
+        DPrime().compute(predictions=[[0.5]], references=[[1]])
+
+
+def test_minimum_detection_cost():
+    metric = MinimumDetectionCost()
+    apart = {"predictions": [0.9, 0.8, 0.2, 0.1], "references": [1, 1, 0, 0]}
+    assert metric.compute(**apart)["min_dcf"] == 0
+    # Thresholds: above 0.7 misses one of two and accepts none: 0.05 * 0.5 / 0.05; below 0.6 costs 0.95 * 0.5 / 0.05.
+    mixed = {"predictions": [0.9, 0.5, 0.6, 0.1], "references": [1, 1, 0, 0]}
+    assert metric.compute(**mixed)["min_dcf"] == pytest.approx(0.5)
+    # Where misses are 10 times dearer, the trial at 0.6 is accepted: 1 * 0.5 * 0.5 / min(5, 0.5).
+    costs = metric.compute(**mixed, prior=0.5, cost_miss=10.0)
+    assert costs["min_dcf"] == pytest.approx(0.5)
+    backwards = {"predictions": [0.1, 0.2, 0.8, 0.9], "references": [1, 1, 0, 0]}
+    assert metric.compute(**backwards)["min_dcf"] == 1  # rejects all
+    with pytest.raises(ValueError, match="prior=2"):
+        metric.compute(**apart, prior=2)
+
+
+def test_weights_count_rows_several_times():
+    rng = np.random.default_rng(3)
+    counts = rng.integers(0, 4, size=60)
+    truth, scores = (rng.random((60, 2)) < 0.4).astype(int), rng.random((60, 2))
+    repeated = mean_average_precision(np.repeat(scores, counts, axis=0), np.repeat(truth, counts, axis=0))
+    assert mean_average_precision(scores, truth, counts) == pytest.approx(repeated)
+    rate, _ = equal_error_rate(scores[:, 0], truth[:, 0], counts)
+    assert rate == pytest.approx(equal_error_rate(np.repeat(scores[:, 0], counts), np.repeat(truth[:, 0], counts))[0])

@@ -59,13 +59,8 @@ def load_encoder(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used: {error}") from error
-    encoder = AutoModel.from_pretrained(model, dtype=DTYPES[dtype]).to(torch.device(device)).eval()
+    place = pick_device(device)  # before a model is loaded in vain
+    encoder = AutoModel.from_pretrained(model, dtype=DTYPES[dtype]).to(place).eval()
     try:
         feature_extractor = AutoFeatureExtractor.from_pretrained(model)
     except OSError:
@@ -73,6 +68,17 @@ def load_encoder(
             raise
         feature_extractor = SpearFeatureExtractor(feature_size=encoder.config.num_mel_bins)
     return encoder, feature_extractor
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name, or for "auto" the first of cuda, mps and cpu. ValueError if it cannot be used."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used: {error}") from error
+    return torch.device(device)
 
 
 def embed_files(
@@ -258,7 +264,7 @@ def _embed_or_explain(
     """The results of a batch. Where it fails, for want of memory say, its files are tried one by one."""
     waveforms = [waveform for _, waveform in batch]
     try:
-        embeddings, rate = _embed_batch(waveforms, encoder, feature_extractor, layer, pool)
+        embeddings, rate = embed_waveforms(waveforms, encoder, feature_extractor, layer, pool)
     except (ValueError, RuntimeError) as error:
         if len(batch) > 1:
             for pair in batch:
@@ -277,14 +283,20 @@ def _embed_or_explain(
 
 
 @torch.inference_mode()
-def _embed_batch(
+def embed_waveforms(
     waveforms: list[np.ndarray],
     encoder: PreTrainedModel,
     feature_extractor: SequenceFeatureExtractor,
     layer: int | str,
     pool: str,
 ) -> tuple[list[np.ndarray], float | None]:
-    """Embeddings of the waveforms, and their frame rate."""
+    """Embeddings (layers, frames, dim), or fewer axes, as `embed_files` has them, and their frame rate.
+
+    A batch of waveforms of unlike lengths is for SPEAR only; other encoders get one at a time.
+    """
+    if not isinstance(encoder, SpearPreTrainedModel) and len(waveforms) > 1:
+        parts = [embed_waveforms([waveform], encoder, feature_extractor, layer, pool) for waveform in waveforms]
+        return [embeddings[0] for embeddings, _ in parts], parts[0][1]
     spear = isinstance(encoder, SpearPreTrainedModel)
     extract = cast(Callable[..., BatchFeature], feature_extractor)
     settings = {"sampling_rate": feature_extractor.sampling_rate, "padding": True, "return_tensors": "pt"}

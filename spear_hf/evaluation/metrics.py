@@ -1,21 +1,22 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of fine-tuned models as `evaluate.Metric` classes that need no Hub: make one, call `compute`.
+"""Metrics of fine-tuned models and of probes as `evaluate.Metric` classes that need no Hub: make one, call `compute`.
 
     WordErrorRate().compute(predictions=["a b"], references=["a c"])  # {"wer": 0.5}
 
-The values are those of jiwer and scikit-learn.
+The values are those of jiwer and scikit-learn. Metrics of sound events are in event_metrics.py.
 """
 
+from statistics import NormalDist
 from typing import Any
 
 import datasets
 import evaluate
 import jiwer
 import numpy as np
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_curve
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score, roc_curve
 
 
-class _LocalMetric(evaluate.Metric):
+class LocalMetric(evaluate.Metric):
     """Holds predictions and references in memory."""
 
     description = ""
@@ -34,7 +35,7 @@ class _LocalMetric(evaluate.Metric):
         )
 
 
-class WordErrorRate(_LocalMetric):
+class WordErrorRate(LocalMetric):
     """`wer`: word substitutions, deletions and insertions per word of the references, over all texts together."""
 
     description = "Word error rate, by jiwer."
@@ -45,7 +46,7 @@ class WordErrorRate(_LocalMetric):
         return {"wer": float(jiwer.wer(list(references), list(predictions)))}
 
 
-class CharacterErrorRate(_LocalMetric):
+class CharacterErrorRate(LocalMetric):
     """`cer`: as the word error rate, of characters, spaces included."""
 
     description = "Character error rate, by jiwer."
@@ -56,7 +57,18 @@ class CharacterErrorRate(_LocalMetric):
         return {"cer": float(jiwer.cer(list(references), list(predictions)))}
 
 
-class Accuracy(_LocalMetric):
+class PhoneErrorRate(LocalMetric):
+    """`per`: as the word error rate, of phones, which are separated by spaces."""
+
+    description = "Phone error rate, by jiwer."
+    prediction = datasets.Value("string")
+    reference = datasets.Value("string")
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"per": float(jiwer.wer(list(references), list(predictions)))}
+
+
+class Accuracy(LocalMetric):
     """`accuracy`: share of predictions (class ids) that are right."""
 
     description = "Accuracy, by scikit-learn."
@@ -67,7 +79,7 @@ class Accuracy(_LocalMetric):
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-class MeanAveragePrecision(_LocalMetric):
+class MeanAveragePrecision(LocalMetric):
     """`map`: mean over the classes of the average precision, for multi-label classification as in AudioSet.
 
     Predictions are scores (classes,) per row, larger for likelier; references are 0 or 1. Classes without a positive
@@ -79,15 +91,55 @@ class MeanAveragePrecision(_LocalMetric):
     reference = datasets.List(datasets.Value("int64"))
 
     def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
-        scores, truth = np.asarray(predictions), np.asarray(references)  # (rows, classes)
-        present = np.flatnonzero(truth.any(axis=0))
-        if len(present) == 0:
-            raise ValueError(f"no class has a positive among the {len(truth)} references: mAP is not defined")
-        values = [average_precision_score(truth[:, index], scores[:, index]) for index in present]
-        return {"map": float(np.mean(values)), "classes": len(present)}
+        value, classes = mean_average_precision(np.asarray(predictions), np.asarray(references))
+        return {"map": value, "classes": classes}
 
 
-class FrameScores(_LocalMetric):
+def mean_average_precision(
+    scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, int]:
+    """mAP of (rows, classes), and how many classes it is the mean of; `weights` (rows,) count rows several times."""
+    kept = slice(None) if weights is None else weights > 0
+    scores, truth, counts = scores[kept], truth[kept], None if weights is None else weights[kept]
+    present = np.flatnonzero(truth.any(axis=0))
+    if len(present) == 0:
+        raise ValueError(f"no class has a positive among the {len(truth)} references: mAP is not defined")
+    values = [average_precision_score(truth[:, index], scores[:, index], sample_weight=counts) for index in present]
+    return float(np.mean(values)), len(present)
+
+
+class DPrime(LocalMetric):
+    """`d_prime` and `auc`, means over the classes, for multi-label classification as in AudioSet and HEAR.
+
+    d' of a class is sqrt(2) times the normal quantile of the area under its ROC curve. An area of 0 or 1, whose d' is
+    infinite, counts as half a pair of a positive and a negative away from that. Classes without positives or without
+    negatives are left out; `classes` counts the others. Predictions and references as of `MeanAveragePrecision`.
+    """
+
+    description = "Sensitivity index d' and area under the ROC curve, by scikit-learn."
+    prediction = datasets.List(datasets.Value("float32"))
+    reference = datasets.List(datasets.Value("int64"))
+
+    def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
+        return d_prime(np.asarray(predictions), np.asarray(references))
+
+
+def d_prime(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """What `DPrime` computes, of arrays (rows, classes)."""
+    mixed = np.flatnonzero(truth.any(axis=0) & ~truth.astype(bool).all(axis=0))
+    if len(mixed) == 0:
+        raise ValueError(f"no class has both positives and negatives among the {len(truth)} references")
+    areas, values = [], []
+    for index in mixed:
+        area = float(roc_auc_score(truth[:, index], scores[:, index]))
+        positives = int(truth[:, index].sum())
+        edge = 0.5 / (positives * (len(truth) - positives))
+        areas.append(area)
+        values.append(2**0.5 * NormalDist().inv_cdf(min(max(area, edge), 1 - edge)))
+    return {"d_prime": float(np.mean(values)), "auc": float(np.mean(areas)), "classes": len(mixed)}
+
+
+class FrameScores(LocalMetric):
     """`frame_accuracy` and `frame_f1`, the mean over the classes that occur of F1, of single frames.
 
     Predictions and references are class ids of frames, all utterances one after the other, without padding.
@@ -104,7 +156,7 @@ class FrameScores(_LocalMetric):
         }
 
 
-class MultiLabelFrameScores(_LocalMetric):
+class MultiLabelFrameScores(LocalMetric):
     """`frame_f1`, the mean over the classes that occur of F1, and `frame_micro_f1`, for several classes a frame.
 
     Predictions and references are 0 or 1 for each class (classes,) of a frame.
@@ -124,7 +176,7 @@ class MultiLabelFrameScores(_LocalMetric):
         return {"frame_f1": float(np.mean(values)), "frame_micro_f1": float(micro)}
 
 
-class EqualErrorRate(_LocalMetric):
+class EqualErrorRate(LocalMetric):
     """`eer`: the rate at which as large a share of the same-speaker trials is missed as of the others is accepted.
 
     Predictions are scores of trials, larger for likelier the same; references are 1 for the same speaker, else 0.
@@ -136,18 +188,69 @@ class EqualErrorRate(_LocalMetric):
     reference = datasets.Value("int64")
 
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
-        truth = np.asarray(references)
-        if not (truth == 1).any() or not (truth == 0).any():
-            raise ValueError(
-                f"{int((truth == 1).sum())} of {len(truth)} trials are of the same speaker: the equal error rate "
-                "needs trials of both kinds"
-            )
-        accepted, hits, thresholds = roc_curve(truth, np.asarray(predictions), drop_intermediate=False)
-        missed = 1.0 - hits
-        after = int(np.argmax(accepted >= missed))  # at the first, infinite threshold all is missed
-        gaps = missed - accepted
-        share = gaps[after - 1] / (gaps[after - 1] - gaps[after])
-        rate = accepted[after - 1] + share * (accepted[after] - accepted[after - 1])
-        low, high = thresholds[after], thresholds[after - 1]
-        threshold = low if not np.isfinite(high) else high + share * (low - high)
-        return {"eer": float(rate), "eer_threshold": float(threshold)}
+        rate, threshold = equal_error_rate(np.asarray(predictions), np.asarray(references))
+        return {"eer": rate, "eer_threshold": threshold}
+
+
+def equal_error_rate(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
+    """The equal error rate of trials and its threshold; `weights` (trials,) count trials several times."""
+    accepted, missed, thresholds = _error_rates(scores, truth, weights)
+    after = int(np.argmax(accepted >= missed))  # at the first, infinite threshold all is missed
+    gaps = missed - accepted
+    share = gaps[after - 1] / (gaps[after - 1] - gaps[after])
+    rate = accepted[after - 1] + share * (accepted[after] - accepted[after - 1])
+    low, high = thresholds[after], thresholds[after - 1]
+    threshold = low if not np.isfinite(high) else high + share * (low - high)
+    return float(rate), float(threshold)
+
+
+class MinimumDetectionCost(LocalMetric):
+    """`min_dcf`: the least cost of a verification over all thresholds, as in the evaluations of NIST and VoxSRC.
+
+    The cost is `cost_miss * prior * missed + cost_accept * (1 - prior) * accepted`, divided by that of the better of
+    accepting all trials and rejecting all; 1 is thus no better than not listening. `compute` takes `prior` (of the
+    same speaker; VoxSRC has 0.05, NIST 0.01), `cost_miss` and `cost_accept` (1 and 1).
+    Predictions and references as of `EqualErrorRate`.
+    """
+
+    description = "Minimum of the normalised detection cost, from scikit-learn's ROC curve."
+    prediction = datasets.Value("float64")
+    reference = datasets.Value("int64")
+
+    def _compute(
+        self,
+        predictions: list[float],
+        references: list[int],
+        prior: float = 0.05,
+        cost_miss: float = 1.0,
+        cost_accept: float = 1.0,
+    ) -> dict[str, float]:
+        cost = minimum_detection_cost(np.asarray(predictions), np.asarray(references), prior, cost_miss, cost_accept)
+        return {"min_dcf": cost}
+
+
+def minimum_detection_cost(
+    scores: np.ndarray, truth: np.ndarray, prior: float = 0.05, cost_miss: float = 1.0, cost_accept: float = 1.0
+) -> float:
+    """What `MinimumDetectionCost` computes, of arrays (trials,)."""
+    if not 0 < prior < 1 or cost_miss <= 0 or cost_accept <= 0:
+        raise ValueError(
+            f"prior={prior} must lie between 0 and 1, and cost_miss={cost_miss} and cost_accept={cost_accept} must be "
+            "positive"
+        )
+    accepted, missed, _ = _error_rates(scores, truth, None)
+    costs = cost_miss * prior * missed + cost_accept * (1 - prior) * accepted
+    return float(costs.min() / min(cost_miss * prior, cost_accept * (1 - prior)))
+
+
+def _error_rates(
+    scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rates of other trials accepted and of same-speaker trials missed, by falling threshold, and the thresholds."""
+    if not (truth == 1).any() or not (truth == 0).any():
+        raise ValueError(
+            f"{int((truth == 1).sum())} of {len(truth)} trials are of the same speaker: the error rates of a "
+            "verification need trials of both kinds"
+        )
+    accepted, hits, thresholds = roc_curve(truth, scores, sample_weight=weights, drop_intermediate=False)
+    return accepted, 1.0 - hits, thresholds

@@ -256,3 +256,75 @@ def _mark_spans(axes: "Axes", masked: np.ndarray) -> None:
     inches = axes.get_position().height * axes.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
     for start, stop in zip(edges[::2], edges[1::2]):
         axes.axvspan(start, stop, ymin=1, ymax=1 + 0.06 / inches, color="black", linewidth=0, clip_on=False)
+
+
+COLOURS = (ORANGE, BLUE, GREEN, GREY, "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+
+@styled
+def plot_feature_scores(results: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> "Figure":
+    """Scores of feature sets in per cent, with intervals: layers as lines, what has no layers as lines across.
+
+    `results`: representation -> results of the evaluation, as `protocols.Result.to_dict` gives them; of one without
+    single layers its first result, the headline, is drawn.
+    """
+    figure, axes = new_figure(size=(8.0, 4.6))
+    for place, (name, items) in enumerate(results.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        layers = {
+            int(item["features"].removeprefix("layer ")): item
+            for item in items
+            if item["features"].startswith("layer ") and item["head"] in ("linear", "cosine", "none")
+        }
+        if len(layers) > 1:
+            places = sorted(layers)
+            rows = [layers[layer] for layer in places]
+            values = 100 * np.array([[np.nan if row[key] is None else row[key] for key in _ENDS] for row in rows]).T
+            errors = np.stack([values[0] - values[1], values[2] - values[0]])
+            shifted = np.array(places) + 0.06 * (place - len(results) / 2)
+            axes.errorbar(
+                shifted, values[0], yerr=np.abs(errors), color=colour, marker="o", mec="white", capsize=2, label=name
+            )
+        else:
+            axes.axhline(100 * items[0]["value"], color=colour, linestyle="--", linewidth=1.5, label=name)
+    axes.set_title(title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("Layer (0: what enters the first one)")
+    axes.set_ylabel("Test score (%)")
+    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=9)
+    return figure
+
+
+_ENDS = ("value", "low", "high")
+
+
+@styled
+def plot_layer_weights(weights: Mapping[str, Sequence[float]], title: str) -> "Figure":
+    """Learned weights of the layers of one representation or more, as lines."""
+    figure, axes = new_figure()
+    for place, (name, values) in enumerate(weights.items()):
+        axes.plot(range(len(values)), values, color=COLOURS[place % len(COLOURS)], marker="o", mec="white", label=name)
+    axes.set_title(title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("Layer (0: what enters the first one)")
+    axes.set_ylabel("Weight")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+@styled
+def plot_confusion(table: Sequence[Sequence[float]], labels: Sequence[str], title: str) -> "Figure":
+    """How often clips of a label (row) were given another (column), as shares of the row."""
+    counts = np.asarray(table, dtype=np.float64)
+    size = max(4.0, 0.35 * len(labels) + 2)
+    figure, axes = new_figure(size=(size, size))
+    image = axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="Share of the label's clips", shrink=0.8)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.grid(False)
+    axes.set_xlabel("Predicted")
+    axes.set_ylabel("Label")
+    axes.set_title(title)
+    return figure

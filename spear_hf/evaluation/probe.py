@@ -174,19 +174,11 @@ def linear_probe(
     `test_groups`: what is drawn by the bootstrap, where the test items are no independent draws (segments of
     recordings).
     """
-    train_x, test_x = _checked(train_x, train_y, "training"), _checked(test_x, test_y, "test")
-    labels, targets = np.asarray(train_y), np.asarray(test_y)
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"Training features have {train_x.shape[1]} columns, test features {test_x.shape[1]}.")
-    if groups is not None and len(groups) != len(labels):
-        raise ValueError(f"There are {len(groups)} groups for {len(labels)} training utterances.")
-    if unknown := sorted(set(targets.tolist()) - set(labels.tolist())):
+    targets = np.asarray(test_y)
+    if unknown := sorted(set(targets.tolist()) - set(np.asarray(train_y).tolist())):
         raise ValueError(f"Test labels that no training utterance has: {', '.join(map(str, unknown[:10]))}.")
-    # The solver's steps are of microseconds: threads would wait for each other most of the time (10 times slower).
-    with threadpool_limits(limits=1):
-        scores = _validation_scores(train_x, labels, groups, penalties, seed)
-        best = len(penalties) // 2 if scores is None else int(np.argmax(scores))
-        predictions = _fit_predict(train_x, labels, test_x, [penalties[best]])[0]
+    fit = fit_linear(train_x, train_y, test_x, test_y, groups, penalties, seed)
+    predictions = fit.predictions
     correct = predictions == targets
     test_units = None if test_groups is None else np.asarray(test_groups)
     low, high = bootstrap_interval(correct, seed, groups=test_units)
@@ -194,12 +186,55 @@ def linear_probe(
         accuracy=float(correct.mean()),
         low=low,
         high=high,
-        penalty=float(penalties[best]),
-        validation_accuracy=None if scores is None else float(scores[best]),
+        penalty=fit.penalty,
+        validation_accuracy=fit.validation_accuracy,
         predictions=predictions,
         correct=correct,
         groups=test_units,
     )
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """A logistic regression's predictions, and how its penalty was chosen; see `linear_probe`."""
+
+    predictions: np.ndarray
+    penalty: float
+    validation_accuracy: float | None
+
+
+def fit_linear(
+    train_x: np.ndarray,
+    train_y: Sequence[Hashable],
+    test_x: np.ndarray,
+    test_y: Sequence[Hashable],
+    groups: Sequence[Hashable] | None = None,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+    valid_x: np.ndarray | None = None,
+    valid_y: Sequence[Hashable] = (),
+) -> LinearFit:
+    """As `linear_probe`, without its interval; a test label that no training utterance has can only be missed.
+
+    The penalty is chosen on `valid_x` (utterances, features) instead of by cross-validation, if that is given.
+    """
+    train_x, test_x = _checked(train_x, train_y, "training"), _checked(test_x, test_y, "test")
+    labels = np.asarray(train_y)
+    if train_x.shape[1] != test_x.shape[1]:
+        raise ValueError(f"Training features have {train_x.shape[1]} columns, test features {test_x.shape[1]}.")
+    if groups is not None and len(groups) != len(labels):
+        raise ValueError(f"There are {len(groups)} groups for {len(labels)} training utterances.")
+    # The solver's steps are of microseconds: threads would wait for each other most of the time (10 times slower).
+    with threadpool_limits(limits=1):
+        if valid_x is not None:
+            held_out = _checked(valid_x, valid_y, "validation")
+            rows = _fit_predict(train_x, labels, held_out, penalties)
+            scores: np.ndarray | None = np.array([(row == np.asarray(valid_y)).mean() for row in rows])
+        else:
+            scores = _validation_scores(train_x, labels, groups, penalties, seed)
+        best = len(penalties) // 2 if scores is None else int(np.argmax(scores))
+        predictions = _fit_predict(train_x, labels, test_x, [penalties[best]])[0]
+    return LinearFit(predictions, float(penalties[best]), None if scores is None else float(scores[best]))
 
 
 def _checked(features: np.ndarray, labels: Sequence[Hashable], name: str) -> np.ndarray:

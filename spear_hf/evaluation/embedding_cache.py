@@ -1,0 +1,180 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Features of clips on disk, found again by content: the audio's bytes, the representation, and what is kept of it.
+
+    FOLDER/v1/FINGERPRINT/pooled/ab/abcdef….safetensors     float32 (layers, 2 * dim): means, standard deviations
+    FOLDER/v1/FINGERPRINT/frames/ab/abcdef….safetensors     float16 (layers, frames, dim); float32 where that overflows
+    FOLDER/v1/FINGERPRINT/last/ab/abcdef….safetensors       the same of the last layer alone, (1, frames, dim)
+
+FINGERPRINT covers parameters and configuration, the name of a file is the SHA-256 of the audio file. Files appear
+complete or not at all, one for each clip, so that an interrupted run goes on where it was, and several runs may share
+a folder. Nothing is ever removed; the folder may be, at any time.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
+from .representations import Representation
+from .tasks import Clip
+
+
+FORMAT_VERSION = 1
+KEEPS = ("pooled", "frames", "last")
+_TENSOR = "features"
+_HALF_LIMIT = float(np.finfo(np.float16).max)
+
+
+class EmbeddingCache:
+    """A folder of features.
+
+    Args:
+        folder: is made where it is not there.
+        batch_seconds: of audio, padding included, that is embedded at once.
+        max_seconds: longer clips are refused, because the memory of attention grows with the square of the length.
+        progress: whether a bar is shown while clips are embedded.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        batch_seconds: float = 30.0,
+        max_seconds: float = 120.0,
+        progress: bool = True,
+    ) -> None:
+        if batch_seconds <= 0 or max_seconds <= 0:
+            raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
+        self.folder, self.progress = Path(folder), progress
+        self.batch_seconds, self.max_seconds = batch_seconds, max_seconds
+        self._checksums: dict[str, str] = {}
+
+    def fill(self, representation: Representation, clips: Sequence[Clip], keep: str) -> None:
+        """Computes what is missing. ValueError names the clip that is no audio, too long, or has bad features."""
+        missing = {self.path(representation, clip, keep): clip for clip in clips}
+        missing = {path: clip for path, clip in missing.items() if not path.is_file()}
+        title = f"{representation.name}, {keep}"
+        with tqdm(total=len(missing), desc=title, unit="clip", disable=not missing or not self.progress) as bar:
+            for batch in self._batches(list(missing.items()), representation.batchable):
+                waveforms = [_decoded(clip) for _, clip in batch]
+                try:
+                    states = representation(waveforms)
+                except (ValueError, RuntimeError) as error:
+                    names = ", ".join(clip.id for _, clip in batch[:5])
+                    raise ValueError(f"{names}: cannot be embedded by {representation.name}: {error}") from error
+                for (path, _), state in zip(batch, states):
+                    _write(path, _kept(state, keep))
+                bar.update(len(batch))
+
+    def pooled(self, representation: Representation, clips: Sequence[Clip]) -> np.ndarray:
+        """Means and standard deviations over time, float32 (layers, clips, 2 * dim), computed where need be."""
+        self.fill(representation, clips, "pooled")
+        features = np.empty((representation.num_layers, len(clips), 2 * representation.dim), dtype=np.float32)
+        for row, clip in enumerate(clips):
+            features[:, row] = _read(self.path(representation, clip, "pooled"))
+        return features
+
+    def frames(
+        self, representation: Representation, clip: Clip, keep: str = "frames", layer: int | None = None
+    ) -> np.ndarray:
+        """Frames of a clip that `fill` has seen: float32 (layers, frames, dim), of one layer (1, frames, dim)."""
+        return _read(self.path(representation, clip, keep), layer)
+
+    def num_frames(self, representation: Representation, clip: Clip, keep: str) -> int:
+        """Frames of a clip that `fill` has seen, without reading them."""
+        with safe_open(self.path(representation, clip, keep), "np") as file:
+            return int(file.get_slice(_TENSOR).get_shape()[1])
+
+    def path(self, representation: Representation, clip: Clip, keep: str) -> Path:
+        """The file of a clip's features."""
+        if keep not in KEEPS:
+            raise ValueError(f"keep={keep!r} must be one of {', '.join(KEEPS)}")
+        checksum = self.checksum(clip)
+        kind = self.folder / f"v{FORMAT_VERSION}" / representation.fingerprint[:32] / keep
+        return kind / checksum[:2] / f"{checksum}.safetensors"
+
+    def checksum(self, clip: Clip) -> str:
+        """SHA-256 of the encoded audio: what it decodes to follows from that. ValueError if it cannot be read."""
+        if isinstance(clip.source, bytes):
+            return hashlib.sha256(clip.source).hexdigest()
+        name = str(clip.source)
+        if name not in self._checksums:
+            try:
+                self._checksums[name] = hashlib.sha256(clip.source.read_bytes()).hexdigest()
+            except OSError as error:
+                raise ValueError(f"{clip.id}: {clip.source} cannot be read: {error.strerror}") from error
+        return self._checksums[name]
+
+    def _batches(self, clips: list[tuple[Path, Clip]], batchable: bool) -> Iterator[list[tuple[Path, Clip]]]:
+        """Longest first, so that memory runs out at once or never."""
+        timed = [(_seconds(clip), path, clip) for path, clip in clips]
+        for seconds, _, clip in timed:
+            if seconds > self.max_seconds:
+                raise ValueError(
+                    f"{clip.id} is {seconds:.1f} s long, over max_seconds={self.max_seconds:g}: cut it, or raise the "
+                    "limit (the memory needed grows with the square of the length)"
+                )
+        timed.sort(key=lambda item: (-item[0], item[2].id))
+        batch: list[tuple[Path, Clip]] = []
+        longest = 0.0
+        for seconds, path, clip in timed:
+            if batch and (not batchable or (len(batch) + 1) * longest > self.batch_seconds):
+                yield batch
+                batch = []
+            longest = longest if batch else seconds
+            batch.append((path, clip))
+        if batch:
+            yield batch
+
+
+def _kept(states: np.ndarray, keep: str) -> np.ndarray:
+    if keep == "pooled":
+        return np.concatenate([states.mean(axis=1), states.std(axis=1)], axis=1)  # (layers, 2 * dim)
+    frames = states[-1:] if keep == "last" else states
+    return frames.astype(np.float16) if np.abs(frames).max() <= _HALF_LIMIT else frames
+
+
+def _write(path: Path, features: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file({_TENSOR: np.ascontiguousarray(features)}, partial, metadata={"format_version": str(FORMAT_VERSION)})
+    partial.replace(path)
+
+
+def _read(path: Path, layer: int | None = None) -> np.ndarray:
+    with safe_open(path, "np") as file:
+        if layer is None:
+            return file.get_tensor(_TENSOR).astype(np.float32)
+        part = file.get_slice(_TENSOR)
+        place = layer % part.get_shape()[0]
+        return part[place : place + 1].astype(np.float32)
+
+
+def _audio(clip: Clip) -> Any:
+    """What soundfile opens, with a name for its errors."""
+    if isinstance(clip.source, Path):
+        return clip.source
+    file = io.BytesIO(clip.source)
+    file.name = clip.id
+    return file
+
+
+def _decoded(clip: Clip) -> np.ndarray:
+    try:
+        return load_audio(_audio(clip), SAMPLING_RATE)
+    except AudioError as error:
+        raise ValueError(f"{clip.id}: {error}") from error
+
+
+def _seconds(clip: Clip) -> float:
+    try:
+        return audio_duration(_audio(clip))
+    except AudioError as error:
+        raise ValueError(f"{clip.id}: {error}") from error

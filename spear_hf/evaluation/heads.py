@@ -1,0 +1,316 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Heads on frozen features, trained as HEAR does (arXiv 2203.03022, appendix) on SUPERB's weighted sum of layers.
+
+A head standardises its features by the training set, sums the layers with learned weights (a softmax, SUPERB), and
+applies a linear layer, or an MLP: linear, batch norm, dropout, ReLU for every hidden layer. Adam, early stopping on
+the task's own metric on the validation clips, and the settings of a grid that are best there.
+
+    small   linear: learning rates 1e-2, 1e-3. MLP: one hidden layer of 512, learning rates 1e-3, 3.2e-4.
+            At most 150 epochs, validated every 3, until 10 validations bring nothing. The default.
+    full    HEAR's: 1 or 2 hidden layers of 1024, learning rates 3.2e-3, 1e-3, 3.2e-4, 1e-4, Xavier initialisation
+            uniform or normal, dropout 0.1, 500 epochs, validated every 3, until 20 validations bring nothing. HEAR
+            draws 8 of these 16; here all are tried. Linear: the same without hidden layers.
+
+Unlike in the benchmarks features are standardised: layers differ in scale, and their weights would tell of that.
+"""
+
+import copy
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data.seeding import keyed_generator, keyed_seed
+from .embedding_cache import EmbeddingCache
+from .problems import Problem
+from .representations import Representation
+from .tasks import Clip
+
+
+HEADS = ("linear", "mlp")
+GRIDS = ("small", "full")
+_ROWS_AT_ONCE = 4096  # of all layers: 0.2 GB for a base model
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """A point of a grid."""
+
+    hidden_layers: int = 0
+    hidden_dim: int = 512
+    learning_rate: float = 1e-3
+    dropout: float = 0.1
+    initialization: str = "uniform"
+    """Of the weights, after Xavier: uniform or normal."""
+    batch_rows: int = 1024
+    """Clips, or frames of whole clips, in a step."""
+    max_epochs: int = 150
+    check_every: int = 3
+    """Epochs from one validation to the next."""
+    patience: int = 10
+    """Validations without a gain after which training stops."""
+
+
+def grid(head: str, size: str) -> list[HeadSettings]:
+    """The settings to try for a head."""
+    if head not in HEADS or size not in GRIDS:
+        raise ValueError(f"head={head!r} and grid={size!r} must be of {', '.join(HEADS)} and of {', '.join(GRIDS)}")
+    if size == "small":
+        if head == "linear":
+            return [HeadSettings(learning_rate=rate) for rate in (1e-2, 1e-3)]
+        return [HeadSettings(hidden_layers=1, learning_rate=rate) for rate in (1e-3, 3.2e-4)]
+    points = itertools.product(
+        (0,) if head == "linear" else (1, 2), (3.2e-3, 1e-3, 3.2e-4, 1e-4), ("uniform", "normal")
+    )
+    return [
+        HeadSettings(layers, 1024, rate, initialization=start, max_epochs=500, patience=20)
+        for layers, rate, start in points
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Features(ABC):
+    """Features of clips: one row a clip, or its frames."""
+
+    lengths: list[int]
+    """Rows of each clip."""
+
+    @abstractmethod
+    def clip(self, place: int) -> Tensor:
+        """float32 (rows, layers, dim) of a clip."""
+
+    def rows(self, places: Sequence[int]) -> Tensor:
+        """(rows, layers, dim) of clips, one after the other."""
+        return torch.cat([self.clip(place) for place in places])
+
+
+class PooledFeatures(Features):
+    """Of an array (layers, clips, dim)."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = torch.from_numpy(np.ascontiguousarray(array.transpose(1, 0, 2)))  # (clips, layers, dim)
+        self.lengths = [1] * len(self.array)
+
+    def clip(self, place: int) -> Tensor:
+        return self.array[place : place + 1]
+
+    def rows(self, places: Sequence[int]) -> Tensor:
+        return self.array[torch.as_tensor(places)]
+
+
+class FrameFeatures(Features):
+    """Of a cache that holds them, read when they are needed; `layer` of all layers, or None for these."""
+
+    def __init__(
+        self,
+        cache: EmbeddingCache,
+        representation: Representation,
+        clips: Sequence[Clip],
+        keep: str,
+        layer: int | None,
+        concatenated: bool = False,
+    ) -> None:
+        self.cache, self.representation, self.clips = cache, representation, clips
+        self.keep, self.layer, self.concatenated = keep, layer, concatenated
+        self.lengths = [cache.num_frames(representation, clip, keep) for clip in clips]
+
+    def clip(self, place: int) -> Tensor:
+        frames = self.cache.frames(self.representation, self.clips[place], self.keep, self.layer)
+        rows = torch.from_numpy(np.ascontiguousarray(frames.transpose(1, 0, 2)))  # (frames, layers, dim)
+        return rows.flatten(1)[:, None] if self.concatenated else rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """(rows, layers, dim) -> (rows, outputs). `embed` gives what enters the last layer."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, scale: Tensor, outputs: int, settings: HeadSettings) -> None:
+        super().__init__()
+        layers, width = mean.shape
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        self.layer_weights = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
+        start = nn.init.xavier_uniform_ if settings.initialization == "uniform" else nn.init.xavier_normal_
+        hidden: list[nn.Module] = []
+        for index in range(settings.hidden_layers):
+            linear = nn.Linear(width, settings.hidden_dim)
+            start(linear.weight, gain=nn.init.calculate_gain("linear" if index == 0 else "relu"))
+            hidden += [linear, nn.BatchNorm1d(settings.hidden_dim), nn.Dropout(settings.dropout), nn.ReLU()]
+            width = settings.hidden_dim
+        self.hidden = nn.Sequential(*hidden)
+        self.projection = nn.Linear(width, outputs)
+        start(self.projection.weight, gain=nn.init.calculate_gain("relu" if hidden else "linear"))
+
+    def embed(self, states: Tensor) -> Tensor:
+        """(rows, layers, dim) -> (rows, width)."""
+        states = (states - self.mean) * self.scale
+        if self.layer_weights is None:
+            return self.hidden(states[:, 0])
+        return self.hidden(torch.einsum("rld,l->rd", states, self.layer_weights.softmax(dim=0)))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.projection(self.embed(states))
+
+
+def statistics(features: Features) -> tuple[Tensor, Tensor]:
+    """Mean of all rows, (layers, dim), and what to multiply by for a standard deviation of 1; 1 for constants."""
+    total = squares = torch.zeros(())
+    for place in range(len(features.lengths)):
+        rows = features.clip(place).double()
+        total, squares = total + rows.sum(dim=0), squares + rows.square().sum(dim=0)
+    count = sum(features.lengths)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return mean.float(), torch.where(deviation < 1e-6, 1.0, 1 / deviation.clamp_min(1e-12)).float()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Features with what they are to predict."""
+
+    features: Features
+    clips: Sequence[Clip]
+    targets: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The best head of a grid, its score on the validation clips (None without any), and its settings."""
+
+    head: Head
+    validation: float | None
+    settings: HeadSettings
+    epochs: int
+    tuning: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        weights = self.head.layer_weights
+        return {
+            "settings": asdict(self.settings),
+            "epochs": self.epochs,
+            **({} if self.tuning is None else {"tuning": self.tuning}),
+            **({} if weights is None else {"layer_weights": weights.detach().softmax(dim=0).tolist()}),
+        }
+
+
+def train_heads(
+    train: Examples,
+    valid: Examples | None,
+    problem: Problem,
+    settings: Sequence[HeadSettings],
+    seed: int,
+    device: torch.device,
+    title: str = "",
+    progress: bool = True,
+) -> Trained:
+    """The best of the heads that `settings` give. Without validation clips the first, after half of its epochs."""
+    normal = statistics(train.features)
+    if valid is None:
+        settings = settings[:1]
+    best: Trained | None = None
+    for point in tqdm(settings, desc=title, unit="head", leave=False, disable=not progress):
+        trained = _train(train, valid, problem, point, normal, seed, device)
+        if best is None or (trained.validation or 0.0) > (best.validation or 0.0):
+            best = trained
+    assert best is not None
+    return best
+
+
+def _train(
+    train: Examples,
+    valid: Examples | None,
+    problem: Problem,
+    settings: HeadSettings,
+    normal: tuple[Tensor, Tensor],
+    seed: int,
+    device: torch.device,
+) -> Trained:
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(keyed_seed(seed, "head"))
+        head = Head(*normal, problem.outputs, settings).to(device)
+        optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
+        epochs = settings.max_epochs if valid is not None else settings.max_epochs // 2
+        best, best_state, best_epoch, tuning, waited = -np.inf, None, epochs, problem.tunings[0], 0
+        for epoch in range(1, epochs + 1):
+            head.train()
+            for places in _batches(train.features.lengths, settings.batch_rows, seed, epoch):
+                optimizer.zero_grad(set_to_none=True)
+                logits = head(train.features.rows(places).to(device))
+                lengths = [train.features.lengths[place] for place in places]
+                loss = problem.loss(logits, lengths, [train.targets[place].to(device) for place in places])
+                loss.backward()
+                optimizer.step()
+            if valid is None or epoch % settings.check_every:
+                continue
+            value, chosen = best_tuning(problem, outputs_of(head, valid.features, device), valid.clips)
+            if value > best:
+                best, tuning, best_epoch, waited = value, chosen, epoch, 0
+                best_state = copy.deepcopy(head.state_dict())
+            else:
+                waited += 1
+                if waited >= settings.patience:
+                    break
+        if best_state is not None:
+            head.load_state_dict(best_state)
+    return Trained(head.eval(), float(best) if valid is not None else None, settings, best_epoch, tuning)
+
+
+def best_tuning(problem: Problem, outputs: list[np.ndarray], clips: Sequence[Clip]) -> tuple[float, Any]:
+    """The score of the outputs, larger for better, and the post-processing that gives it."""
+    found: list[tuple[float, Any]] = []
+    for tuning in problem.tunings:
+        value = problem.score(outputs, clips, tuning)(np.ones(len(clips), dtype=np.int64))
+        found.append((value if problem.higher_is_better else -value, tuning))
+    return max(found, key=lambda pair: pair[0])
+
+
+def _batches(lengths: Sequence[int], rows: int, seed: int, epoch: int) -> list[list[int]]:
+    """Clips in the order of the epoch, cut where the rows of a batch are enough; none of a single row (batch norm)."""
+    order = keyed_generator(seed, epoch, "order of clips").permutation(len(lengths)).tolist()
+    batches: list[list[int]] = [[]]
+    count = 0
+    for place in order:
+        if count >= rows:
+            batches.append([])
+            count = 0
+        batches[-1].append(place)
+        count += lengths[place]
+    if count == 1 and len(batches) > 1:
+        batches[-2] += batches.pop()
+    return batches
+
+
+@torch.no_grad()
+def outputs_of(head: Head, features: Features, device: torch.device, embed: bool = False) -> list[np.ndarray]:
+    """Logits (rows, outputs) of each clip, or what enters the last layer."""
+    head.eval()
+    function = head.embed if embed else head
+    outputs: list[np.ndarray] = []
+    places: list[int] = []
+    rows = 0
+    for place, length in enumerate(features.lengths):
+        places.append(place)
+        rows += length
+        if rows >= _ROWS_AT_ONCE or place == len(features.lengths) - 1:
+            computed = function(features.rows(places).to(device)).float().cpu()
+            outputs += [part.numpy() for part in computed.split([features.lengths[other] for other in places])]
+            places, rows = [], 0
+    return outputs

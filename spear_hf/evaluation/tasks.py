@@ -1,0 +1,314 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tasks that frozen representations are evaluated on: clips with labels, and which of them train, select and test.
+
+    load_task("corpus#probe=instrument_family,group_regex=gm(\\d+)")    a probe of a manifest
+    load_task("tasks/dcase2016_task2-hear2021-full")                   a folder of HEAR's preprocessed tasks
+    load_task("superb/keyword#train=train,valid=validation,test=test") a dataset of the Hub
+
+Options:
+
+    kind         one of `KINDS`; for HEAR's folders it is told by them, otherwise classification
+    name         in the report; default: the probe, or the last part of the source
+    probe        rows of this probe of a manifest only, with splits probe_train and probe_test
+    train, valid, test    names of splits; default train and test. Without `valid` a part of `train` selects settings
+    label, transcript, speaker    columns; default label, transcript, speaker
+    group_regex  what it finds in an id (its first group, if it has one) keeps clips together: in the selection of
+                 settings and in the bootstrap; default: the speaker, where that is not the label
+    segments     a table of segments, as in spear_hf/data/segments.py, for frames and events
+    config, audio    configuration and audio column of a dataset of the Hub
+
+Kinds and their main metrics:
+
+    classification   one label a clip: accuracy
+    tagging          any number of labels a clip: mAP
+    frames           one label a frame, by segments, or background: accuracy of frames
+    events           any number of labels a frame, by segments: F1 of events by their onset
+    asr, pr          texts by CTC: of characters, word error rate; of phones separated by spaces, phone error rate
+    verification     whether two clips have one speaker (the label, in a HEAR folder): equal error rate
+    query            which of a speaker's items says the same as one of another's, untrained: ABX accuracy
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.seeding import keyed_generator
+from ..data.segments import Segment, read_segments
+from ..finetuning.arguments import DataArguments
+from ..finetuning.datasets import is_local, load_rows
+from .event_metrics import ONSET_COLLAR
+from .options import split_options
+
+
+KINDS = ("classification", "tagging", "frames", "events", "asr", "pr", "verification", "query")
+OPTIONS = (
+    *("kind", "name", "probe", "train", "valid", "test", "label", "transcript", "speaker", "group_regex", "segments"),
+    *("config", "audio"),
+)
+HEAR_METADATA, HEAR_LABELS = "task_metadata.json", "labelvocabulary.csv"
+HEAR_RATES = (16000, 48000, 44100, 22050)  # of the folders of audio, in the order of preference
+HEAR_POSTPROCESSING = {"median_filter_ms": (250.0,), "min_duration": (125.0, 250.0)}  # milliseconds
+VALIDATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip and what is known of it."""
+
+    id: str
+    source: Path | bytes
+    """The file, or its bytes."""
+    labels: tuple[str, ...] = ()
+    transcript: str | None = None
+    speaker: str | None = None
+    group: str | None = None
+    language: str | None = None
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A division of the clips; `valid` selects settings, and is empty where it is to be taken from `train`."""
+
+    train: tuple[Clip, ...]
+    valid: tuple[Clip, ...]
+    test: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. With several folds the score is the mean of theirs."""
+
+    name: str
+    kind: str
+    source: str
+    folds: tuple[Fold, ...]
+    labels: tuple[str, ...] = ()
+    collar: float = ONSET_COLLAR
+    """Of the onsets of events, in seconds."""
+    postprocessing: tuple[tuple[float, float], ...] = ((250.0, 125.0), (250.0, 250.0))
+    """Of events: pairs of the length of the median filter and of the shortest event, in milliseconds, to choose of."""
+
+    @property
+    def clips(self) -> list[Clip]:
+        """All clips, each once."""
+        found = {clip.id: clip for fold in self.folds for clip in (*fold.train, *fold.valid, *fold.test)}
+        return list(found.values())
+
+    @property
+    def test_clips(self) -> list[Clip]:
+        """The test clips of all folds, one fold after the other."""
+        return [clip for fold in self.folds for clip in fold.test]
+
+
+def load_task(spec: str) -> Task:
+    """The task that `spec` names, see the module. Audio is not opened.
+
+    Raises:
+        ValueError: an unknown option or kind, a source, split or column that is not there, or clips without what
+            their task needs. It names the culprit.
+    """
+    source, options = split_options(spec, OPTIONS)
+    if (Path(source) / HEAR_METADATA).is_file():
+        task = _hear_task(Path(source), options)
+    else:
+        task = _row_task(source, options)
+    if task.kind not in KINDS:
+        raise ValueError(f"{spec}: kind={task.kind!r} must be one of {', '.join(KINDS)}")
+    return _checked(replace(task, name=options.get("name", task.name)))
+
+
+def held_out(clips: Sequence[Clip], seed: int) -> tuple[list[Clip], list[Clip]]:
+    """Clips to train on, and a fifth of them to select settings with; groups stay together.
+
+    Of every label at least one group is held out, where it has two. Where every clip has a group and a label of its
+    own, or there is one group only, nothing is held out.
+    """
+    groups: dict[str, str] = {}  # group -> label of its first clip
+    for clip in clips:
+        groups.setdefault(clip.group or clip.id, clip.labels[0] if clip.labels else "")
+    chosen: set[str] = set()
+    for label in sorted(set(groups.values())):
+        names = sorted(name for name, other in groups.items() if other == label)
+        order = keyed_generator(seed, "validation groups", label).permutation(len(names))
+        count = max(1, round(VALIDATION_SHARE * len(names))) if len(names) > 1 else 0
+        chosen |= {names[place] for place in order[:count].tolist()}
+    sides: tuple[list[Clip], list[Clip]] = ([], [])
+    for clip in clips:
+        sides[(clip.group or clip.id) in chosen].append(clip)
+    return sides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests, folders, datasets of the Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _row_task(source: str, options: dict[str, str]) -> Task:
+    kind = options.get("kind", "classification")
+    probe = options.get("probe")
+    prefix = "probe_" if probe else ""
+    splits = {"train": options.get("train", f"{prefix}train"), "test": options.get("test", f"{prefix}test")}
+    if "valid" in options:
+        splits["valid"] = options["valid"]
+    local = is_local(source)
+    columns = {"labels": options.get("label", "label")} if kind in ("classification", "tagging", "query") else {}
+    if kind in ("asr", "pr"):
+        columns["transcript"] = options.get("transcript", "transcript")
+    if local or "speaker" in options or kind == "verification":
+        columns["speaker"] = options.get("speaker", "speaker")
+    if local:
+        columns["language"] = "language"
+    arguments = DataArguments(
+        dataset_config=options.get("config"),
+        audio_column=options.get("audio", "audio"),
+        where=[f"probe={probe}"] if probe else [],
+    )
+    segments = read_segments(options["segments"]) if "segments" in options else None
+    if (segments is None) == (kind in ("frames", "events")):
+        raise ValueError(f"{source}: kind={kind} {'needs' if segments is None else 'takes no'} segments=TABLE")
+    parts = {"train": (), "valid": (), "test": ()} | {
+        name: _row_clips(source, split, columns, arguments, options.get("group_regex"), segments)
+        for name, split in splits.items()
+    }
+    name = probe or Path(source.rstrip("/")).name
+    return Task(name, kind, source, (Fold(**parts),))
+
+
+def _row_clips(
+    source: str,
+    split: str,
+    columns: dict[str, str],
+    arguments: DataArguments,
+    group_regex: str | None,
+    segments: dict[str, list[Segment]] | None,
+) -> tuple[Clip, ...]:
+    rows = load_rows(source, list(dict.fromkeys(columns.values())), split, arguments)
+    clips = []
+    for row in rows:
+        values = {field: row[column] for field, column in columns.items()}
+        single = {field: (values.get(field) or [None])[0] for field in ("transcript", "speaker", "language")}
+        group = None if columns.get("labels") == columns.get("speaker") else single["speaker"]
+        if group_regex is not None:
+            match = re.search(group_regex, row["id"])
+            if match is None:
+                raise ValueError(f"{source}: group_regex={group_regex} finds nothing in the id {row['id']!r}")
+            group = match.group(match.re.groups and 1)
+        audio = row["audio"]
+        clips.append(
+            Clip(
+                id=row["id"],
+                source=Path(audio["path"]) if audio["bytes"] is None else audio["bytes"],
+                labels=tuple(values.get("labels", ())),
+                group=group,
+                segments=tuple((segments or {}).get(row["id"], ())),
+                **single,
+            )
+        )
+    return tuple(clips)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HEAR
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _hear_task(folder: Path, options: dict[str, str]) -> Task:
+    """A task as HEAR's preprocessing leaves it: task_metadata.json, labelvocabulary.csv, SPLIT.json, RATE/SPLIT/*.wav.
+
+    SPLIT.json gives the labels of a file, or its events in milliseconds. Of k folds, fold i tests, fold i + 1 selects
+    the settings, and the others train.
+    """
+    metadata: dict[str, Any] = json.loads((folder / HEAR_METADATA).read_text(encoding="utf-8"))
+    if unused := sorted(set(options) - {"kind", "name", "group_regex"}):
+        raise ValueError(f"{folder} is a task of HEAR, which tells {', '.join(unused)} itself")
+    embedding, prediction = str(metadata.get("embedding_type")), str(metadata.get("prediction_type"))
+    kinds = {
+        ("scene", "multiclass"): "classification",
+        ("scene", "multilabel"): "tagging",
+        ("event", "multiclass"): "frames",
+        ("event", "multilabel"): "events",
+    }
+    if (embedding, prediction) not in kinds:
+        raise ValueError(f"{folder}: embedding_type {embedding!r} with prediction_type {prediction!r} is not known")
+    with open(folder / HEAR_LABELS, encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["idx"]))
+    names = metadata.get("splits") or sorted(path.stem for path in folder.glob("fold*.json")) or _HEAR_SPLITS
+    parts = {name: _hear_clips(folder, name, embedding == "event", options.get("group_regex")) for name in names}
+    if set(names) >= set(_HEAR_SPLITS):
+        folds = [Fold(*(parts[name] for name in _HEAR_SPLITS))]
+    elif len(names) >= 3:
+        folds = []
+        for place, name in enumerate(names):
+            valid = names[(place + 1) % len(names)]
+            train = [clip for other in names if other not in (name, valid) for clip in parts[other]]
+            folds.append(Fold(tuple(train), parts[valid], parts[name]))
+    else:
+        raise ValueError(f"{folder}: splits {names} are neither train, valid and test, nor three folds or more")
+    measures = metadata.get("evaluation") or [""]
+    collar = re.search(r"onset_(?:offset_)?(\d+)ms", measures[0])
+    grid = (metadata.get("evaluation_params") or {}).get("event_postprocessing_grid") or HEAR_POSTPROCESSING
+    return Task(
+        name=metadata.get("task_name", folder.name),
+        kind=options.get("kind", kinds[embedding, prediction]),
+        source=str(folder),
+        folds=tuple(folds),
+        labels=tuple(row["label"] for row in rows),
+        collar=int(collar.group(1)) / 1000 if collar else ONSET_COLLAR,
+        postprocessing=tuple((m, d) for m in grid["median_filter_ms"] for d in grid["min_duration"]),
+    )
+
+
+_HEAR_SPLITS = ["train", "valid", "test"]
+
+
+def _hear_clips(folder: Path, split: str, events: bool, group_regex: str | None) -> tuple[Clip, ...]:
+    audio = next((folder / str(rate) / split for rate in HEAR_RATES if (folder / str(rate) / split).is_dir()), None)
+    if audio is None:
+        raise ValueError(f"{folder}: no folder RATE/{split} of audio, for RATE in {', '.join(map(str, HEAR_RATES))}")
+    entries: dict[str, list[Any]] = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+    clips = []
+    for name, values in sorted(entries.items()):
+        match = re.search(group_regex, name) if group_regex else None
+        clip = Clip(
+            id=f"{split}/{name}", source=audio / name, group=match.group(match.re.groups and 1) if match else None
+        )
+        if events:
+            segments = (Segment(item["start"] / 1000, item["end"] / 1000, str(item["label"])) for item in values)
+            clips.append(replace(clip, segments=tuple(sorted(segments, key=lambda item: item.start))))
+        else:
+            labels = tuple(map(str, values))
+            clips.append(replace(clip, labels=labels, speaker=labels[0] if labels else None))
+    return tuple(clips)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _checked(task: Task) -> Task:
+    """With its labels, where they were not given; ValueError for clips that lack what the task needs."""
+    for clip in task.clips:
+        if task.kind in ("classification", "query") and len(clip.labels) != 1:
+            raise ValueError(f"{task.name}: {clip.id} has {len(clip.labels)} labels, and {task.kind} needs one")
+        if task.kind == "verification" and not clip.speaker:
+            raise ValueError(f"{task.name}: {clip.id} has no speaker")
+        if task.kind in ("asr", "pr") and not (clip.transcript or "").strip():
+            raise ValueError(f"{task.name}: {clip.id} has no transcript")
+    for fold in task.folds:
+        if not fold.test or not (fold.train or task.kind in ("query", "verification")):
+            raise ValueError(f"{task.name}: {len(fold.train)} clips to train on and {len(fold.test)} to test on")
+        unknown = sorted(_labels_of(fold.test) - _labels_of(fold.train))
+        # A task with a vocabulary of its own, HEAR's, may have rare labels, which are then missed.
+        if task.kind in ("classification", "frames") and unknown and not task.labels:
+            raise ValueError(f"{task.name}: test labels that no training clip has: {', '.join(unknown[:10])}")
+    return task if task.labels else replace(task, labels=tuple(sorted(_labels_of(task.clips))))
+
+
+def _labels_of(clips: Iterable[Clip]) -> set[str]:
+    return {label for clip in clips for label in (*clip.labels, *(segment.label for segment in clip.segments))}

@@ -1,0 +1,211 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tasks that compare frozen features with each other: verification of speakers, and query by example.
+
+Verification: the cosine of two clips' features, centred and scaled by the training clips (of the mean over time, as
+`pool` says), and, with the head `mlp`, of x-vectors: what enters the last layer of an MLP on the statistics over time
+that was trained to name the training speakers, with the first settings of its grid. A fifth of these speakers are left
+out of that, and select the features.
+
+Query by example: retrieval.py. Clips of the training and of the test split are two voices that say the same items;
+items are compared within a language. The headline `selected` takes for either half of the items the layer that is best
+on the other half.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..data.seeding import keyed_generator
+from .bootstrap import estimate, mean_of, ratio
+from .embedding_cache import EmbeddingCache
+from .heads import Examples, PooledFeatures, grid, outputs_of, train_heads
+from .metrics import equal_error_rate, minimum_detection_cost
+from .problems import Classification
+from .protocols import FEATURES, Result, Settings, chosen_pool, feature_sets
+from .representations import Representation
+from .retrieval import match_recordings
+from .tasks import Clip, Task
+
+
+MAX_TRIALS = 50_000
+VALIDATION_SPEAKERS = 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verification
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def verification_results(
+    task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings
+) -> list[Result]:
+    """Equal error rates by features, of cosines (head `cosine`) and of x-vectors (head `mlp`)."""
+    fold = task.folds[0]
+    if len(task.folds) > 1:
+        raise ValueError(f"{task.name}: verification has one fold, not {len(task.folds)}")
+    known, valid = _speakers_apart([*fold.train, *fold.valid], settings.seed)
+    wanted = settings.features or FEATURES
+    results = []
+    parts = {"train": known, "valid": valid, "test": list(fold.test)}
+    pooled = {name: cache.pooled(representation, clips) for name, clips in parts.items() if clips}
+    for name in feature_sets(representation, [item for item in wanted if item != "weighted"], "linear"):
+        features = {part: chosen_pool(array, name, settings.pool)[0] for part, array in pooled.items()}
+        base = features["train"] if known else features["test"]
+        mean, scale = base.mean(axis=0), base.std(axis=0)
+        scale[scale < 1e-6] = 1.0
+        vectors = {part: (array - mean) / scale for part, array in features.items()}
+        results.append(_verified(task, name, "cosine", [vectors], parts, settings))
+    if "mlp" in settings.heads and len({clip.speaker for clip in known}) > 1:
+        for name in feature_sets(representation, wanted, "mlp"):
+            vectors_by_seed = [
+                _x_vectors(task, representation, name, pooled, parts, replace(settings, seed=seed))
+                for seed in range(settings.seed, settings.seed + settings.seeds)
+            ]
+            results.append(_verified(task, name, "mlp", vectors_by_seed, parts, settings))
+    return results
+
+
+def _speakers_apart(clips: Sequence[Clip], seed: int) -> tuple[list[Clip], list[Clip]]:
+    """Clips of the speakers to train on, and of a fifth of the speakers, two at least, if that leaves two."""
+    speakers = sorted({str(clip.speaker) for clip in clips})
+    count = max(2, round(VALIDATION_SPEAKERS * len(speakers)))
+    if len(speakers) < count + 2:
+        return list(clips), []
+    order = keyed_generator(seed, "validation speakers").permutation(len(speakers))
+    chosen = {speakers[place] for place in order[:count].tolist()}
+    sides: tuple[list[Clip], list[Clip]] = ([], [])
+    for clip in clips:
+        sides[clip.speaker in chosen].append(clip)
+    return sides
+
+
+def _x_vectors(
+    task: Task,
+    representation: Representation,
+    name: str,
+    pooled: dict[str, np.ndarray],
+    parts: dict[str, list[Clip]],
+    settings: Settings,
+) -> dict[str, np.ndarray]:
+    """Vectors of the clips of each part, by the head whose settings are the first of the grid."""
+    speakers = tuple(sorted({str(clip.speaker) for clip in parts["train"]}))
+    naming = replace(task, kind="classification", labels=speakers)
+    clips = {part: [replace(clip, labels=(str(clip.speaker),)) for clip in items] for part, items in parts.items()}
+    problem = Classification(naming, representation)
+    features = {part: PooledFeatures(chosen_pool(array, name, settings.pool)) for part, array in pooled.items()}
+    train = Examples(features["train"], clips["train"], [problem.target(clip, 1) for clip in clips["train"]])
+    device = torch.device(settings.device)
+    title = f"{task.name}, {representation.name}, {name}, x-vectors"
+    points = grid("mlp", settings.grid)
+    trained = train_heads(train, None, problem, points, settings.seed, device, title, settings.progress)
+    return {
+        part: np.concatenate(outputs_of(trained.head, item, device, embed=True)) for part, item in features.items()
+    }
+
+
+def _verified(
+    task: Task,
+    name: str,
+    head: str,
+    vectors: Sequence[dict[str, np.ndarray]],
+    parts: dict[str, list[Clip]],
+    settings: Settings,
+) -> Result:
+    test = parts["test"]
+    pairs = [trials(by_part["test"], test, settings.seed) for by_part in vectors]
+    units = [str(clip.speaker) for clip in test]
+    parts_of_mean = [(pair.score, slice(None)) for pair in pairs]
+    found = estimate(mean_of(parts_of_mean), units, settings.seed, settings.resamples)
+    costs = [minimum_detection_cost(pair.cosines, pair.same) for pair in pairs]
+    validation = None
+    if valid := parts["valid"]:
+        ones = np.ones(len(valid), dtype=np.int64)
+        try:
+            rates = [trials(by_part["valid"], valid, settings.seed).score(ones) for by_part in vectors]
+            validation = -float(np.mean(rates))
+        except ValueError:  # no speaker has two clips
+            validation = None
+    details = {"test_speakers": len(set(units)), "more": {"min_dcf": float(np.mean(costs))}}
+    return Result(name, head, "eer", False, found, validation, details)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Pairs of clips by their places (trials,), their cosines, and 1 where the speaker is the same."""
+
+    first: np.ndarray
+    second: np.ndarray
+    cosines: np.ndarray
+    same: np.ndarray
+
+    def score(self, weights: np.ndarray) -> float:
+        """The equal error rate. A pair counts as often as the product of its clips' weights (clips,) says."""
+        counts = weights[self.first] * weights[self.second]
+        kept = counts > 0
+        return equal_error_rate(self.cosines[kept], self.same[kept], counts[kept])[0]
+
+
+def trials(vectors: np.ndarray, clips: Sequence[Clip], seed: int) -> Trials:
+    """All pairs of clips with vectors (clips, width), or 50,000 of them, drawn by the seed."""
+    first, second = np.triu_indices(len(clips), k=1)
+    if len(first) > MAX_TRIALS:
+        kept = keyed_generator(seed, "trials", len(clips)).choice(len(first), MAX_TRIALS, replace=False)
+        first, second = first[kept], second[kept]
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    speakers = np.array([str(clip.speaker) for clip in clips])
+    same = (speakers[first] == speakers[second]).astype(np.int64)
+    return Trials(first, second, np.einsum("td,td->t", unit[first], unit[second]), same)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Query by example
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def query_results(
+    task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings
+) -> list[Result]:
+    """ABX accuracy of every layer, and of the layer selected on the other half of the items."""
+    fold = task.folds[0]
+    first, second = ({clip.labels[0]: clip for clip in side} for side in (fold.train, fold.test))
+    labels = sorted(set(first) & set(second))
+    pools = {label: second[label].language or "" for label in labels}
+    alone = {pool for pool, count in Counter(pools.values()).items() if count < 2}
+    labels = [label for label in labels if pools[label] not in alone]
+    if len(labels) < 2:
+        raise ValueError(f"{task.name}: {len(labels)} items are said in both splits, train and test; two are needed")
+    sides = [[side[label] for label in labels] for side in (first, second)]
+    cache.fill(representation, [clip for side in sides for clip in side], "frames")
+    units = [label for _ in sides for label in labels]
+    results: list[Result] = []
+    corrects = []
+    for layer in range(representation.num_layers):
+        frames = [[cache.frames(representation, clip, layer=layer)[0] for clip in side] for side in sides]
+        match = match_recordings(frames[0], frames[1], labels, [pools[label] for label in labels], settings.seed)
+        corrects.append(match.correct)
+        name = "features" if representation.num_layers == 1 else f"layer {layer}"
+        hits = float((match.predictions == np.tile(labels, 2)).mean())
+        results.append(_queried(name, match.correct, units, settings, len(labels), hits))
+    if len(results) == 1:
+        return results
+    halves = np.tile(np.arange(len(labels)) % 2, 2)
+    chosen = np.zeros(len(units))
+    layers = []
+    for half in (0, 1):
+        best = int(np.argmax([correct[halves != half].mean() for correct in corrects]))
+        chosen[halves == half] = corrects[best][halves == half]
+        layers.append(best)
+    selected = _queried("selected", chosen, units, settings, len(labels), None)
+    selected.details["layers"] = layers
+    return [selected, *results]
+
+
+def _queried(
+    name: str, correct: np.ndarray, units: list[str], settings: Settings, items: int, hits: float | None
+) -> Result:
+    found = estimate(ratio(correct, np.ones(len(correct))), units, settings.seed, settings.resamples)
+    more = {} if hits is None else {"more": {"nearest_is_the_item": hits}}
+    return Result(name, "none", "abx_accuracy", True, found, None, {"items": items, **more})

@@ -1,0 +1,142 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Features on disk: found by content, completed after an interruption, and the same as computed afresh."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+from spear_hf.evaluation.embedding_cache import EmbeddingCache
+from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
+from spear_hf.evaluation.tasks import Clip, load_task
+
+from .evaluation_corpus import write_corpus, write_model
+
+
+class Counting(LogMel):
+    """Counts the clips that it embeds, and fails when it is told to."""
+
+    clips, fails_after = 0, 10**9
+
+    def _states(self, waveforms):
+        if self.clips + len(waveforms) > self.fails_after:
+            raise RuntimeError("the power went")
+        self.clips += len(waveforms)
+        return super()._states(waveforms)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return load_task(str(write_corpus(tmp_path_factory.mktemp("corpus") / "tones", train=4, test=3))).clips
+
+
+def test_pooled_features_are_statistics_of_the_frames(tmp_path, clips):
+    cache, mel = EmbeddingCache(tmp_path), Counting()
+    pooled = cache.pooled(mel, clips)
+    cache.fill(mel, clips, "frames")
+    frames = cache.frames(mel, clips[2])
+    assert pooled.shape == (1, 7, 256)
+    assert frames.shape == (1, cache.num_frames(mel, clips[2], "frames"), 128)
+    assert np.allclose(pooled[0, 2, :128], frames[0].mean(axis=0), atol=0.02)  # frames are in half precision
+    assert np.allclose(pooled[0, 2, 128:], frames[0].std(axis=0), atol=0.02)
+    assert mel.clips == 14
+    again = EmbeddingCache(tmp_path)
+    assert np.array_equal(again.pooled(mel, clips[::-1]), pooled[:, ::-1])
+    assert mel.clips == 14  # nothing was computed again
+
+
+def test_features_are_found_by_what_the_file_holds(tmp_path, clips):
+    cache, mel = EmbeddingCache(tmp_path / "cache"), Counting()
+    first = cache.pooled(mel, clips[:1])
+    copy = shutil.copyfile(clips[0].source, tmp_path / "another name.wav")
+    assert np.array_equal(cache.pooled(mel, [Clip("x", copy)]), first)
+    assert np.array_equal(cache.pooled(mel, [Clip("y", copy.read_bytes())]), first)
+    assert mel.clips == 1
+    shutil.copyfile(clips[1].source, copy)  # the same name, other audio
+    assert not np.array_equal(EmbeddingCache(tmp_path / "cache").pooled(mel, [Clip("x", copy)]), first)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, clips):
+    mel = Counting()
+    mel.fails_after = 4
+    with pytest.raises(ValueError, match="the power went"):
+        EmbeddingCache(tmp_path, batch_seconds=2.0).fill(mel, clips, "pooled")
+    done = mel.clips
+    assert 0 < done <= 4
+    assert not list(tmp_path.rglob("*.partial"))
+    mel.fails_after = 10**9
+    EmbeddingCache(tmp_path).fill(mel, clips, "pooled")
+    assert mel.clips == 7
+
+
+def test_encoders(tmp_path, clips):
+    folder = write_model(tmp_path / "model")
+    model = load_representation(str(folder), device="cpu")
+    assert (model.num_layers, model.dim, model.frame_seconds) == (3, 16, 0.02)
+    assert model.first_centre == pytest.approx(0.045)
+    cache = EmbeddingCache(tmp_path / "cache", batch_seconds=4.0)
+    cache.fill(model, clips, "frames")
+    cache.fill(model, clips, "last")
+    states = cache.frames(model, clips[1])
+    assert states.shape[::2] == (3, 16)
+    assert np.array_equal(cache.frames(model, clips[1], layer=1)[0], states[1])
+    assert np.array_equal(cache.frames(model, clips[1], keep="last")[0], states[2])
+    random = load_representation(f"random:{folder}", device="cpu", seed=3)
+    assert random.fingerprint != model.fingerprint
+    assert random.fingerprint == load_representation(f"random:{folder}", device="cpu", seed=3).fingerprint
+    assert load_representation(str(folder), device="cpu").fingerprint == model.fingerprint
+    assert isinstance(random, EncoderStates)
+
+
+def test_baselines_and_teachers(clips):
+    rng = np.random.default_rng(0)
+    waveforms = [rng.standard_normal(samples).astype(np.float32) / 10 for samples in (900, 16000)]
+    mel, mfcc, teacher = LogMel(), Mfcc(), load_representation("teacher:kaldi-mfcc", device="cpu")
+    assert [state.shape for state in mel(waveforms)] == [(1, 10, 128), (1, 100, 128)]
+    for one, other in zip(mfcc(waveforms), teacher(waveforms)):
+        assert np.allclose(one, other, atol=1e-4)
+    assert mfcc.centres(3) == pytest.approx([0.0125, 0.0325, 0.0525])
+    loud = load_representation("teacher:tests.evaluation_corpus:energies#gain=3", device="cpu")
+    (plain,) = load_representation("teacher:tests.evaluation_corpus:energies", device="cpu")(waveforms[1:])
+    assert np.allclose(loud(waveforms[1:])[0], 3 * plain)
+    assert (loud.num_layers, loud.dim, loud.frame_seconds) == (1, 1, 0.02)
+    assert short_name("teacher:/some/where/models/whisper#layer=3") == "teacher:models/whisper#layer=3"
+    with pytest.raises(ValueError, match="unknown option"):
+        load_representation("teacher:kaldi-mfcc#depth=3")
+
+
+def test_other_encoders(tmp_path, clips):
+    """Not invariant to padding, so that no two clips share a batch; frames lie in the middle of what they see."""
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    torch.manual_seed(0)
+    Wav2Vec2Model(config).save_pretrained(tmp_path / "w2v2")
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "w2v2")
+    model = load_representation(str(tmp_path / "w2v2"), device="cpu")
+    assert (model.num_layers, model.dim, model.frame_seconds) == (3, 16, 0.02)
+    assert model.first_centre == pytest.approx(0.0125)  # half of 400 samples
+    assert not model.batchable
+    waveforms = [0.1 * np.random.default_rng(0).standard_normal(n).astype(np.float32) for n in (8000, 3200)]
+    assert np.allclose(model(waveforms)[1], model(waveforms[1:])[0], atol=1e-5)
+    random = load_representation(f"random:{tmp_path / 'w2v2'}", device="cpu", seed=1)
+    assert random.num_layers == 3
+    assert random.weights != model.weights
+
+
+def test_errors_name_the_clip(tmp_path, clips):
+    cache = EmbeddingCache(tmp_path, max_seconds=0.5)
+    with pytest.raises(ValueError, match=r"train0 is 0\.9 s long, over max_seconds=0\.5"):
+        cache.pooled(LogMel(), clips[:1])
+    with pytest.raises(ValueError, match=r"gone.*cannot be read"):
+        cache.pooled(LogMel(), [Clip("gone", tmp_path / "gone.wav")])
+    with pytest.raises(ValueError, match=r"noise: .*cannot be"):
+        cache.pooled(LogMel(), [Clip("noise", b"no audio at all")])

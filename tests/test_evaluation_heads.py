@@ -1,0 +1,158 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Heads on frozen features, and what is made of their outputs."""
+
+import numpy as np
+import pytest
+import torch
+
+from spear_hf.data.segments import Segment
+from spear_hf.evaluation.heads import Examples, HeadSettings, PooledFeatures, grid, outputs_of, statistics, train_heads
+from spear_hf.evaluation.problems import Classification, Ctc, Events, Frames, Tagging
+from spear_hf.evaluation.representations import Mfcc
+from spear_hf.evaluation.tasks import Clip, Fold, Task
+
+
+MFCC = Mfcc()
+CPU = torch.device("cpu")
+
+
+def task_of(kind, clips, labels=("a", "b", "c")):
+    return Task("t", kind, "s", (Fold(tuple(clips), (), tuple(clips)),), labels)
+
+
+def classes(number, layers=3, dim=6, informative=1, seed=0):
+    """Features of which one layer tells the class, on a large offset and an odd scale, and the clips."""
+    rng = np.random.default_rng(seed)
+    labels = [("a", "b", "c")[index % 3] for index in range(number)]
+    features = rng.standard_normal((layers, number, dim)).astype(np.float32)
+    features[informative] += 2 * np.eye(dim)[[ord(label) - ord("a") for label in labels]]
+    scales = 10.0 ** np.arange(layers)[:, None, None]
+    return (features * scales + 100 * scales).astype(np.float32), [
+        Clip(f"{seed}-{index}", b"", (label,)) for index, label in enumerate(labels)
+    ]
+
+
+def examples(problem, features, clips):
+    return Examples(PooledFeatures(features), clips, [problem.target(clip, 1) for clip in clips])
+
+
+def trained(settings, seed=0, valid=True):
+    train, test = classes(90), classes(60, seed=1)
+    problem = Classification(task_of("classification", train[1]), MFCC)
+    found = train_heads(
+        examples(problem, *train),
+        examples(problem, *test) if valid else None,
+        problem,
+        settings,
+        seed,
+        CPU,
+        progress=False,
+    )
+    outputs = outputs_of(found.head, PooledFeatures(test[0]), CPU)
+    return found, problem.score(outputs, test[1])(np.ones(60))
+
+
+def test_the_weighted_sum_finds_the_layer():
+    found, accuracy = trained([HeadSettings(learning_rate=0.03)])
+    weights = found.to_dict()["layer_weights"]
+    assert sum(weights) == pytest.approx(1)
+    assert int(np.argmax(weights)) == 1
+    assert weights[1] > 0.5
+    assert accuracy > 0.7
+    assert found.validation == pytest.approx(accuracy)  # of the same clips here
+
+
+def test_an_mlp_learns_and_a_seed_repeats_it():
+    settings = [HeadSettings(hidden_layers=2, hidden_dim=16, learning_rate=0.01, max_epochs=30, batch_rows=32)]
+    found, accuracy = trained(settings, seed=4)
+    assert accuracy > 0.6
+    again, _ = trained(settings, seed=4)
+    assert torch.equal(found.head.projection.weight, again.head.projection.weight)
+    other, _ = trained(settings, seed=5)
+    assert not torch.equal(found.head.projection.weight, other.head.projection.weight)
+
+
+def test_validation_chooses_settings_and_stops():
+    useless = HeadSettings(learning_rate=1e-7, max_epochs=6)
+    found, _ = trained([useless, HeadSettings(learning_rate=0.03, patience=2, max_epochs=300)])
+    assert found.settings.learning_rate == 0.03
+    assert found.epochs < 300
+    without, accuracy = trained([HeadSettings(learning_rate=0.03, max_epochs=80), useless], valid=False)
+    assert without.validation is None
+    assert (without.epochs, without.settings.learning_rate) == (40, 0.03)
+    assert accuracy > 0.6
+
+
+def test_grids():
+    assert len(grid("mlp", "full")) == 16  # HEAR: 2 depths, 4 learning rates, 2 initialisations
+    assert {point.hidden_dim for point in grid("mlp", "full")} == {1024}
+    assert {point.hidden_layers for point in grid("linear", "full")} == {0}
+    assert len(grid("mlp", "small")) == 2
+    with pytest.raises(ValueError, match="grid='huge'"):
+        grid("mlp", "huge")
+
+
+def test_statistics():
+    features, _ = classes(50)
+    features[2, :, 0] = 7.0
+    mean, scale = statistics(PooledFeatures(features))
+    assert mean.numpy() == pytest.approx(features.mean(axis=1), rel=1e-4)
+    assert (1 / scale.numpy())[:2] == pytest.approx(features.std(axis=1)[:2], rel=1e-2)
+    assert scale[2, 0] == 1  # a constant
+
+
+def test_frames_and_events():
+    segments = (Segment(0.1, 0.3, "a"), Segment(0.4, 0.6, "b"))
+    clip = Clip("x", b"", segments=segments)
+    frames = Frames(task_of("frames", [clip], ("a", "b")), MFCC)
+    target = frames.target(clip, 50)
+    centres = MFCC.centres(50)
+    for frame, label in enumerate(target.tolist()):
+        inside = [1 + place for place, item in enumerate(segments) if item.start <= centres[frame] < item.end]
+        assert label == (inside[0] if inside else 0)
+    with pytest.raises(ValueError, match="kind=events"):
+        frames.target(Clip("x", b"", segments=(segments[0], Segment(0.2, 0.5, "b"))), 50)
+    right = 10 * torch.nn.functional.one_hot(target, 3).numpy()
+    assert frames.score([right], [clip])(np.ones(1)) == 1
+
+    events = Events(task_of("events", [clip], ("a", "b")), MFCC)
+    logits = 20 * events.target(clip, 50).numpy() - 10
+    found = events.events(logits, [0.0, 0.0])
+    assert [event.label for event in found] == ["a", "b"]
+    for event, segment in zip(found, segments):
+        assert (event.start, event.end) == pytest.approx((segment.start, segment.end), abs=0.011)
+    assert events.events(logits, [0.0, 250.0]) == []  # both are shorter than that
+    logits[30, 0] = 10  # a single frame, which the filter takes away
+    assert len(events.events(logits, [0.0, 0.0])) == 3
+    assert len(events.events(logits, [60.0, 0.0])) == 2
+    assert events.score([logits], [clip], [60.0, 0.0])(np.ones(1)) == 1
+    assert events.more([logits], [clip], [60.0, 0.0])["segment_f1"] == 1
+
+
+def test_tagging():
+    clips = [Clip("x", b"", ("a", "c")), Clip("y", b"", ()), Clip("z", b"", ("b",))]
+    problem = Tagging(task_of("tagging", clips), MFCC)
+    assert problem.target(clips[0], 1).tolist() == [[1, 0, 1]]
+    outputs = [2 * problem.target(clip, 1).numpy() - 1 for clip in clips]
+    assert problem.score(outputs, clips)(np.ones(3)) == 1
+    assert problem.more(outputs, clips)["auc"] == 1
+
+
+@pytest.mark.parametrize(("kind", "text", "tokens"), [("asr", "Ab b!", "ab b"), ("pr", "k ae k", ["k", "ae", "k"])])
+def test_ctc(kind, text, tokens):
+    clips = [Clip("x", b"", transcript=text), Clip("y", b"", transcript="...")]
+    problem = Ctc(task_of(kind, clips[:1], ()), MFCC)
+    ids = problem.target(clips[0], 9).tolist()
+    assert [problem.tokens[place - 1] for place in ids] == list(tokens)
+    # Every token for two frames with a blank after each: the best path.
+    path = [frame for place in ids for frame in (place, place, 0)]
+    logits = 10 * np.eye(problem.outputs)[path]
+    assert problem.written(logits) == problem.text(clips[0])
+    assert problem.score([logits], clips[:1])(np.ones(1)) == 0
+    if kind == "asr":  # two words; then one of them is missing, and of punctuation nothing should be written
+        rows = [logits[:6], logits[:3]]
+        assert problem.score(rows, clips)(np.ones(2)) == pytest.approx((1 + 1) / 2)
+        assert problem.more([logits], clips[:1])["cer"] == 0
+    tensors = [torch.tensor(logits, dtype=torch.float32)] * 2
+    loss = problem.loss(torch.cat(tensors), [len(path)] * 2, [torch.tensor(ids)] * 2)
+    assert 0 <= float(loss) < 0.1
