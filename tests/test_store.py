@@ -181,7 +181,8 @@ def test_other_extraction_is_refused_but_a_moved_teacher_is_not(tmp_path):
     rows = make_rows(3)
     write(tmp_path / "s", rows, info=info())
     write(tmp_path / "s", rows, info=info(id="/new/place"))
-    for changed in ({"fingerprint": "xyz"}, {"dtype": "bfloat16"}, {"window": "slice"}):
+    write(tmp_path / "s", rows, info=info(id="module:factory", options={"file": "/new/place.pt"}))
+    for changed in ({"fingerprint": "xyz"}, {"dtype": "bfloat16"}, {"window": "slice"}, {"options": {"rate": 50}}):
         with pytest.raises(ValueError, match="holds other tokens"):
             TokenStoreWriter(tmp_path / "s", info(**changed))
 

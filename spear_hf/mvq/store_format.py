@@ -56,8 +56,10 @@ class StoreInfo:
         """Lines naming what differs. Where a teacher's files lie does not matter if their fingerprint is the same."""
         mine, theirs = (_flat(asdict(info)) for info in (self, other))
         if mine.get("extraction.teacher.fingerprint"):
+            options = (f"extraction.teacher.options.{name}" for name in ("file", "model"))  # of factories: places too
+            places = ("teacher", "extraction.teacher.id", "extraction.teacher.revision", *options)
             for values in (mine, theirs):
-                for key in ("teacher", "extraction.teacher.id", "extraction.teacher.revision"):
+                for key in places:
                     values.pop(key, None)
         keys = [*mine, *(key for key in theirs if key not in mine)]
         return [f"{k}: {mine.get(k)!r} / {theirs.get(k)!r}" for k in keys if mine.get(k) != theirs.get(k)]
