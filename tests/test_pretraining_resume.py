@@ -179,7 +179,7 @@ def test_launchers(runs, finished, two_ranks):
     """Started by torchrun, stopped by the SIGTERM that a scheduler sends to all, and resumed; accelerate launch."""
     output = runs.folder / "launched"
     command = ["-m", "spear_hf.cli", "pretrain", "--config", "tiny", "--set", *runs.overrides(output)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def launch(launcher: list[str], *more: str) -> subprocess.Popen:
         return subprocess.Popen(

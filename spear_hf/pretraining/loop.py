@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,8 +292,11 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
 
 def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerator:
-    """Devices, ranks, precision and trackers."""
+    """Devices, ranks, precision and trackers. ValueError if the ranks that were launched do not find each other."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
+        # Where there is no accelerator, accelerate must be told so, or each of several ranks believes to be alone.
+        cpu=launched > 1 and not torch.accelerator.is_available(),
         mixed_precision="bf16" if uses_bf16(config.execution) else "no",
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
@@ -301,6 +305,11 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
         raise ValueError(
             f"accelerate is configured for {accelerator.distributed_type.value}: configure it for plain multi-GPU, "
             "and have the model sharded with --set execution.sharding=fsdp."
+        )
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate makes {accelerator.num_processes} of them: check its "
+            "configuration (`accelerate env`), or start one process."
         )
     return accelerator
 
