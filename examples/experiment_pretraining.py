@@ -75,11 +75,6 @@ ARMS = (
     Arm("dual", "speech and audio, tokens of both teachers, asymmetric loss"),
     Arm("dual, mixing", "as dual, with noise and token mixing", MIXING),
     Arm("dual, ScaledAdam", "as dual, with ScaledAdam and Eden for AdamW and a cosine", SCALED_ADAM),
-    Arm(
-        "dual, ScaledAdam, regularisers",
-        "as before, with the recipe's training-only regularisers",
-        (*SCALED_ADAM, "regularizers.enabled=true"),
-    ),
 )
 
 
