@@ -23,7 +23,14 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .blockwise_spear import MIN_FRAMES_FOR_BLOCKS, BlockwiseAttention, can_run_in_blocks, is_watched
+from .blockwise_spear import (
+    MIN_FRAMES_FOR_BLOCKS,
+    MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS,
+    BlockwiseAttention,
+    are_blocks_possible,
+    can_run_in_blocks,
+    is_watched,
+)
 from .configuration_spear import SpearConfig
 
 
@@ -223,10 +230,13 @@ class SpearFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         at_once = max(1, FRAMES_AT_ONCE // hidden_states.shape[0])
         # For the memory of long recordings: the inner tensors are several times as wide as the others.
-        if hidden_states.shape[1] > at_once and can_run_in_blocks(self, hidden_states):
-            if not is_watched(self.in_proj, self.dropout, self.out_proj):
-                return torch.cat([self._compute(block) for block in hidden_states.split(at_once, dim=1)], dim=1)
-        return self._compute(hidden_states)
+        if (
+            hidden_states.shape[1] <= at_once
+            or not can_run_in_blocks(self, hidden_states)
+            or is_watched(*self.children())
+        ):
+            return self._compute(hidden_states)
+        return torch.cat([self._compute(block) for block in hidden_states.split(at_once, dim=1)], dim=1)
 
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.out_proj(self.dropout(swoosh_l(self.in_proj(hidden_states))))
@@ -266,7 +276,7 @@ class SpearAttentionWeights(nn.Module):
         self, hidden_states: torch.Tensor, position_table: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> BlockwiseAttention:
         """What `forward` returns, without the tensor of all weights: see [`BlockwiseAttention`]."""
-        return BlockwiseAttention(*self._project(hidden_states, position_table), key_mask)
+        return BlockwiseAttention(*self._project(hidden_states, position_table), key_mask=key_mask)
 
     def _project(self, hidden_states: torch.Tensor, position_table: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and queries of positions, `(batch, frames, heads, dim)`, and positions, `(2 * frames, heads,
@@ -405,10 +415,11 @@ class SpearLayer(GradientCheckpointingLayer):
         valid_mask: torch.Tensor | None,
         is_recorded: bool,
     ) -> torch.Tensor | BlockwiseAttention:
-        """Of the layer, as a tensor if someone looks at it or gradients go through it."""
+        """Of the layer: a tensor for few frames, and where somebody looks at it."""
         module = self.self_attn_weights
-        if can_run_in_blocks(module, hidden_states) and not is_recorded:
-            if hidden_states.shape[1] >= MIN_FRAMES_FOR_BLOCKS and not is_watched(module):
+        if not is_recorded and are_blocks_possible(hidden_states) and not is_watched(module):
+            enough = MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS if torch.is_grad_enabled() else MIN_FRAMES_FOR_BLOCKS
+            if hidden_states.shape[1] >= enough:
                 return module.blockwise(hidden_states, position_table, valid_mask)
         return module(hidden_states, position_table, valid_mask)
 
@@ -542,9 +553,8 @@ class SpearStem(nn.Module):
     def forward(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, m, num_mel_bins)` to `(batch, (m - 7) // 2, hidden_size)`; the mask is that of the result."""
         hidden_states = input_features[:, None]  # (batch, 1, m, bins)
-        if can_run_in_blocks(self, input_features) and not is_watched(
-            *(part for part in self.modules() if part is not self)
-        ):
+        parts = [module for module in self.modules() if module is not self]
+        if can_run_in_blocks(self, input_features) and not is_watched(*parts):
             return self._compute_in_blocks(hidden_states, valid_mask)
         for conv in (self.conv1, self.conv2, self.conv3):
             hidden_states = swoosh_r(conv(hidden_states))
@@ -560,7 +570,7 @@ class SpearStem(nn.Module):
     def _compute_in_blocks(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None) -> torch.Tensor:
         """As `forward`, from `(batch, 1, m, bins)`, for a few frames at a time and with channels last in memory."""
         batch, frames = input_features.shape[0], (input_features.shape[2] - 7) // 2
-        result = input_features.new_empty(batch, frames, self.out_proj.out_features)
+        result = input_features.new_empty(batch, frames, *self.norm.bias.shape)
         context = self.convnext.context
         for start in range(0, frames, STEM_FRAMES_AT_ONCE):
             stop = min(start + STEM_FRAMES_AT_ONCE, frames)
@@ -572,8 +582,8 @@ class SpearStem(nn.Module):
                 hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
                 hidden_states = swoosh_r(self.conv3(hidden_states))  # (1, channels, last - first, bins)
                 if valid_mask is not None:
-                    padding = ~valid_mask[row, first:last]
-                    hidden_states = hidden_states.masked_fill(padding[:, None], 0.0)
+                    # In place, which leaves the channels last.
+                    hidden_states.masked_fill_(~valid_mask[row, first:last, None], 0.0)
                 hidden_states = self.convnext(hidden_states, slice(start - first, stop - first))
                 result[row, start:stop] = self._project(hidden_states)[0]
         return result
