@@ -97,6 +97,25 @@ def embed(
 
 
 @app.command()
+def benchmark(
+    against: Annotated[
+        str, typer.Option(help="Encoders of transformers to compare with: wavlm, hubert or both.")
+    ] = "",
+    output: Annotated[Path | None, typer.Option(help="Table to write, .csv, with a chart beside it, .png.")] = None,
+    cases: Annotated[str, typer.Option(help="Utterances x seconds of each batch.")] = "1x10,4x15,1x60",
+    repeats: Annotated[int, typer.Option(help="Turns of each encoder, of which the median counts.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of torch; default: its own choice.")] = None,
+) -> None:
+    """Time the encoder on the CPU of this machine, features included, with random weights of the base size.
+
+    Its results are compared with those of its plain path first.
+    """
+    from .evaluation.benchmark import run_benchmark
+
+    raise typer.Exit(run_benchmark(against, output, cases, repeats, threads))
+
+
+@app.command()
 def quantize(
     teacher: Annotated[str, typer.Option(help="kaldi-mfcc, module:factory, or folder or Hub id of an audio encoder.")],
     data: Data,

@@ -123,6 +123,25 @@ def test_the_whole_model(small_blocks, monkeypatch, frames):
             assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_golden_parity(small_blocks, golden_folder, golden):
+    """With the activations of the published code, one utterance at a time and as a padded batch."""
+    model = SpearModel.from_pretrained(golden_folder).eval()
+    features = [golden[f"{i}.input_features"] for i in range(5)]
+    expected = [[golden[f"{i}.embed"], *(golden[f"{i}.layer.{k:02d}"] for k in range(8))] for i in range(5)]
+    frames = torch.tensor([len(feature) for feature in features])
+    mask = torch.arange(max(frames)) < frames[:, None]
+    batch = model(
+        torch.nn.utils.rnn.pad_sequence(features, batch_first=True), attention_mask=mask, output_hidden_states=True
+    )
+    for row, feature in enumerate(features):
+        alone = model(feature[None], output_hidden_states=True)
+        for one, other, golden_state in zip(alone.hidden_states, batch.hidden_states, expected[row]):
+            length = golden_state.shape[0]
+            assert (one[0] - golden_state).abs().max() <= 1e-5
+            assert (other[row, :length] - golden_state).abs().max() <= 1e-5
+
+
 def test_gradients_of_the_whole_model(small_blocks, monkeypatch):
     model = SpearModel(make_config()).double()
     features = torch.randn(2, 99, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
