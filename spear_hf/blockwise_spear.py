@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
-BLOCK_SCORES = 2**18  # of a block, 1 MB in float32: about the second-level cache of one core
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 32, 256  # matrix products of fewer rows are slow, and more bring nothing
+BLOCK_SCORES = 2**18  # of a block and thread, 1 MB in float32: about the second-level cache of a core
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 256  # matrix products of fewer rows are slow, and more bring nothing
 # Below so many frames the plain path wins: its tensor is small, and the calls for each head and utterance cost more.
 MIN_FRAMES_FOR_BLOCKS = 192
 # The same with gradients, where blocks compute more than once what the plain path keeps.
@@ -83,7 +83,7 @@ class BlockwiseAttention:
         batch, self.frames, heads, _ = query.shape
         self.num_keys, self.masked = self._valid_keys(key_mask, batch)
         bytes_per_head = sum(self.num_keys) * self.frames * query.element_size()
-        self.kept: dict[tuple[int, int], torch.Tensor] = {}
+        self.kept: dict[int, torch.Tensor] = {}  # by utterance
         self.kept_heads = min(heads, KEPT_BYTES // max(1, bytes_per_head))
 
     def _valid_keys(self, key_mask: torch.Tensor | None, batch: int) -> tuple[list[int], list[torch.Tensor | None]]:
@@ -105,43 +105,54 @@ class BlockwiseAttention:
     def compute(self, values: torch.Tensor) -> torch.Tensor:
         """As `attend`, outside autograd's graph."""
         context = torch.empty_like(values)
-        for row in range(values.shape[0]):
-            for head in range(values.shape[2]):
-                self._attend_one(row, head, values[row, :, head], context[row, :, head])
+        heads = values.shape[2]
+        for row, keys in enumerate(self.num_keys):
+            used = values[row, :keys].transpose(0, 1)  # (heads, keys, dim)
+            kept = min(heads, self.kept_heads)
+            if kept > 0:
+                _weigh(self._kept_weights(row)[:kept], used[:kept], context[row, :, :kept])
+            group, _ = self._block_size(keys)
+            for first in range(kept, heads, group):
+                which = slice(first, min(first + group, heads))
+                for start, stop in self._blocks(keys):
+                    weights = self._weights(row, which, start, stop)
+                    _weigh(weights, used[which], context[row, start:stop, which])
         return context
 
-    def _attend_one(self, row: int, head: int, values: torch.Tensor, context: torch.Tensor) -> None:
-        """One head of one utterance, into `context`; both `(frames, dim)`."""
-        keys, place = self.num_keys[row], (row, head)
-        # A product of few columns is about twice as fast the other way round.
-        narrow = values.shape[-1] < 32
-        values = values[:keys].t().contiguous() if narrow else values[:keys].contiguous()
-        is_known = place in self.kept
-        if not is_known and head < self.kept_heads:
-            self.kept[place] = self.query.new_empty(self.frames, keys)
-        kept = self.kept.get(place)
-        for start, stop in self._blocks(keys):
-            weights = None if kept is None else kept[start:stop]
-            if weights is None or not is_known:
-                weights = self._weights(row, head, start, stop, weights)
-            if narrow:
-                context[start:stop] = (values @ weights.t()).t()
-            else:
-                torch.mm(weights, values, out=context[start:stop])
+    def _kept_weights(self, row: int) -> torch.Tensor:
+        """Weights of the heads that are kept, `(kept heads, frames, keys)`."""
+        if row not in self.kept:
+            keys = self.num_keys[row]
+            kept = self.query.new_empty(self.kept_heads, self.frames, keys)
+            group, _ = self._block_size(keys)
+            for first in range(0, self.kept_heads, group):
+                which = slice(first, min(first + group, self.kept_heads))
+                for start, stop in self._blocks(keys):
+                    kept[which, start:stop] = self._weights(row, which, start, stop)
+            self.kept[row] = kept
+        return self.kept[row]
+
+    def _block_size(self, keys: int) -> tuple[int, int]:
+        """Heads and query rows of a block: few rows of many heads before many rows, for few and large operations."""
+        scores = BLOCK_SCORES * torch.get_num_threads()
+        heads = min(self.query.shape[2], max(1, scores // (keys * MIN_BLOCK_ROWS)))
+        return heads, min(MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, scores // (keys * heads)))
 
     def _blocks(self, keys: int) -> list[tuple[int, int]]:
-        rows = min(MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, BLOCK_SCORES // keys))
+        _, rows = self._block_size(keys)
         return [(start, min(start + rows, self.frames)) for start in range(0, self.frames, rows)]
 
-    def _weights(self, row: int, head: int, start: int, stop: int, out: torch.Tensor | None) -> torch.Tensor:
-        """Weights of the queries `start ... stop - 1`, `(rows, keys)`."""
+    def _weights(self, row: int, heads: slice, start: int, stop: int) -> torch.Tensor:
+        """Weights of the queries `start ... stop - 1`, `(heads, rows, keys)`."""
         keys = self.num_keys[row]
-        by_offset = self.pos_query[row, start:stop, head] @ self.positions[head, :, self._offsets(start, stop, keys)]
-        scores = _by_key(by_offset, keys)
-        scores = scores.addmm_(self.query[row, start:stop, head], self.key[row, head, :, :keys])
+        block = (row, slice(start, stop), heads)
+        by_offset = self.pos_query[block].transpose(0, 1) @ self.positions[heads, :, self._offsets(start, stop, keys)]
+        scores = torch.baddbmm(
+            _by_key(by_offset, keys), self.query[block].transpose(0, 1), self.key[row, heads, :, :keys]
+        )
         if (masked := self.masked[row]) is not None:
             scores.masked_fill_(masked, torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, dim=-1, out=out)
+        return scores.softmax(dim=-1)
 
     def _offsets(self, start: int, stop: int, keys: int) -> slice:
         """Where the offsets of these queries and `keys` keys are in `positions`, from the last query on."""
@@ -158,7 +169,7 @@ class BlockwiseAttention:
             for head in range(values.shape[2]):
                 keys = self.num_keys[row]
                 for start, stop in self._blocks(keys):
-                    weights = self._weights(row, head, start, stop, None)
+                    weights = self._weights(row, slice(head, head + 1), start, stop)[0]
                     block = (row, slice(start, stop), head)
                     grad_scores = grad_context[block] @ values[row, :keys, head].t()  # (rows, keys)
                     grad_scores = grad_scores.sub_(row_sums[block]).mul_(weights)
@@ -183,18 +194,26 @@ class BlockwiseAttention:
         grad_key[row, :keys, head].addmm_(grad_scores.t(), self.query[block])
         offsets = self._offsets(rows.start, rows.stop, keys)
         by_offset = grad_scores.new_zeros(grad_scores.shape[0], offsets.stop - offsets.start)
-        _by_key(by_offset, keys).copy_(grad_scores)
+        _by_key(by_offset[None], keys).copy_(grad_scores)
         grad_pos_query[block] = by_offset @ self.positions[head, :, offsets].t()
         grad_positions[offsets, head].addmm_(by_offset.t(), self.pos_query[block])
 
 
 def _by_key(by_offset: torch.Tensor, keys: int) -> torch.Tensor:
-    """View `(rows, keys)` of a contiguous `(rows, keys + rows - 1)`, as in `relative_scores`.
+    """View `(heads, rows, keys)` of a contiguous `(heads, rows, keys + rows - 1)`, as in `relative_scores`.
 
-    Entry (i, j) is entry (i, rows - 1 + j - i) of the argument. Rows do not overlap.
+    Entry (i, j) of a head is entry (i, rows - 1 + j - i) of the argument. Rows do not overlap.
     """
-    rows = by_offset.shape[0]
-    return by_offset.as_strided((rows, keys), (max(by_offset.shape[1] - 1, 1), 1), rows - 1)
+    heads, rows, offsets = by_offset.shape
+    return by_offset.as_strided((heads, rows, keys), (rows * offsets, offsets - 1, 1), rows - 1)
+
+
+def _weigh(weights: torch.Tensor, values: torch.Tensor, context: torch.Tensor) -> None:
+    """Weights `(heads, rows, keys)` times values `(heads, keys, dim)`, into `context` `(rows, heads, dim)`."""
+    if values.shape[-1] < 32:  # a product of few columns is about twice as fast the other way round
+        context.copy_((values.transpose(1, 2).contiguous() @ weights.transpose(1, 2)).permute(2, 0, 1))
+    else:
+        context.copy_((weights @ values).transpose(0, 1))
 
 
 class _RecomputedAttention(torch.autograd.Function):

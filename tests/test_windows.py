@@ -6,7 +6,7 @@ import pytest
 import soundfile
 import torch
 
-from spear_hf import SpearConfig, SpearFeatureExtractor, SpearModel
+from spear_hf import SpearFeatureExtractor, SpearModel
 from spear_hf.evaluation.embedding import embed_files
 from spear_hf.evaluation.windows import encode_in_windows
 
@@ -39,7 +39,7 @@ def test_one_window_is_the_whole(encoder, features):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [1107, 1106, 810, 334])
+@pytest.mark.parametrize("length", [1107, 810])
 def test_deviation(encoder, features, length, capsys):
     """Of windows of 3 s: all that misses is what attention sees beyond the context."""
     features = features[:, :length]
@@ -71,7 +71,7 @@ def test_without_attention_windows_are_exact(encoder, features):
 
 
 def test_what_is_refused(encoder, features):
-    with pytest.raises(ValueError, match="window_seconds=0.1"):
+    with pytest.raises(ValueError, match=r"window_seconds=0\.1"):
         encode_in_windows(encoder, features, 0.1)
     with pytest.raises(ValueError, match="context_seconds=-1"):
         encode_in_windows(encoder, features, 3.0, -1)
@@ -99,7 +99,7 @@ def test_embedding_in_windows(encoder, tmp_path):
         embed_files([tmp_path], encoder, extractor, batch_seconds=3.0, window_seconds=2.0)
 
 
-HALF_AN_HOUR = """
+MINUTES = """
 import torch
 from spear_hf import SpearConfig, SpearModel
 from spear_hf.evaluation.windows import encode_in_windows
@@ -116,5 +116,5 @@ with torch.no_grad():
 
 
 def test_memory_is_that_of_a_window_and_of_the_result():
-    (result,), growth = run_and_measure(HALF_AN_HOUR, 30)
-    assert growth < float(result) + 40  # MB; the whole at once takes 600 more for its first convolutions alone
+    (result,), growth = run_and_measure(MINUTES, 10)
+    assert growth < float(result) + 25  # MB; the features alone are 30

@@ -306,6 +306,7 @@ def _embed_batch(
         settings |= {"device": encoder.device, "return_attention_mask": True}
     inputs = extract(waveforms, **settings)
     inputs = inputs.to(encoder.device, dtype=encoder.dtype)
+    outputs: Any
     longest = max(map(len, waveforms)) / feature_extractor.sampling_rate
     if window_seconds is not None and longest > window_seconds:  # a batch of one, as windows are longer than batches
         encoder = cast(SpearModel, encoder)

@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Hours of audio in bounded memory and linear time: windows with context on both sides, whose middles are put together.
+"""Hours of audio in bounded memory and linear time: windows with context on both sides, whose middles are joined.
 
 Attention then reaches `context_seconds` beyond a window and not the whole recording, so the result is not exactly that
 of the whole. What else looks to the sides, convolutions and downsampling, sees the same: windows start where all
