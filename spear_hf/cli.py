@@ -82,7 +82,10 @@ def embed(
     batch_seconds: Annotated[
         float | None, typer.Option(help="Seconds of audio in a batch, padding included; 30 on the CPU, else 240.")
     ] = None,
-    max_seconds: Annotated[float, typer.Option(help="Refuse longer files: memory grows with length squared.")] = 120.0,
+    max_seconds: Annotated[float, typer.Option(help="Refuse longer files: time grows with length squared.")] = 120.0,
+    window_seconds: Annotated[
+        float | None, typer.Option(help="Encode longer files in windows of it, nearly equal, in linear time.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the computation: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -93,6 +96,7 @@ def embed(
     from .evaluation.embedding import run_embedding
 
     settings = {"layer": layer, "pool": pool, "batch_seconds": batch_seconds, "max_seconds": max_seconds}
+    settings["window_seconds"] = window_seconds
     raise typer.Exit(run_embedding(audio, output, model=model, device=device, dtype=dtype, **settings))
 
 
@@ -158,6 +162,25 @@ def evaluate(
         resamples=resamples,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def benchmark(
+    against: Annotated[
+        str, typer.Option(help="Encoders of transformers to compare with: wavlm, hubert or both.")
+    ] = "",
+    output: Annotated[Path | None, typer.Option(help="Table to write, .csv, with a chart beside it, .png.")] = None,
+    cases: Annotated[str, typer.Option(help="Utterances x seconds of each batch.")] = "1x10,4x15,1x60",
+    repeats: Annotated[int, typer.Option(help="Turns of each encoder, of which the median counts.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of torch; default: its own choice.")] = None,
+) -> None:
+    """Time the encoder on the CPU of this machine, features included, with random weights of the base size.
+
+    Its results are compared with those of its plain path first.
+    """
+    from .evaluation.speed import run_benchmark
+
+    raise typer.Exit(run_benchmark(against, output, cases, repeats, threads))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
 
+from .blockwise_spear import BlockwiseAttention
 from .configuration_spear import PUBLISHED_STACK_LISTS, SpearConfig
 from .feature_extraction_spear import SpearFeatureExtractor
 from .modeling_spear import (
@@ -49,7 +50,8 @@ AUTO_CLASSES: dict[str, Any] = {
 
 CONFIG, PREPROCESSOR, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "processor_config.json", "README.md"
 TOKENIZER = "tokenizer_config.json"
-CODE_FILES = tuple(sorted({cls.__module__.rpartition(".")[2] + ".py" for cls in AUTO_CLASSES.values()}))
+_MODULES = {cls.__module__ for cls in AUTO_CLASSES.values()} | {BlockwiseAttention.__module__}
+CODE_FILES = tuple(sorted(module.rpartition(".")[2] + ".py" for module in _MODULES))
 VOCABULARIES = ("added_tokens.json", "merges.txt", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER, "special_tokens_map.json")
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")

@@ -20,8 +20,9 @@ from ..data.audio import AudioError
 from ..data.decoding import load_utterance, utterance_seconds
 from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
 from ..feature_extraction_spear import SpearFeatureExtractor
-from ..modeling_spear import SpearPreTrainedModel
+from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from .embedding_files import FORMAT_VERSION, check_output, embedding_writer
+from .windows import encode_in_windows
 
 
 POOLS = ("none", "mean", "mean+std")
@@ -89,6 +90,7 @@ def embed_files(
     pool: str = "none",
     batch_seconds: float | None = None,
     max_seconds: float = 120.0,
+    window_seconds: float | None = None,
 ) -> Iterator[EmbeddedFile]:
     """Embeds audio files in batches of like length, longest first; a file that cannot be used comes with its error.
 
@@ -103,10 +105,14 @@ def embed_files(
         pool: over frames: "none", "mean", or "mean+std" (both, concatenated).
         batch_seconds: rows times longest row of a batch; a longer file makes a batch of its own. Default: 30 on the
             CPU, 240 elsewhere.
-        max_seconds: longer files are refused, because the memory of attention grows with the square of the length.
+        max_seconds: longer files are refused, because the time of attention grows with the square of the length, and
+            elsewhere than on a CPU its memory too.
+        window_seconds: files longer than that are encoded in windows of it, with 10 s of context on either side:
+            nearly the same embedding, in linear time and little memory; see `windows.py`. For SPEAR only, and at least
+            `batch_seconds`. Default: every file as a whole.
 
     Raises:
-        ValueError: an unknown layer or pool, an empty folder, or a bad manifest.
+        ValueError: an unknown layer or pool, an empty folder, a bad manifest, or windows that are not possible.
     """
     encoder = cast(PreTrainedModel, model.base_model)
     layer = parse_layer(layer, encoder.config.num_hidden_layers)
@@ -116,8 +122,13 @@ def embed_files(
         batch_seconds = _BATCH_SECONDS_CPU if encoder.device.type == "cpu" else _BATCH_SECONDS_ACCELERATOR
     if batch_seconds <= 0 or max_seconds <= 0:
         raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
+    if window_seconds is not None and (window_seconds < batch_seconds or not isinstance(encoder, SpearModel)):
+        raise ValueError(
+            f"window_seconds={window_seconds} must be at least batch_seconds={batch_seconds}, and the encoder SPEAR, "
+            f"not {type(encoder).__name__}"
+        )
     utterances = collect_utterances(paths)
-    return _embed(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds)
+    return _embed(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds)
 
 
 def parse_layer(layer: int | str, num_layers: int) -> int | str:
@@ -170,6 +181,7 @@ def _embed(
     pool: str,
     batch_seconds: float,
     max_seconds: float,
+    window_seconds: float | None,
 ) -> Iterator[EmbeddedFile]:
     training = encoder.training
     encoder.eval()
@@ -189,7 +201,7 @@ def _embed(
                     yield EmbeddedFile(utterance.id, utterance.path, None, error=result)
             good = [(utterance, result) for utterance, result in batch if not isinstance(result, str)]
             if good:
-                yield from _embed_or_explain(good, encoder, feature_extractor, layer, pool)
+                yield from _embed_or_explain(good, encoder, feature_extractor, layer, pool, window_seconds)
     finally:
         encoder.train(training)
 
@@ -203,7 +215,7 @@ def _seconds(utterance: Utterance, max_seconds: float) -> tuple[float, str | Non
     if seconds > max_seconds:
         return seconds, (
             f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
-            "(the memory needed grows with the square of the length)"
+            "(the time needed grows with the square of the length, unless window_seconds is set)"
         )
     return seconds, None
 
@@ -260,15 +272,16 @@ def _embed_or_explain(
     feature_extractor: SequenceFeatureExtractor,
     layer: int | str,
     pool: str,
+    window_seconds: float | None,
 ) -> Iterator[EmbeddedFile]:
     """The results of a batch. Where it fails, for want of memory say, its files are tried one by one."""
     waveforms = [waveform for _, waveform in batch]
     try:
-        embeddings, rate = embed_waveforms(waveforms, encoder, feature_extractor, layer, pool)
+        embeddings, rate = embed_waveforms(waveforms, encoder, feature_extractor, layer, pool, window_seconds)
     except (ValueError, RuntimeError) as error:
         if len(batch) > 1:
             for pair in batch:
-                yield from _embed_or_explain([pair], encoder, feature_extractor, layer, pool)
+                yield from _embed_or_explain([pair], encoder, feature_extractor, layer, pool, window_seconds)
         else:
             utterance, waveform = batch[0]
             message = f"{utterance.path} ({len(waveform)} samples) was refused by the encoder: {error}"
@@ -289,6 +302,7 @@ def embed_waveforms(
     feature_extractor: SequenceFeatureExtractor,
     layer: int | str,
     pool: str,
+    window_seconds: float | None = None,
 ) -> tuple[list[np.ndarray], float | None]:
     """Embeddings (layers, frames, dim), or fewer axes, as `embed_files` has them, and their frame rate.
 
@@ -304,7 +318,14 @@ def embed_waveforms(
         settings |= {"device": encoder.device, "return_attention_mask": True}
     inputs = extract(waveforms, **settings)
     inputs = inputs.to(encoder.device, dtype=encoder.dtype)
-    outputs = encoder(**inputs, output_hidden_states=layer != "last")
+    outputs: Any
+    longest = max(map(len, waveforms)) / feature_extractor.sampling_rate
+    if window_seconds is not None and longest > window_seconds:  # a batch of one, as windows are longer than batches
+        encoder = cast(SpearModel, encoder)
+        features = inputs["input_features"]
+        outputs = encode_in_windows(encoder, features, window_seconds, output_hidden_states=layer != "last")
+    else:
+        outputs = encoder(**inputs, output_hidden_states=layer != "last")
     if layer == "last":
         states = (outputs.last_hidden_state,)  # (batch, frames, dim)
     else:
@@ -316,7 +337,7 @@ def embed_waveforms(
         counts = (inputs["attention_mask"].sum(dim=1) - 7) // 2
         rate = 50.0
         if layer == "last":
-            counts = outputs.attention_mask.sum(dim=1)
+            counts = -(-counts // encoder.config.output_downsampling_factor)
             rate /= encoder.config.output_downsampling_factor
     else:  # one utterance, all frames of it
         counts = torch.tensor([states[0].shape[1]])
@@ -344,6 +365,7 @@ def embed_to_file(
     pool: str = "none",
     batch_seconds: float | None = None,
     max_seconds: float = 120.0,
+    window_seconds: float | None = None,
     device: str = "auto",
     dtype: str = "float32",
 ) -> list[EmbeddedFile]:
@@ -361,7 +383,9 @@ def embed_to_file(
     if not utterances:
         raise ValueError("no audio to embed: name at least one file or folder")
     encoder, feature_extractor = load_encoder(model, device, dtype)
-    results = embed_files(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds)
+    results = embed_files(
+        utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds
+    )
     settings: dict[str, Any] = {
         "format": "spear_hf.embeddings",
         "format_version": FORMAT_VERSION,

@@ -328,3 +328,33 @@ def plot_confusion(table: Sequence[Sequence[float]], labels: Sequence[str], titl
     axes.set_ylabel("Label")
     axes.set_title(title)
     return figure
+
+
+@styled
+def plot_speed(timings: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Seconds of audio per second of computing, one group of bars a case: rows of `spear-hf benchmark`."""
+    if not timings:
+        raise ValueError("There are no timings to plot.")
+    cases = list(dict.fromkeys(timing["case"] for timing in timings))
+    contenders = list(dict.fromkeys(timing["contender"] for timing in timings))
+    width = 0.8 / len(contenders)
+    figure, axes = new_figure()
+    for place, contender in enumerate(contenders):
+        rates = {row["case"]: float(row["audio_per_second"]) for row in timings if row["contender"] == contender}
+        offset = (place - (len(contenders) - 1) / 2) * width
+        colour = (BLUE, ORANGE, GREEN, GREY)[place % 4]
+        bars = axes.bar(
+            [index + offset for index, case in enumerate(cases) if case in rates],
+            [rates[case] for case in cases if case in rates],
+            width,
+            color=colour,
+            label=contender,
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=9)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.grid(axis="x", visible=False)
+    axes.set_title(f"Encoders of the base size on a CPU, {timings[0]['threads']} threads")
+    axes.set_xlabel("Utterances x length")
+    axes.set_ylabel("Seconds of audio per second")
+    axes.legend()
+    return figure

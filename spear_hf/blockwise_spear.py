@@ -1,0 +1,236 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""How the encoder computes on a CPU: in blocks that stay in the cache, with the results of the plain path.
+
+A layer of the encoder shares its attention weights, `(batch, heads, frames, frames)`, between three modules. As one
+tensor they take 288 MB for 60 s, and each pass over them goes through main memory. Here a block of query rows of one
+head is scored, put through the softmax and multiplied with the values before the next one, and only as many heads as
+fit in a budget are kept for the modules that come after; the others are computed again. So are all of them in the
+backward pass, which then needs nothing that grows with the square of the length.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
+BLOCK_SCORES = 2**18  # of a block and thread, 1 MB in float32: about the second-level cache of a core
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 256  # matrix products of fewer rows are slow, and more bring nothing
+# Below so many frames the plain path wins: its tensor is small, and the calls for each head and utterance cost more.
+MIN_FRAMES_FOR_BLOCKS = 192
+# The same with gradients, where blocks compute more than once what the plain path keeps.
+MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS = 480
+
+
+def can_run_in_blocks(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether `module` is evaluated without gradients, and blocks are possible at all."""
+    return not torch.is_grad_enabled() and not module.training and are_blocks_possible(hidden_states)
+
+
+def are_blocks_possible(hidden_states: torch.Tensor) -> bool:
+    """Whether this is computed on a CPU in full precision, and nobody traces, transforms or autocasts it."""
+    return (
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype in (torch.float32, torch.float64)
+        and type(hidden_states) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether hooks want the inputs or outputs of one of these modules as the plain path has them.
+
+    The recorder of transformers stays on modules once anything was recorded, and is no reason: what it records is
+    known from `output_attentions`. A replaced `forward` is one.
+    """
+    for module in modules:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module) or any(
+            getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks
+        ):
+            return True
+    return False
+
+
+class BlockwiseAttention:
+    """Stands in for the attention weights of one layer, and computes them where they are used.
+
+    query, key `(batch, frames, heads, dim)`, pos_query `(batch, frames, heads, pos_dim)`, positions
+    `(2 * frames, heads, pos_dim)` as in `SpearAttentionWeights`, key_mask bool `(batch, frames)`. Keys after an
+    utterance's last valid frame are left out: their weights are 0.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        pos_query: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        key_mask: torch.Tensor | None = None,
+    ):
+        self.projections = (query, key, pos_query, positions)  # in autograd's graph, as those below are not
+        self.key_mask = key_mask
+        self.query = query.detach()
+        self.key = key.detach().permute(0, 2, 3, 1).contiguous()  # (batch, heads, dim, frames)
+        self.pos_query = pos_query.detach()
+        self.positions = positions.detach().permute(1, 2, 0).contiguous()  # (heads, pos_dim, 2 * frames)
+        batch, self.frames, heads, _ = query.shape
+        self.num_keys, self.masked = self._valid_keys(key_mask, batch)
+        bytes_per_head = sum(self.num_keys) * self.frames * query.element_size()
+        self.kept: dict[int, torch.Tensor] = {}  # by utterance
+        self.kept_heads = min(heads, KEPT_BYTES // max(1, bytes_per_head))
+
+    def _valid_keys(self, key_mask: torch.Tensor | None, batch: int) -> tuple[list[int], list[torch.Tensor | None]]:
+        """Per utterance how many keys are used, and which of these are masked nevertheless, bool `(keys,)`."""
+        if key_mask is None:
+            return [self.frames] * batch, [None] * batch
+        places = torch.arange(1, self.frames + 1) * key_mask  # (batch, frames)
+        # Without any valid key the plain path weighs all keys alike.
+        num_keys = [int(last) or self.frames for last in places.amax(dim=1)]
+        used = [mask[:keys] for mask, keys in zip(key_mask, num_keys)]
+        return num_keys, [None if mask.all() else ~mask for mask in used]
+
+    def attend(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `(batch, frames, heads, dim)` weighted by as many heads from the first on, of the same shape."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (values, *self.projections)):
+            return _RecomputedAttention.apply(self, values, *self.projections)
+        return self.compute(values)
+
+    def compute(self, values: torch.Tensor) -> torch.Tensor:
+        """As `attend`, outside autograd's graph."""
+        context = torch.empty_like(values)
+        heads = values.shape[2]
+        for row, keys in enumerate(self.num_keys):
+            used = values[row, :keys].transpose(0, 1)  # (heads, keys, dim)
+            kept = min(heads, self.kept_heads)
+            if kept > 0:
+                _weigh(self._kept_weights(row)[:kept], used[:kept], context[row, :, :kept])
+            group, _ = self._block_size(keys)
+            for first in range(kept, heads, group):
+                which = slice(first, min(first + group, heads))
+                for start, stop in self._blocks(keys):
+                    weights = self._weights(row, which, start, stop)
+                    _weigh(weights, used[which], context[row, start:stop, which])
+        return context
+
+    def _kept_weights(self, row: int) -> torch.Tensor:
+        """Weights of the heads that are kept, `(kept heads, frames, keys)`."""
+        if row not in self.kept:
+            keys = self.num_keys[row]
+            kept = self.query.new_empty(self.kept_heads, self.frames, keys)
+            group, _ = self._block_size(keys)
+            for first in range(0, self.kept_heads, group):
+                which = slice(first, min(first + group, self.kept_heads))
+                for start, stop in self._blocks(keys):
+                    kept[which, start:stop] = self._weights(row, which, start, stop)
+            self.kept[row] = kept
+        return self.kept[row]
+
+    def _block_size(self, keys: int) -> tuple[int, int]:
+        """Heads and query rows of a block: few rows of many heads before many rows, for few and large operations."""
+        scores = BLOCK_SCORES * torch.get_num_threads()
+        heads = min(self.query.shape[2], max(1, scores // (keys * MIN_BLOCK_ROWS)))
+        return heads, min(MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, scores // (keys * heads)))
+
+    def _blocks(self, keys: int) -> list[tuple[int, int]]:
+        _, rows = self._block_size(keys)
+        return [(start, min(start + rows, self.frames)) for start in range(0, self.frames, rows)]
+
+    def _weights(self, row: int, heads: slice, start: int, stop: int) -> torch.Tensor:
+        """Weights of the queries `start ... stop - 1`, `(heads, rows, keys)`."""
+        keys = self.num_keys[row]
+        block = (row, slice(start, stop), heads)
+        by_offset = self.pos_query[block].transpose(0, 1) @ self.positions[heads, :, self._offsets(start, stop, keys)]
+        scores = torch.baddbmm(
+            _by_key(by_offset, keys), self.query[block].transpose(0, 1), self.key[row, heads, :, :keys]
+        )
+        if (masked := self.masked[row]) is not None:
+            scores.masked_fill_(masked, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1)
+
+    def _offsets(self, start: int, stop: int, keys: int) -> slice:
+        """Where the offsets of these queries and `keys` keys are in `positions`, from the last query on."""
+        return slice(self.frames - stop, self.frames - start + keys - 1)
+
+    def gradients(
+        self, values: torch.Tensor, context: torch.Tensor, grad_context: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Gradients of `values`, query, key, pos_query and positions, given that of `context`, which is `attend`'s."""
+        gradients = tuple(torch.zeros_like(tensor) for tensor in (values, *self.projections))
+        # What the softmax takes off the gradient of a row: the sum over its keys of weight times gradient.
+        row_sums = (grad_context * context).sum(dim=-1, keepdim=True)  # (batch, frames, heads, 1)
+        for row in range(values.shape[0]):
+            for head in range(values.shape[2]):
+                keys = self.num_keys[row]
+                for start, stop in self._blocks(keys):
+                    weights = self._weights(row, slice(head, head + 1), start, stop)[0]
+                    block = (row, slice(start, stop), head)
+                    grad_scores = grad_context[block] @ values[row, :keys, head].t()  # (rows, keys)
+                    grad_scores = grad_scores.sub_(row_sums[block]).mul_(weights)
+                    self._add_gradients(gradients, block, weights, grad_context[block], grad_scores)
+        return gradients
+
+    def _add_gradients(
+        self,
+        gradients: tuple[torch.Tensor, ...],
+        block: tuple[int, slice, int],
+        weights: torch.Tensor,
+        grad_context: torch.Tensor,
+        grad_scores: torch.Tensor,
+    ) -> None:
+        """Those of one block, to the `gradients` of everything."""
+        grad_values, grad_query, grad_key, grad_pos_query, grad_positions = gradients
+        (row, rows, head), keys = block, self.num_keys[block[0]]
+        if (masked := self.masked[row]) is not None:
+            grad_scores.masked_fill_(masked, 0.0)
+        grad_values[row, :keys, head].addmm_(weights.t(), grad_context)
+        grad_query[block] = grad_scores @ self.key[row, head, :, :keys].t()
+        grad_key[row, :keys, head].addmm_(grad_scores.t(), self.query[block])
+        offsets = self._offsets(rows.start, rows.stop, keys)
+        by_offset = grad_scores.new_zeros(grad_scores.shape[0], offsets.stop - offsets.start)
+        _by_key(by_offset[None], keys).copy_(grad_scores)
+        grad_pos_query[block] = by_offset @ self.positions[head, :, offsets].t()
+        grad_positions[offsets, head].addmm_(by_offset.t(), self.pos_query[block])
+
+
+def _by_key(by_offset: torch.Tensor, keys: int) -> torch.Tensor:
+    """View `(heads, rows, keys)` of a contiguous `(heads, rows, keys + rows - 1)`, as in `relative_scores`.
+
+    Entry (i, j) of a head is entry (i, rows - 1 + j - i) of the argument. Rows do not overlap.
+    """
+    heads, rows, offsets = by_offset.shape
+    return by_offset.as_strided((heads, rows, keys), (rows * offsets, offsets - 1, 1), rows - 1)
+
+
+def _weigh(weights: torch.Tensor, values: torch.Tensor, context: torch.Tensor) -> None:
+    """Weights `(heads, rows, keys)` times values `(heads, keys, dim)`, into `context` `(rows, heads, dim)`."""
+    if values.shape[-1] < 32:  # a product of few columns is about twice as fast the other way round
+        context.copy_((values.transpose(1, 2).contiguous() @ weights.transpose(1, 2)).permute(2, 0, 1))
+    else:
+        context.copy_((weights @ values).transpose(0, 1))
+
+
+class _RecomputedAttention(torch.autograd.Function):
+    """`BlockwiseAttention.compute`, which keeps no weights for its backward pass and computes them again there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, attention: BlockwiseAttention, values: torch.Tensor, *projections: torch.Tensor
+    ) -> torch.Tensor:
+        context = attention.compute(values)
+        ctx.save_for_backward(values, context, *projections)
+        ctx.key_mask = attention.key_mask
+        return context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values, context, *projections = ctx.saved_tensors
+        attention = BlockwiseAttention(*projections, key_mask=ctx.key_mask)
+        return None, *attention.gradients(values, context, grads[0])

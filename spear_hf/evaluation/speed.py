@@ -1,0 +1,225 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Speed of the encoder on this machine, against that of other encoders: `spear-hf benchmark`.
+
+    spear-hf benchmark --against wavlm,hubert --output model_cards/benchmarks/speed.csv
+
+Every contender has random weights and the base size, is given the same waveforms, and returns all hidden states; the
+time includes its features. The contenders take turns, so that a machine that others slow down slows all of them, and
+medians are compared. Before anything is timed, our encoder is compared with its own plain path.
+"""
+
+import csv
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    BatchFeature,
+    HubertConfig,
+    HubertModel,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WavLMModel,
+)
+
+from .. import __version__
+from ..configuration_spear import SpearConfig
+from ..feature_extraction_spear import SpearFeatureExtractor
+from ..modeling_spear import SpearModel
+from .plots import plot_speed, save_figure
+
+
+PEERS = {"wavlm": (WavLMModel, WavLMConfig), "hubert": (HubertModel, HubertConfig)}
+CASES = "1x10,4x15,1x60"
+SAMPLING_RATE = 16000
+TOLERANCE = 1e-5  # of our encoder against its plain path, relative to the largest activation of a hidden state
+
+Encode = Callable[[list[torch.Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row of the table: a contender in one case.
+
+    `cpu_seconds` are those of all threads of the process, `times_spear` the median over that of our encoder, and
+    `audio_per_second` the seconds of audio encoded in one.
+    """
+
+    case: str
+    contender: str
+    seconds: float
+    least_seconds: float
+    cpu_seconds: float
+    times_spear: float
+    audio_per_second: float
+    repeats: int
+    threads: int
+    load: float
+    machine: str
+    python: str
+    torch: str
+    transformers: str
+    spear_hf: str
+    command: str
+
+
+def parse_cases(text: str) -> list[tuple[int, float]]:
+    """`"1x10,4x15"`: batches of so many utterances of so many seconds; ValueError names what is none."""
+    cases = []
+    for part in text.split(","):
+        number, _, seconds = part.strip().partition("x")
+        try:
+            cases.append((int(number), float(seconds)))
+        except ValueError:
+            raise ValueError(f"{part!r} is not a case: give utterances x seconds, such as 4x15.") from None
+        if cases[-1][0] < 1 or not 0.1 <= cases[-1][1] <= 3600:
+            raise ValueError(f"{part!r}: one utterance or more, of 0.1 to 3600 seconds.")
+    return cases
+
+
+def check_parity(model: SpearModel, waveforms: Sequence[torch.Tensor]) -> float:
+    """The largest error of any hidden state against the plain path, relative to the state's largest value.
+
+    Raises:
+        ValueError: it is above `TOLERANCE`.
+    """
+    features = _spear_features(model.config)(list(waveforms))
+    with torch.no_grad():
+        ours = model(**features, output_hidden_states=True).hidden_states
+    # With gradients and recorded attentions nothing is computed in blocks.
+    plain = model(**features, output_hidden_states=True, output_attentions=True).hidden_states
+    pairs = [(one, other.detach()) for one, other in zip(ours, plain)]
+    errors = [float((one - other).abs().max() / other.abs().max()) for one, other in pairs]
+    if not max(errors) <= TOLERANCE:
+        raise ValueError(f"hidden states differ from those of the plain path by {max(errors):.1e}: nothing is timed.")
+    return max(errors)
+
+
+def benchmark(
+    against: Sequence[str] = (), cases: str = CASES, repeats: int = 5, config: SpearConfig | None = None
+) -> Iterator[Timing]:
+    """Times our encoder and the peers named, case by case; see the module.
+
+    Args:
+        against: names in `PEERS`.
+        cases: as `parse_cases` reads them.
+        repeats: turns of every contender in a case, after one that is not counted.
+        config: of our encoder; default: the base size.
+
+    Raises:
+        ValueError: an unknown peer, a bad case, or our encoder is not right.
+    """
+    if unknown := sorted(set(against) - set(PEERS)):
+        raise ValueError(f"unknown encoder {', '.join(unknown)}: choose from {', '.join(PEERS)}.")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be 1 or more.")
+    parsed = parse_cases(cases)
+    torch.manual_seed(0)
+    spear = SpearModel(config or SpearConfig.base()).eval()
+    check_parity(spear, _waveforms(2, 7.3))
+    contenders = {"spear": _encoder(spear, _spear_features(spear.config))}
+    for name in against:
+        model_class, config_class = PEERS[name]
+        contenders[name] = _encoder(model_class(config_class()).eval(), _peer_features())
+    return (timing for number, seconds in parsed for timing in _time(contenders, number, seconds, repeats))
+
+
+def _waveforms(number: int, seconds: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return [0.1 * torch.randn(round(seconds * SAMPLING_RATE), generator=generator) for _ in range(number)]
+
+
+def _spear_features(config: SpearConfig) -> Callable[[list[torch.Tensor]], BatchFeature]:
+    extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    return lambda waveforms: extractor(waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+
+
+def _peer_features() -> Callable[[list[torch.Tensor]], BatchFeature]:
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    return lambda waveforms: extractor(
+        [waveform.numpy() for waveform in waveforms], sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt"
+    )
+
+
+def _encoder(model: PreTrainedModel, features: Callable[[list[torch.Tensor]], BatchFeature]) -> Encode:
+    @torch.inference_mode()
+    def encode(waveforms: list[torch.Tensor]) -> object:
+        return model(**features(waveforms), output_hidden_states=True)
+
+    return encode
+
+
+def _time(contenders: dict[str, Encode], number: int, seconds: float, repeats: int) -> Iterator[Timing]:
+    waveforms = _waveforms(number, seconds)
+    wall: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(1 + repeats):
+        for name, encode in contenders.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            encode(waveforms)
+            if turn > 0:
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - cpu_start)
+    for name in contenders:
+        median = statistics.median(wall[name])
+        yield Timing(
+            case=f"{number} x {seconds:g} s",
+            contender=name,
+            seconds=round(median, 4),
+            least_seconds=round(min(wall[name]), 4),
+            cpu_seconds=round(statistics.median(cpu[name]), 4),
+            times_spear=round(median / statistics.median(wall["spear"]), 3),
+            audio_per_second=round(number * seconds / median, 2),
+            repeats=repeats,
+            threads=torch.get_num_threads(),
+            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan"),
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+            python=platform.python_version(),
+            torch=str(torch.__version__),
+            transformers=transformers.__version__,
+            spear_hf=__version__,
+            command=" ".join(["spear-hf", *sys.argv[1:]]),
+        )
+
+
+def write_table(timings: Sequence[Timing], path: Path) -> None:
+    """CSV, under a temporary name and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(timings[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(timing) for timing in timings)
+    partial.replace(path)
+
+
+def run_benchmark(against: str, output: Path | None, cases: str, repeats: int, threads: int | None) -> int:
+    """For `spear-hf benchmark`: prints rows as they come; returns the exit code."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    timings = []
+    try:
+        names = [name.strip() for name in against.split(",") if name.strip()]
+        for timing in benchmark(names, cases, repeats):
+            timings.append(timing)
+            print(
+                f"{timing.case:>12}  {timing.contender:<8} {timing.seconds:8.3f} s  {timing.times_spear:6.2f} x spear"
+                f"  {timing.audio_per_second:7.1f} s of audio per second",
+                flush=True,
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if output is not None:
+        write_table(timings, output)
+        chart = save_figure(plot_speed([asdict(timing) for timing in timings]), output.with_suffix(".png"))
+        print(f"Written: {output} and {chart}")
+    return 0

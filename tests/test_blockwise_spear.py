@@ -1,0 +1,276 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Computing in blocks against the plain path: outputs, gradients, memory, and who gets which."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spear_hf import SpearConfig, SpearModel, blockwise_spear, modeling_spear
+from spear_hf.modeling_spear import (
+    SpearAttentionWeights,
+    SpearLayer,
+    SpearNonlinAttention,
+    SpearSelfAttention,
+    relative_position_table,
+    swoosh_l,
+    swoosh_r,
+)
+
+
+HEADS = 4
+
+
+def make_config(**values):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": HEADS, "stem_channels": [4, 8, 8]}
+    return SpearConfig(
+        **{**sizes, "num_layers_per_stack": [1, 1], "downsampling_factors": [1, 2], "conv_kernel_sizes": [7, 5]}
+        | values
+    )
+
+
+def randomized(module, seed=0):
+    """All parameters large enough for attention that is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return module.eval()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks that even short sequences have several of, with a last one of a single row."""
+    monkeypatch.setattr(blockwise_spear, "MIN_BLOCK_ROWS", 8)
+    monkeypatch.setattr(blockwise_spear, "MAX_BLOCK_ROWS", 8)
+    monkeypatch.setattr(modeling_spear, "MIN_FRAMES_FOR_BLOCKS", 1)
+    monkeypatch.setattr(modeling_spear, "MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS", 1)
+    monkeypatch.setattr(modeling_spear, "STEM_FRAMES_AT_ONCE", 16)
+    monkeypatch.setattr(modeling_spear, "FRAMES_AT_ONCE", 32)
+
+
+def attention_inputs(frames, lengths, dtype=torch.float64, hidden_size=32):
+    generator = torch.Generator().manual_seed(frames)
+    hidden_states = torch.randn(len(lengths), frames, hidden_size, generator=generator, dtype=dtype)
+    table = relative_position_table(frames, 48, hidden_states.device, dtype)
+    return hidden_states, table, torch.arange(frames) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2 * 41 * 41 * 8 * 2, 2**26])  # no head, two heads, all heads
+@pytest.mark.parametrize(("frames", "lengths"), [(1, [1]), (2, [2, 1]), (9, [9, 5]), (41, [41, 17]), (16, [0, 16])])
+def test_weighted_values(small_blocks, monkeypatch, frames, lengths, kept_bytes):
+    """Both kinds of consumer, one after the other, with and without a mask, in float64 and float32."""
+    monkeypatch.setattr(blockwise_spear, "KEPT_BYTES", kept_bytes)
+    config = make_config()
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        modules = [SpearAttentionWeights, SpearNonlinAttention, SpearSelfAttention, SpearSelfAttention]
+        weights, *consumers = [randomized(module(config), i).to(dtype) for i, module in enumerate(modules)]
+        hidden_states, table, mask = attention_inputs(frames, lengths, dtype)
+        for key_mask in (mask, None):
+            with torch.no_grad():
+                plain = weights(hidden_states, table, key_mask)
+                blockwise = weights.blockwise(hidden_states, table, key_mask)
+                for consumer in consumers:
+                    expected, actual = consumer(hidden_states, plain), consumer(hidden_states, blockwise)
+                    assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_mask_with_holes(small_blocks):
+    weights, consumer = randomized(SpearAttentionWeights(make_config())), SpearSelfAttention(make_config())
+    hidden_states, table, mask = attention_inputs(30, [30, 20], torch.float32)
+    mask[0, 3:11] = False
+    with torch.no_grad():
+        expected = consumer(hidden_states, weights(hidden_states, table, mask))
+        actual = consumer(hidden_states, weights.blockwise(hidden_states, table, mask))
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "lengths"), [(2, [2, 1]), (41, [41, 17]), (16, [0, 16])])
+def test_gradients_of_attention(small_blocks, frames, lengths):
+    """Of all parameters and of the input, through three modules that share the weights."""
+    config = make_config()
+    modules = [SpearAttentionWeights, SpearNonlinAttention, SpearSelfAttention, SpearSelfAttention]
+    modules = torch.nn.ModuleList(randomized(module(config), i).double() for i, module in enumerate(modules))
+    hidden_states, table, mask = attention_inputs(frames, lengths)
+
+    def gradients(make_weights):
+        leaf = hidden_states.clone().requires_grad_()
+        weights = make_weights(leaf, table, mask)
+        outputs = torch.stack([module(leaf, weights) for module in modules[1:]])
+        return torch.autograd.grad(outputs.square().sum(), [leaf, *modules.parameters()])
+
+    for actual, expected in zip(gradients(modules[0].blockwise), gradients(modules[0])):
+        assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def plain_layers(monkeypatch):
+    monkeypatch.setattr(modeling_spear, "are_blocks_possible", lambda hidden_states: False)
+    monkeypatch.setattr(modeling_spear, "can_run_in_blocks", lambda module, hidden_states: False)
+
+
+@pytest.mark.parametrize("frames", [9, 10, 39, 140])
+def test_the_whole_model(small_blocks, monkeypatch, frames):
+    """The stem in blocks, depthwise convolutions, feed-forward modules and attention, at every hidden state."""
+    model = SpearModel(make_config()).eval()
+    features = torch.randn(3, frames, 128, generator=torch.Generator().manual_seed(frames))
+    for mask in (None, torch.arange(frames) < torch.tensor([frames, max(9, frames // 2), 9])[:, None]):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            actual = model(features, attention_mask=mask, output_hidden_states=True)
+            plain_layers(patch)
+            expected = model(features, attention_mask=mask, output_hidden_states=True)
+        for one, other in zip(actual.hidden_states, expected.hidden_states):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_golden_parity(small_blocks, golden_folder, golden):
+    """With the activations of the published code, one utterance at a time and as a padded batch."""
+    model = SpearModel.from_pretrained(golden_folder).eval()
+    features = [golden[f"{i}.input_features"] for i in range(5)]
+    expected = [[golden[f"{i}.embed"], *(golden[f"{i}.layer.{k:02d}"] for k in range(8))] for i in range(5)]
+    frames = torch.tensor([len(feature) for feature in features])
+    mask = torch.arange(max(frames)) < frames[:, None]
+    batch = model(
+        torch.nn.utils.rnn.pad_sequence(features, batch_first=True), attention_mask=mask, output_hidden_states=True
+    )
+    for row, feature in enumerate(features):
+        alone = model(feature[None], output_hidden_states=True)
+        for one, other, golden_state in zip(alone.hidden_states, batch.hidden_states, expected[row]):
+            length = golden_state.shape[0]
+            assert (one[0] - golden_state).abs().max() <= 1e-5
+            assert (other[row, :length] - golden_state).abs().max() <= 1e-5
+
+
+def test_gradients_of_the_whole_model(small_blocks, monkeypatch):
+    model = SpearModel(make_config()).double()
+    features = torch.randn(2, 99, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(99) < torch.tensor([99, 60])[:, None]
+
+    def gradients():
+        torch.manual_seed(0)
+        loss = model(features, attention_mask=mask).last_hidden_state.square().mean()
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with monkeypatch.context() as patch:
+            actual = gradients()
+            plain_layers(patch)
+            expected = gradients()
+        for one, other in zip(actual, expected):
+            assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_who_gets_the_tensor_of_all_weights(small_blocks):
+    """Recorded attentions, a hook on the module and a replaced forward; the recorder's own hook stays and is none."""
+    layer = randomized(SpearLayer(make_config(), 5))
+    model = SpearModel(make_config()).eval()
+    features = torch.randn(1, 60, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model(features, output_attentions=True).attentions[0].shape == (1, HEADS, 26, 26)
+        layer = model.stacks[0].layers[0]
+        kinds = []
+        handle = layer.self_attn1.register_forward_pre_hook(lambda module, args: kinds.append(type(args[1]).__name__))
+        model(features, output_hidden_states=True)
+        seen = []
+        watching = layer.self_attn_weights.register_forward_hook(lambda module, args, output: seen.append(output))
+        model(features)
+        watching.remove()
+        layer.self_attn_weights.forward = layer.self_attn_weights.forward
+        model(features)
+        del layer.self_attn_weights.forward
+        model.config.output_attentions = True
+        model(features)
+        handle.remove()
+    assert kinds == ["BlockwiseAttention", "Tensor", "Tensor", "Tensor"]
+    assert seen[0].shape == (1, HEADS, 26, 26)
+
+
+def test_transformed_functions_take_the_plain_path(small_blocks):
+    """`torch.func` refuses autograd functions like ours, and `vmap` what is in place."""
+    model = SpearModel(make_config()).eval()
+    features = torch.randn(2, 60, 128, generator=torch.Generator().manual_seed(0))
+
+    def loss(features):
+        return model(features[None]).last_hidden_state.square().mean()
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(features)
+    leaf = features.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf[0]) + loss(leaf[1]), leaf)
+    assert torch.allclose(gradients, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_recorded_activations_are_left_alone(small_blocks):
+    """Nothing is computed in place in what a hook was given."""
+    model = SpearModel(make_config()).eval()
+    features = torch.randn(1, 120, 128, generator=torch.Generator().manual_seed(0))
+    seen = {}
+
+    def record(name):
+        def hook(module, args, output):
+            seen.setdefault(name, []).append((output, output.clone()))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        model(features)
+    assert len(seen) > 40
+    for name, calls in seen.items():
+        assert len(calls) == 1, name  # a module that is watched is called once
+        assert torch.equal(*calls[0]), name
+
+
+@pytest.mark.parametrize(("swoosh", "offset", "constant"), [(swoosh_l, 4.0, 0.035), (swoosh_r, 1.0, 0.313261687)])
+def test_swoosh(swoosh, offset, constant):
+    x = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    expected = torch.log1p((x - offset).exp()) - 0.08 * x - constant
+    assert torch.allclose(swoosh(x), expected, atol=1e-8)  # softplus is linear above 20
+    (gradient,) = torch.autograd.grad(swoosh(x).sum(), x)
+    assert torch.allclose(gradient, torch.sigmoid(x - offset) - 0.08, atol=1e-8)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        extreme = torch.tensor([-1e4, -10.0, 0.0, 10.0, 1e4]).to(dtype)
+        before = extreme.clone()
+        values = swoosh(extreme)
+        assert torch.equal(extreme, before)
+        assert values.dtype == dtype
+        wanted = torch.nn.functional.softplus(before.double() - offset) - 0.08 * before.double() - constant
+        assert torch.allclose(
+            values.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps * 8
+        )
+
+
+PEAKS = """
+import resource, torch
+from spear_hf import SpearConfig
+from spear_hf.modeling_spear import SpearLayer, relative_position_table
+torch.set_num_threads(1)
+frames, device = 3000, torch.device("cpu")
+layer = SpearLayer(SpearConfig(hidden_size=64, intermediate_size=64), 31).eval()
+hidden_states = torch.randn(1, frames, 64)
+table = relative_position_table(frames, 48, device, torch.float32)
+peaks = []
+with torch.no_grad():
+    layer(hidden_states[:, :400], table[frames - 400 : frames + 400])
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    for recorded in (False, True):
+        layer(hidden_states, table, output_attentions=recorded)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*peaks)
+"""
+
+
+def test_memory_of_a_minute():
+    """At most a third of a layer's weights, 8 x 3000 x 3000 in float32: 288 MB; with the tensor of them it is more."""
+    weights = 8 * 3000 * 3000 * 4
+    result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    before, in_blocks, plain = [
+        int(peak) * (1 if sys.platform == "darwin" else 1024) for peak in result.stdout.split()
+    ]
+    assert in_blocks - before < weights / 3
+    assert plain - before > weights
