@@ -5,9 +5,9 @@ Attention then reaches `context_seconds` beyond a window and not the whole recor
 of the whole. What else looks to the sides, convolutions and downsampling, sees the same: windows start where all
 groups of downsampled frames start.
 
-Of the tiny model of the tests, in windows of 3 s, the last hidden state differs by 0.3 to 0.4 % (norm of the difference
-over that of the state) without context and by 0.1 to 0.2 % with 2 s of it. How much trained attention looks further
-than 10 s is for each checkpoint to be measured.
+Of the tiny model of the tests, in windows of 3 s, the last hidden state differs by 0.3 to 0.4 % (norm of the
+difference over that of the state) without context and by 0.1 to 0.2 % with 2 s of it. How much trained attention looks
+further than 10 s is for each checkpoint to be measured.
 """
 
 import math
