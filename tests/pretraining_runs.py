@@ -70,6 +70,7 @@ class Runs:
     def start_ranks(self, output: Path, *more: str, ranks: int = 2, resume: bool = False) -> list[BaseProcess]:
         """Processes that find each other by the environment, as under torchrun."""
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared["OMP_NUM_THREADS"] = "1"  # as torchrun has it; else accelerate sets threads of its own
         return [
             self.start(output, *more, resume=resume, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
             for rank in range(ranks)
