@@ -40,6 +40,7 @@ import torch
 
 import spear_hf
 from spear_hf import SpearFeatureExtractor
+from spear_hf.data.commands import DataOptions
 from spear_hf.data.manifest import Utterance, read_manifest
 from spear_hf.evaluation.card import write_card
 from spear_hf.evaluation.embedding import embed_to_file, load_encoder
@@ -213,10 +214,9 @@ class Demo:
             f"--output {shown(self.tokenizer)}"
         )
         code = run_quantize(
-            self.manifest,
+            DataOptions(str(self.manifest), TRAINING),
             self.tokenizer,
             TEACHER,
-            split=TRAINING,
             device="cpu",
             overwrite=True,
             num_codebooks=target.num_codebooks,
@@ -231,9 +231,8 @@ class Demo:
             f"spear-hf tokenize --tokenizer {shown(self.tokenizer)} --data {shown(self.manifest)} "
             f"--split {' --split '.join([*TRAINING, 'heldout'])} --output {shown(self.tokens)}"
         )
-        check(
-            run_tokenize(self.manifest, self.tokens, str(self.tokenizer), split=[*TRAINING, "heldout"], device="cpu")
-        )
+        data = DataOptions(str(self.manifest), [*TRAINING, "heldout"])
+        check(run_tokenize(data, self.tokens, str(self.tokenizer), device="cpu"))
 
     @property
     def overrides(self) -> list[str]:
