@@ -50,7 +50,6 @@ def check_report(folder, words, notes):
     return report
 
 
-@pytest.mark.slow
 def test_smoke(demo, tmp_path, capsys):
     folder = tmp_path / "demo"
     command = ["--smoke", "--output", str(folder)]
