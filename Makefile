@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow test-oldest lint format clean
 
 help:
 	@echo "make setup      create .venv and install spear_hf with its tested dependencies"
 	@echo "make demo       real audio to a pre-trained SPEAR, on the bundled audio: runs/demo/report.json"
 	@echo "make test       lint, then the fast tests"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make test-oldest the fast tests with the oldest transformers that is supported"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 
@@ -34,6 +35,10 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+test-oldest: setup
+	$(BIN)/python -m pip install --quiet --upgrade --target .oldest transformers==5.17.0
+	PYTHONPATH=.oldest:. $(BIN)/python -m pytest -n 2 --dist loadfile
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +49,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .oldest runs build *.egg-info

@@ -34,6 +34,7 @@ import soundfile
 import torch
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
+import spear_hf
 from spear_hf.data.audio import load_audio
 from spear_hf.data.manifest import Utterance
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
@@ -288,7 +289,8 @@ def setting(arguments: argparse.Namespace) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("spear_hf", "torch", "transformers")},
+        "spear_hf": spear_hf.__version__,
+        **{name: version(name) for name in ("torch", "transformers")},
         "command": "python " + " ".join(["examples/benchmark_tokenize.py", *sys.argv[1:]]),
     }
 

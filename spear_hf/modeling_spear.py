@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -871,6 +872,28 @@ def masked_mean(hidden_states: torch.Tensor, valid_mask: torch.Tensor) -> torch.
     return hidden_states.sum(dim=1) / valid_mask.sum(dim=1, keepdim=True).clamp(min=1).to(hidden_states.dtype)
 
 
+def ctc_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logit_lengths: torch.Tensor,
+    blank_token_id: int,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> torch.Tensor:
+    """The CTC loss for versions of transformers that have none; labels of -100 or the blank are padding."""
+    is_label = (labels != -100) & (labels != blank_token_id)
+    log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32).transpose(0, 1)  # (frames, batch, vocab)
+    return F.ctc_loss(
+        log_probabilities,
+        labels[is_label],
+        logit_lengths,
+        is_label.sum(dim=-1),
+        blank=blank_token_id,
+        reduction=reduction,
+        zero_infinity=zero_infinity,
+    )
+
+
 @auto_docstring(
     custom_intro="""
     SPEAR with a linear layer for connectionist temporal classification. The logits of padded frames choose the blank.
@@ -881,6 +904,8 @@ class SpearForCTC(SpearHeadModel):
 
     def __init__(self, config: SpearConfig):
         super().__init__(config)
+        if "ForCTC" not in LOSS_MAPPING:  # older versions of transformers, such as 5.17
+            self.loss_function = ctc_loss
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()

@@ -64,7 +64,7 @@ class SpearProcessor(ProcessorMixin):
         """
         if audio is None and text is None:
             raise ValueError("Neither `audio` nor `text` was given: pass at least one of them.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         encoded = None if text is None else self.tokenizer(text, **merged["text_kwargs"])
         if audio is None:
             return encoded

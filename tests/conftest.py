@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
+@pytest.fixture(autouse=True)
+def full_precision_on_gpus(request, monkeypatch):
+    """cuDNN computes convolutions of float32 in TF32 unless told otherwise, at errors of 3e-4."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def golden_folder():
     """Checkpoint in the published format, with activations of the published code."""

@@ -1,0 +1,338 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Speed and memory of the encoder on one GPU, in inference and training, against WavLM of the same size.
+
+    python examples/benchmark_gpu.py --output model_cards/benchmarks/gpu.csv
+
+Random weights, batches of utterances of 10 s that lie on the GPU as waveforms, features included. Inference returns
+all hidden states. A training step is forward, backward and AdamW (fused) of a CTC head in bfloat16 autocast, and of
+pre-training with 16 codebooks of 256; MFU is three times the products and convolutions of the forward pass, as
+`spear_hf.pretraining.flops` counts them for SPEAR and torch counts them for WavLM, over the bfloat16 peak of the data
+sheet. Compiled models are timed after they were compiled, which `compile_seconds` tells. Before anything is timed, the
+hidden states of a batch are compared with those of the CPU. A part that fails makes a row with its error.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import WavLMConfig, WavLMForCTC, WavLMModel
+
+from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForPreTraining, SpearModel
+from spear_hf.pretraining.flops import FLOPS_OF_A_STEP, forward_flops, peak_flops
+
+
+RATE = 16000
+SECONDS = 10.0
+LABELS = 120  # characters of 10 s of speech
+VOCABULARY = 32
+TOLERANCE = 1e-4  # of hidden states in float32, GPU against CPU, relative to the largest activation
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WAVLM = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+    },
+}
+
+
+@dataclass
+class Row:
+    """One measurement. `audio_per_second`: seconds of audio in a second; 1 over it is the real-time factor."""
+
+    what: str
+    contender: str
+    batch: int
+    dtype: str
+    mode: str
+    milliseconds: float | None = None
+    audio_per_second: float | None = None
+    mfu: float | None = None
+    peak_mb: float | None = None
+    compile_seconds: float | None = None
+    error: str = ""
+
+
+def spear_config(size: str, **settings: Any) -> SpearConfig:
+    return getattr(SpearConfig, size)(**settings)
+
+
+def wavlm_config(size: str) -> WavLMConfig:
+    return WavLMConfig(
+        **WAVLM[size], vocab_size=VOCABULARY, layerdrop=0.0, apply_spec_augment=False, ctc_loss_reduction="mean"
+    )
+
+
+def waveforms(batch: int, device: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return [0.1 * torch.randn(round(SECONDS * RATE), generator=generator).to(device) for _ in range(batch)]
+
+
+def spear_inputs(config: SpearConfig, audio: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    return dict(extractor(audio, sampling_rate=RATE, return_tensors="pt"))
+
+
+def check(device: str) -> float:
+    """The largest error of a hidden state of the GPU against the CPU, in float32."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # cuDNN's convolutions are in TF32 otherwise, at an error of 3e-4
+    model = SpearModel(spear_config("base")).eval()
+    audio = [wave[: length * RATE] for wave, length in zip(waveforms(3, "cpu"), (3, 7, 10))]
+    with torch.inference_mode():
+        expected = model(**spear_inputs(model.config, audio), output_hidden_states=True).hidden_states
+        model.to(device)
+        on_device = [wave.to(device) for wave in audio]
+        found = model(**spear_inputs(model.config, on_device), output_hidden_states=True).hidden_states
+    torch.backends.cudnn.allow_tf32 = True
+    errors = [float((one.cpu() - other).abs().max() / other.abs().max()) for one, other in zip(found, expected)]
+    if not max(errors) <= TOLERANCE:
+        raise SystemExit(f"hidden states differ from those of the CPU by {max(errors):.1e}: nothing is timed.")
+    return max(errors)
+
+
+def timed(action: Callable[[], Any], budget: float) -> tuple[float, float, float]:
+    """Median milliseconds of calls within `budget` seconds (5 at least), of the first call, and the peak in MB."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    for _ in range(2):
+        action()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - begin < budget and len(times) < 100):
+        start = time.perf_counter()
+        action()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times), first, torch.cuda.max_memory_allocated() / 1e6
+
+
+def measure(row: Row, prepare: Callable[[], Callable[[], Any]], flops: float | None, budget: float) -> Row:
+    """Fills in the row; an error is written into it."""
+    torch.cuda.empty_cache()
+    try:
+        milliseconds, first, peak = timed(prepare(), budget)
+        row.milliseconds, row.peak_mb = round(milliseconds, 3), round(peak)
+        row.audio_per_second = round(1e3 * row.batch * SECONDS / milliseconds, 1)
+        if row.mode != "eager":
+            row.compile_seconds = round(first, 1)
+        if flops is not None:
+            row.mfu = round(1e3 * flops / milliseconds / peak_flops(torch.device("cuda"), bf16=True), 4)
+    except Exception as error:
+        row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return row
+
+
+def compiled(model: nn.Module, mode: str) -> nn.Module:
+    """`mode`: eager, compiled, or cuda-graphs (compiled, kernels launched together)."""
+    if mode == "eager":
+        return model
+    return torch.compile(model, mode="reduce-overhead" if mode == "cuda-graphs" else None, dynamic=False)
+
+
+def torch_flops(model: nn.Module, **inputs: torch.Tensor) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def inference(contender: str, batch: int, dtype: str, mode: str, budget: float) -> Row:
+    family, size = contender.split("-")
+    row = Row("inference", contender, batch, dtype, mode)
+
+    def prepare() -> Callable[[], Any]:
+        torch.manual_seed(0)
+        audio = waveforms(batch, "cuda")
+        if family == "spear":
+            config = spear_config(size)
+            model = SpearModel(config).eval().to("cuda", DTYPES[dtype])
+            extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
+        else:
+            model = WavLMModel(wavlm_config(size)).eval().to("cuda", DTYPES[dtype])
+        call = compiled(model, mode)
+
+        @torch.inference_mode()
+        def run() -> Any:
+            if family == "spear":
+                inputs = extractor(audio, sampling_rate=RATE, return_tensors="pt")
+                features = inputs["input_features"].to(DTYPES[dtype])
+                # All are of one length: neither contender is given a mask.
+                return call(input_features=features, output_hidden_states=True)
+            waves = torch.stack(audio)
+            waves = (waves - waves.mean(dim=1, keepdim=True)) / waves.std(dim=1, keepdim=True)
+            return call(waves.to(DTYPES[dtype]), output_hidden_states=True)
+
+        return run
+
+    return measure(row, prepare, None, budget)
+
+
+def training(contender: str, batch: int, mode: str, budget: float) -> Row:
+    """A step with a CTC head, or (contender `pretrain-SIZE`) of pre-training."""
+    family, size = contender.split("-")
+    row = Row("training", contender, batch, "bfloat16", mode)
+    flops: list[float] = []
+
+    def prepare() -> Callable[[], Any]:
+        torch.manual_seed(0)
+        audio = waveforms(batch, "cuda")
+        labels = torch.randint(1, VOCABULARY, (batch, LABELS), device="cuda")
+        if family == "wavlm":
+            model: nn.Module = WavLMForCTC(wavlm_config(size))
+            inputs = {"input_values": torch.stack(audio), "labels": labels}
+        elif family == "spear":
+            config = spear_config(size, vocab_size=VOCABULARY, apply_spec_augment=False)
+            model = SpearForCTC(config)
+            inputs = {"input_features": spear_inputs(config, audio)["input_features"], "labels": labels}
+        else:
+            target = {"num_codebooks": 16, "codebook_size": 256, "weight": 1.0}
+            config = spear_config(size, pretraining_targets={"speech": target})
+            model = SpearForPreTraining(config)
+            features = spear_inputs(config, audio)["input_features"]
+            frames = (features.shape[1] - 7) // 2
+            inputs = {
+                "input_features": features,
+                "speech_labels": torch.randint(0, 256, (batch, frames, 16), device="cuda"),
+                "mask_time_indices": torch.rand(batch, features.shape[1], device="cuda") < 0.49,
+            }
+        model.to("cuda").train()
+        if family == "wavlm":
+            flops.append(FLOPS_OF_A_STEP * torch_flops(model, **inputs))
+        else:
+            frames = inputs["input_features"].shape[1]
+            flops.append(FLOPS_OF_A_STEP * batch * forward_flops(model.config, frames, family == "pretrain"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        call = compiled(model, mode)
+
+        def step() -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = call(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    row = measure(row, prepare, 0.0, budget)
+    if row.milliseconds:
+        row.mfu = round(1e3 * flops[0] / row.milliseconds / peak_flops(torch.device("cuda"), bf16=True), 4)
+    return row
+
+
+def features(batch: int, budget: float) -> Row:
+    row = Row("features", "spear", batch, "float32", "eager")
+
+    def prepare() -> Callable[[], Any]:
+        audio = waveforms(batch, "cuda")
+        extractor = SpearFeatureExtractor()
+        return lambda: extractor(audio, sampling_rate=RATE, return_tensors="pt")
+
+    return measure(row, prepare, None, budget)
+
+
+def rows(parts: list[str], sizes: list[str], modes: list[str], batches: list[int], budget: float) -> Iterator[Row]:
+    contenders = [f"{family}-{size}" for size in sizes for family in ("spear", "wavlm") if size in WAVLM]
+    contenders += [f"spear-{size}" for size in sizes if size not in WAVLM]
+    if "features" in parts:
+        yield features(32, budget)
+    if "inference" in parts:
+        for contender in contenders:
+            for batch in batches:
+                yield inference(contender, batch, "bfloat16", "eager", budget)
+        for mode in modes:
+            for batch in batches:
+                yield inference(f"spear-{sizes[0]}", batch, "bfloat16", mode, budget)
+    if "training" in parts:
+        for contender in [*contenders, f"pretrain-{sizes[0]}"]:
+            yield training(contender, 32, "eager", budget)
+        for mode in modes:
+            yield training(f"spear-{sizes[0]}", 32, mode, budget)
+
+
+def profile(size: str, what: str, batch: int) -> str:
+    """The kernels that take most of a training step, or of inference."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    steps: list[Callable[[], Any]] = []
+
+    def keep(row: Row, prepare: Callable[[], Callable[[], Any]], *_: Any) -> Row:
+        steps.append(prepare())
+        return row
+
+    original = globals()["measure"]
+    globals()["measure"] = keep
+    try:
+        if what == "training":
+            training(f"spear-{size}", batch, "eager", 0.0)
+        else:
+            inference(f"spear-{size}", batch, "bfloat16", "eager", 0.0)
+    finally:
+        globals()["measure"] = original
+    for _ in range(3):
+        steps[0]()
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(3):
+            steps[0]()
+        torch.cuda.synchronize()
+    return recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("model_cards/benchmarks/gpu.csv"))
+    parser.add_argument("--parts", default="features,inference,training")
+    parser.add_argument("--sizes", default="base,large,xlarge")
+    parser.add_argument("--modes", default="compiled,cuda-graphs", help="besides eager; empty: none")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds that a row is timed")
+    parser.add_argument("--profile", default="", help="training or inference: print where the time goes")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device.")
+    if arguments.profile:
+        for what in arguments.profile.split(","):
+            print(f"profile of {what}\n{profile('base', what, 32)}")
+        return
+    error = check("cuda")
+    print(f"hidden states against the CPU: {error:.1e}")
+    constants = {
+        "machine": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": " ".join(["python", "examples/benchmark_gpu.py", *sys.argv[1:]]),
+    }
+    split = [[part for part in getattr(arguments, name).split(",") if part] for name in ("parts", "sizes", "modes")]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(item.name for item in fields(Row)), *constants], lineterminator="\n")
+        writer.writeheader()
+        for row in rows(*split, [int(batch) for batch in arguments.batches.split(",")], arguments.budget):
+            writer.writerow(asdict(row) | constants)
+            file.flush()
+            print(*(f"{value}" for value in asdict(row).values() if value not in (None, "")), flush=True)
+
+
+if __name__ == "__main__":
+    main()
