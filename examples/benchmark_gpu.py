@@ -13,6 +13,7 @@ hidden states of a batch are compared with those of the CPU. A part that fails m
 
 import argparse
 import csv
+import gc
 import platform
 import statistics
 import sys
@@ -127,27 +128,45 @@ def timed(action: Callable[[], Any], budget: float) -> tuple[float, float, float
     return statistics.median(times), first, torch.cuda.max_memory_allocated() / 1e6
 
 
-def measure(row: Row, prepare: Callable[[], Callable[[], Any]], flops: float | None, budget: float) -> Row:
+def measure(row: Row, prepare: Callable[[], Callable[[], Any]], budget: float) -> Row:
     """Fills in the row; an error is written into it."""
+    gc.collect()
     torch.cuda.empty_cache()
     try:
         milliseconds, first, peak = timed(prepare(), budget)
         row.milliseconds, row.peak_mb = round(milliseconds, 3), round(peak)
         row.audio_per_second = round(1e3 * row.batch * SECONDS / milliseconds, 1)
-        if row.mode != "eager":
+        if row.mode == "compiled":
             row.compile_seconds = round(first, 1)
-        if flops is not None:
-            row.mfu = round(1e3 * flops / milliseconds / peak_flops(torch.device("cuda"), bf16=True), 4)
     except Exception as error:
         row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     return row
 
 
-def compiled(model: nn.Module, mode: str) -> nn.Module:
-    """`mode`: eager, compiled, or cuda-graphs (compiled, kernels launched together)."""
+def prepared(call: Callable[..., Any], mode: str, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """`mode`: eager, compiled (shapes fixed), or cuda-graph: the kernels of one eager call, recorded and replayed."""
+    if mode == "compiled":
+        return torch.compile(call, dynamic=False)
     if mode == "eager":
-        return model
-    return torch.compile(model, mode="reduce-overhead" if mode == "cuda-graphs" else None, dynamic=False)
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(**inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call(**inputs)
+
+    def replay(**new: Any) -> Any:
+        for name, value in new.items():
+            if isinstance(value, torch.Tensor):
+                inputs[name].copy_(value)
+        graph.replay()
+        return output
+
+    return replay
 
 
 def torch_flops(model: nn.Module, **inputs: torch.Tensor) -> float:
@@ -156,58 +175,68 @@ def torch_flops(model: nn.Module, **inputs: torch.Tensor) -> float:
     return counter.get_total_flops()
 
 
-def inference(contender: str, batch: int, dtype: str, mode: str, budget: float) -> Row:
+def encoder(contender: str, dtype: str) -> tuple[nn.Module, Callable[[list[torch.Tensor]], dict[str, Any]]]:
+    """A model with random weights, and what makes its inputs of waveforms on the GPU."""
     family, size = contender.split("-")
-    row = Row("inference", contender, batch, dtype, mode)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = SpearModel(spear_config(size)) if family == "spear" else WavLMModel(wavlm_config(size))
+    model = model.eval().to(DTYPES[dtype])
+    if family == "spear":
+        extractor = SpearFeatureExtractor(feature_size=model.config.num_mel_bins)
 
-    def prepare() -> Callable[[], Any]:
-        torch.manual_seed(0)
-        audio = waveforms(batch, "cuda")
-        if family == "spear":
-            config = spear_config(size)
-            model = SpearModel(config).eval().to("cuda", DTYPES[dtype])
-            extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
-        else:
-            model = WavLMModel(wavlm_config(size)).eval().to("cuda", DTYPES[dtype])
-        call = compiled(model, mode)
+        def spear_features(audio: list[torch.Tensor]) -> dict[str, Any]:
+            features = extractor(audio, sampling_rate=RATE, return_tensors="pt")["input_features"]
+            return {"input_features": features.to(DTYPES[dtype]), "output_hidden_states": True}
 
-        @torch.inference_mode()
-        def run() -> Any:
-            if family == "spear":
-                inputs = extractor(audio, sampling_rate=RATE, return_tensors="pt")
-                features = inputs["input_features"].to(DTYPES[dtype])
-                # All are of one length: neither contender is given a mask.
-                return call(input_features=features, output_hidden_states=True)
-            waves = torch.stack(audio)
-            waves = (waves - waves.mean(dim=1, keepdim=True)) / waves.std(dim=1, keepdim=True)
-            return call(waves.to(DTYPES[dtype]), output_hidden_states=True)
+        return model, spear_features
 
-        return run
+    def wavlm_features(audio: list[torch.Tensor]) -> dict[str, Any]:
+        waves = torch.stack(audio)
+        waves = (waves - waves.mean(dim=1, keepdim=True)) / waves.std(dim=1, keepdim=True)
+        return {"input_values": waves.to(DTYPES[dtype]), "output_hidden_states": True}
 
-    return measure(row, prepare, None, budget)
+    return model, wavlm_features
+
+
+def inference(contender: str, batches: list[int], modes: list[str], budget: float, dtype: str) -> Iterator[Row]:
+    """All utterances of a batch are of one length: no contender is given a mask."""
+    model, features_of = encoder(contender, dtype)
+    for mode in modes:
+        for batch in batches:
+            audio = waveforms(batch, "cuda")
+
+            def prepare(audio: list[torch.Tensor] = audio, mode: str = mode) -> Callable[[], Any]:
+                call = torch.inference_mode()(prepared(torch.inference_mode()(model), mode, features_of(audio)))
+                return torch.inference_mode()(lambda: call(**features_of(audio)))
+
+            yield measure(Row("inference", contender, batch, dtype, mode), prepare, budget)
 
 
 def training(contender: str, batch: int, mode: str, budget: float) -> Row:
     """A step with a CTC head, or (contender `pretrain-SIZE`) of pre-training."""
     family, size = contender.split("-")
     row = Row("training", contender, batch, "bfloat16", mode)
-    flops: list[float] = []
+    flops: list[float] = []  # of a step
 
     def prepare() -> Callable[[], Any]:
         torch.manual_seed(0)
         audio = waveforms(batch, "cuda")
         labels = torch.randint(1, VOCABULARY, (batch, LABELS), device="cuda")
         if family == "wavlm":
-            model: nn.Module = WavLMForCTC(wavlm_config(size))
+            with torch.device("cuda"):
+                model: nn.Module = WavLMForCTC(wavlm_config(size))
             inputs = {"input_values": torch.stack(audio), "labels": labels}
         elif family == "spear":
             config = spear_config(size, vocab_size=VOCABULARY, apply_spec_augment=False)
-            model = SpearForCTC(config)
+            with torch.device("cuda"):
+                model = SpearForCTC(config)
             inputs = {"input_features": spear_inputs(config, audio)["input_features"], "labels": labels}
         else:
             target = {"num_codebooks": 16, "codebook_size": 256, "weight": 1.0}
             config = spear_config(size, pretraining_targets={"speech": target})
-            model = SpearForPreTraining(config)
+            with torch.device("cuda"):
+                model = SpearForPreTraining(config)
             features = spear_inputs(config, audio)["input_features"]
             frames = (features.shape[1] - 7) // 2
             inputs = {
@@ -215,14 +244,14 @@ def training(contender: str, batch: int, mode: str, budget: float) -> Row:
                 "speech_labels": torch.randint(0, 256, (batch, frames, 16), device="cuda"),
                 "mask_time_indices": torch.rand(batch, features.shape[1], device="cuda") < 0.49,
             }
-        model.to("cuda").train()
+        model.train()
         if family == "wavlm":
             flops.append(FLOPS_OF_A_STEP * torch_flops(model, **inputs))
         else:
             frames = inputs["input_features"].shape[1]
             flops.append(FLOPS_OF_A_STEP * batch * forward_flops(model.config, frames, family == "pretrain"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        call = compiled(model, mode)
+        call = prepared(model, mode, inputs)
 
         def step() -> None:
             with torch.autocast("cuda", torch.bfloat16):
@@ -233,7 +262,7 @@ def training(contender: str, batch: int, mode: str, budget: float) -> Row:
 
         return step
 
-    row = measure(row, prepare, 0.0, budget)
+    row = measure(row, prepare, budget)
     if row.milliseconds:
         row.mfu = round(1e3 * flops[0] / row.milliseconds / peak_flops(torch.device("cuda"), bf16=True), 4)
     return row
@@ -247,73 +276,37 @@ def features(batch: int, budget: float) -> Row:
         extractor = SpearFeatureExtractor()
         return lambda: extractor(audio, sampling_rate=RATE, return_tensors="pt")
 
-    return measure(row, prepare, None, budget)
+    return measure(row, prepare, budget)
 
 
-def rows(parts: list[str], sizes: list[str], modes: list[str], batches: list[int], budget: float) -> Iterator[Row]:
+def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) -> Iterator[Row]:
     contenders = [f"{family}-{size}" for size in sizes for family in ("spear", "wavlm") if size in WAVLM]
     contenders += [f"spear-{size}" for size in sizes if size not in WAVLM]
     if "features" in parts:
         yield features(32, budget)
     if "inference" in parts:
         for contender in contenders:
-            for batch in batches:
-                yield inference(contender, batch, "bfloat16", "eager", budget)
-        for mode in modes:
-            for batch in batches:
-                yield inference(f"spear-{sizes[0]}", batch, "bfloat16", mode, budget)
+            modes = ["eager", "cuda-graph"] if contender.startswith("spear") else ["eager"]
+            yield from inference(contender, batches, modes, budget, "bfloat16")
     if "training" in parts:
-        for contender in [*contenders, f"pretrain-{sizes[0]}"]:
-            yield training(contender, 32, "eager", budget)
-        for mode in modes:
-            yield training(f"spear-{sizes[0]}", 32, mode, budget)
-
-
-def profile(size: str, what: str, batch: int) -> str:
-    """The kernels that take most of a training step, or of inference."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    steps: list[Callable[[], Any]] = []
-
-    def keep(row: Row, prepare: Callable[[], Callable[[], Any]], *_: Any) -> Row:
-        steps.append(prepare())
-        return row
-
-    original = globals()["measure"]
-    globals()["measure"] = keep
-    try:
-        if what == "training":
-            training(f"spear-{size}", batch, "eager", 0.0)
-        else:
-            inference(f"spear-{size}", batch, "bfloat16", "eager", 0.0)
-    finally:
-        globals()["measure"] = original
-    for _ in range(3):
-        steps[0]()
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        for _ in range(3):
-            steps[0]()
-        torch.cuda.synchronize()
-    return recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=60)
+        for contender in [*contenders, *(f"pretrain-{size}" for size in sizes)]:
+            yield training(contender, 16 if contender.endswith("xlarge") else 32, "eager", budget)
+    if "compiled" in parts:
+        yield from inference(f"spear-{sizes[0]}", batches[-1:], ["compiled"], budget, "bfloat16")
+        yield training(f"spear-{sizes[0]}", 32, "compiled", budget)
+        yield training(f"pretrain-{sizes[0]}", 32, "compiled", budget)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("model_cards/benchmarks/gpu.csv"))
-    parser.add_argument("--parts", default="features,inference,training")
+    parser.add_argument("--parts", default="features,inference,training,compiled")
     parser.add_argument("--sizes", default="base,large,xlarge")
-    parser.add_argument("--modes", default="compiled,cuda-graphs", help="besides eager; empty: none")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds that a row is timed")
-    parser.add_argument("--profile", default="", help="training or inference: print where the time goes")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device.")
-    if arguments.profile:
-        for what in arguments.profile.split(","):
-            print(f"profile of {what}\n{profile('base', what, 32)}")
-        return
     error = check("cuda")
     print(f"hidden states against the CPU: {error:.1e}")
     constants = {
@@ -323,12 +316,13 @@ def main() -> None:
         "transformers": transformers.__version__,
         "command": " ".join(["python", "examples/benchmark_gpu.py", *sys.argv[1:]]),
     }
-    split = [[part for part in getattr(arguments, name).split(",") if part] for name in ("parts", "sizes", "modes")]
+    parts, sizes = arguments.parts.split(","), arguments.sizes.split(",")
+    batches = [int(batch) for batch in arguments.batches.split(",")]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(item.name for item in fields(Row)), *constants], lineterminator="\n")
         writer.writeheader()
-        for row in rows(*split, [int(batch) for batch in arguments.batches.split(",")], arguments.budget):
+        for row in rows(parts, sizes, batches, arguments.budget):
             writer.writerow(asdict(row) | constants)
             file.flush()
             print(*(f"{value}" for value in asdict(row).values() if value not in (None, "")), flush=True)

@@ -11,6 +11,9 @@ WHISPER and MUSICNN.pt are the teachers that made the tokens: their own scores a
 Every arm is `spear-hf pretrain --config examples/configs/experiment.yaml` with the settings in ARMS, for as many steps
 of as many seconds of audio. Arms, probes and features lie in `--work`; an interrupted run goes on where it was. The
 results go to `--output`: pretraining.csv, pretraining.png, pretraining.md.
+
+Where a GPU is lent for minutes, train on it with `--train-only`, and bring `--work` back for the rest: of each arm
+config.yaml, metrics.jsonl, evaluation.jsonl and final/.
 """
 
 import argparse
@@ -30,9 +33,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from spear_hf import SpearFeatureExtractor, SpearModel
+from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForPreTraining, SpearModel
 from spear_hf.data.decoding import load_utterance
 from spear_hf.data.manifest import Utterance, read_manifest
+from spear_hf.data.seeding import keyed_seed
 from spear_hf.evaluation.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure, styled
 from spear_hf.evaluation.probe import (
     ProbeResult,
@@ -46,7 +50,6 @@ from spear_hf.mvq.store import TokenStore
 from spear_hf.mvq.teachers import Teacher, load_teacher
 from spear_hf.pretraining.config import load_config
 from spear_hf.pretraining.metrics import read_json_lines
-from spear_hf.pretraining.setup import build_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,16 +68,21 @@ class Arm:
     domains: tuple[str, ...] = ("speech", "audio")
 
 
+# Eden falls over the run as it does over the paper's; {batches} and {hours} are those of the run.
 SCALED_ADAM = (
     "optimizer.name=scaled_adam", "optimizer.learning_rate=0.045",
-    "schedule.name=eden", "schedule.warmup_start=0.5", "schedule.eden_batches=400", "schedule.eden_hours=3",
+    "schedule.name=eden", "schedule.warmup_start=0.5",
+    "schedule.eden_batches={batches}", "schedule.eden_hours={hours}",
 )  # fmt: skip
 MIXING = ("mixing.noise_probability=0.5", "mixing.token_probability=0.1")
+REGULARIZERS = ("regularizers.enabled=true",)
 ARMS = (
     Arm("single", "speech alone, tokens of Whisper", ("targets.audio=null",), ("speech",)),
     Arm("dual", "speech and audio, tokens of both teachers, asymmetric loss"),
+    Arm("dual, other seed", "as dual, from another seed", ("seed={other_seed}",)),
     Arm("dual, mixing", "as dual, with noise and token mixing", MIXING),
     Arm("dual, ScaledAdam", "as dual, with ScaledAdam and Eden for AdamW and a cosine", SCALED_ADAM),
+    Arm("dual, recipe", "all of it: mixing, ScaledAdam, the regularisers", (*MIXING, *SCALED_ADAM, *REGULARIZERS)),
 )
 
 
@@ -105,19 +113,27 @@ class Experiment:
     def settings(self, arm: Arm) -> list[str]:
         """As `--set` takes them."""
         stores = {name: store for name, store in self.stores.items() if f"targets.{name}=null" not in arm.settings}
+        steps = self.arguments.steps
+        batch_seconds = load_config(ROOT / CONFIG, self.arguments.settings).data.batch_seconds
+        known = {
+            "batches": max(1, 4 * steps // 5),
+            "hours": max(0.1, steps * batch_seconds / 3600),
+            "other_seed": self.arguments.seed + 1,
+        }
         return [
             f"output_dir={self.folder(arm)}",
             f"data.manifest={self.manifest(arm.domains)}",
             *(f"targets.{name}.store={store}" for name, store in stores.items()),
             f"seed={self.arguments.seed}",
-            f"max_steps={self.arguments.steps}",
-            f"schedule.decay_steps={self.arguments.steps}",
-            f"schedule.warmup_steps={self.arguments.steps // 10}",
-            *arm.settings,
+            f"max_steps={steps}",
+            f"schedule.decay_steps={steps}",
+            f"schedule.warmup_steps={steps // 10}",
+            *self.arguments.settings,
+            *(setting.format(**known) for setting in arm.settings),
         ]
 
     def folder(self, arm: Arm) -> Path:
-        return self.work / arm.name.replace(", ", "-").lower()
+        return self.work / arm.name.replace(",", "").replace(" ", "-").lower()
 
     def train(self, arm: Arm) -> None:
         """Runs the arm to its end; a run that is there is resumed."""
@@ -146,7 +162,7 @@ class Experiment:
 
     def features(self, name: str, probe: str) -> np.ndarray:
         """(layers, utterances of both sets, dim), kept in `work`; of teachers one layer, that of the tokens."""
-        path = self.work / "features" / f"{name.replace(', ', '-').lower()}.{probe}.npy"
+        path = self.work / "features" / f"{name.replace(',', '').replace(' ', '-').lower()}.{probe}.npy"
         if path.exists():
             return np.load(path)
         train, test = self.probe_sets(probe)
@@ -156,10 +172,10 @@ class Experiment:
         elif name in ("whisper", "musicnn"):
             values = teacher_features(self.teacher(name), [*train, *test])
         else:
-            if name == RANDOM:
+            if name == RANDOM:  # what the arm "dual" started from
                 dual = next(arm for arm in ARMS if arm.name == "dual")
-                config = load_config(ROOT / CONFIG, self.settings(dual))
-                model = build_model(config, {key: TokenStore.open(store) for key, store in self.stores.items()}).spear
+                torch.manual_seed(keyed_seed(self.arguments.seed, "initialisation"))
+                model = SpearForPreTraining(SpearConfig.from_pretrained(self.folder(dual) / "final")).spear
             else:
                 model = SpearModel.from_pretrained(
                     self.folder(next(arm for arm in ARMS if arm.name == name)) / "final"
@@ -252,7 +268,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
 def draw(experiment: Experiment, rows: list[dict[str, Any]]) -> Any:
     """Held-out loss by step, and the probes with their intervals."""
     figure, axes = new_figure(3, size=(8.0, 10.5), height_ratios=[1.2, 1, 1])
-    colours = [GREY, BLUE, GREEN, ORANGE, "#7a3e9d"]
+    colours = [GREY, BLUE, "#8ab6e0", GREEN, ORANGE, "#7a3e9d"]
     for arm, colour in zip(ARMS, colours):
         records = read_json_lines(experiment.folder(arm) / "evaluation.jsonl")
         points = [(r["step"], r["speech_masked_loss"]) for r in records if r.get("speech_masked_loss") is not None]
@@ -273,18 +289,19 @@ def draw(experiment: Experiment, rows: list[dict[str, Any]]) -> Any:
 def markdown(experiment: Experiment, rows: list[dict[str, Any]], command: str) -> str:
     """The page."""
     arguments = experiment.arguments
+    batch_seconds = load_config(ROOT / CONFIG, arguments.settings).data.batch_seconds
     trained = {arm.name: arm for arm in ARMS}
     lines = [
         "# Pre-training a small encoder: what it gives, and what its parts are worth",
         "",
         f"Made by `{command}` (seed {arguments.seed}); every figure is in `pretraining.csv`. "
-        f"{platform.machine()}, torch {torch.__version__}, CPU, one thread an arm.",
+        f"{platform.machine()}, torch {torch.__version__}; trained on {arguments.trained_on}.",
         "",
-        f"An encoder of 6.3 million parameters (`{CONFIG}`), trained for {arguments.steps} steps of at most 24 s of "
-        "audio with each setting. Teachers: Whisper base, layer 6 (16 codebooks), for all utterances, and musicnn (8 "
-        "codebooks) for those of audio. The last column of each probe is the gain over the same encoder with random "
-        "weights, with the 95 % interval of a paired bootstrap over the test set; the interval says nothing of other "
-        "seeds.",
+        f"An encoder of 6.3 million parameters (`{CONFIG}`), trained for {arguments.steps} steps of at most "
+        f"{batch_seconds:g} s of audio with each setting. Teachers: Whisper base, layer 6 (16 codebooks), for all "
+        "utterances, and musicnn (8 codebooks) for those of audio. The last column of each probe is the gain over the "
+        "same encoder with random weights, with the 95 % interval of a paired bootstrap over the test set; the "
+        "interval says nothing of other seeds.",
         "",
         "| arm | what it is | hours heard | masked accuracy, Whisper's tokens | its unigram | musicnn's | unigram |",
         "|---|---|---|---|---|---|---|",
@@ -326,6 +343,11 @@ def main() -> None:
     parser.add_argument("--musicnn", type=Path, help="file of the audio teacher")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--settings", nargs="*", default=[], help="of every arm, as `spear-hf pretrain --set` has them"
+    )
+    parser.add_argument("--trained-on", default="a CPU, one thread an arm", help="what the page says of the machine")
+    parser.add_argument("--train-only", action="store_true", help="no probes and no page")
     parser.add_argument("--jobs", type=int, default=2, help="arms trained at a time, a thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/experiment"))
     parser.add_argument("--output", type=Path, default=ROOT / "model_cards" / "experiments")
@@ -336,12 +358,16 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for _ in tqdm(pool.map(experiment.train, ARMS), total=len(ARMS), desc="arms"):
             pass
+    if arguments.train_only:
+        return
     teachers = [name for name in ("whisper", "musicnn") if getattr(arguments, name)]
     rows = table_rows(experiment, [LOG_MEL, RANDOM, *(arm.name for arm in ARMS), *teachers])
     command = (
         f"python examples/experiment_pretraining.py CORPUS --speech-tokens STORE --audio-tokens STORE "
         f"--whisper WHISPER --musicnn MUSICNN.pt --steps {arguments.steps} --seed {arguments.seed}"
     )
+    if arguments.settings:
+        command += f" --settings {' '.join(arguments.settings)}"
     arguments.output.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with (arguments.output / "pretraining.csv").open("w", newline="") as file:
