@@ -31,6 +31,13 @@ struct Index {
 };
 static Index threadIdx, blockIdx;
 
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) ushort4 {
+    unsigned short x, y, z, w;
+};
+
 namespace cuda_on_cpu {
 
 struct Barrier {

@@ -16,14 +16,24 @@ extern "C" void run_standardise(int blocks, unsigned seed, const float* frames, 
 }
 
 extern "C" void run_classify(int blocks, unsigned seed, const float* logits, float weight_scale, const float* bias,
-                             float* standardised, int dim, const float* offset, const float* centres,
-                             unsigned char* codes, unsigned short* split, float* scale) {
+                             const float* standardised, int dim, const float* offset, const float* centres,
+                             unsigned char* codes, int* settled, float* residual, unsigned short* split, float* scale) {
     run(blocks, THREADS, seed, [=] {
-        classify(logits, weight_scale, bias, standardised, dim, offset, centres, codes, split, scale);
+        classify(logits, weight_scale, bias, standardised, dim, offset, centres, codes, settled, residual, split,
+                 scale);
     });
 }
 
+extern "C" void run_subtract(int blocks, unsigned seed, const float* standardised, int dim, const float* offset,
+                             const float* centres, const unsigned char* codes, const int* settled, float* residual,
+                             unsigned short* split, float* scale) {
+    run(blocks, THREADS, seed,
+        [=] { subtract(standardised, dim, offset, centres, codes, settled, residual, split, scale); });
+}
+
 extern "C" void run_refine(int blocks, unsigned seed, const float* products, const float* scale, float centre_scale,
-                           const float* half_norms, const float* gram, unsigned char* codes, int passes) {
-    run(blocks, THREADS, seed, [=] { refine(products, scale, centre_scale, half_norms, gram, codes, passes); });
+                           const float* half_norms, const float* gram, unsigned char* codes, int* settled,
+                           int passes) {
+    run(blocks, THREADS, seed,
+        [=] { refine(products, scale, centre_scale, half_norms, gram, codes, settled, passes); });
 }

@@ -52,6 +52,8 @@ class Kernels:
 class CudaEncoder:
     """Encodes float32 frames; `weight`, `bias` and `centers` as in quantizer._Encoder, the centres less their means."""
 
+    passes_at_once = 1  # in the kernel; before the next ones, costs are made anew by a product, in place of lookups
+
     def __init__(
         self, weight: Tensor, bias: Tensor, centers: Tensor, offset: Tensor, num_codebooks: int, kernels: Any
     ) -> None:
@@ -66,22 +68,25 @@ class CudaEncoder:
     def encode(self, frames: Tensor, mean: Tensor, deviation: Tensor, passes: int) -> Tensor | None:
         """(frames, dim), (dim,), (dim,) -> uint8 codes (frames, codebooks); None if some number is not finite."""
         count, dim = frames.shape
-        codes = torch.empty(count, self.num_codebooks, dtype=torch.uint8, device=frames.device)
-        standardised = torch.empty(ROWS, dim, device=frames.device)
-        split = torch.empty(ROWS, 3 * dim, dtype=torch.float16, device=frames.device)
-        units = torch.empty(ROWS, device=frames.device)
-        bad = torch.zeros(1, dtype=torch.int32, device=frames.device)
+        device = frames.device
+        codes = torch.empty(count, self.num_codebooks, dtype=torch.uint8, device=device)
+        standardised, residual = torch.empty(2, ROWS, dim, device=device)
+        split = torch.empty(ROWS, 3 * dim, dtype=torch.float16, device=device)
+        units, settled = torch.empty(ROWS, device=device), torch.empty(ROWS, dtype=torch.int32, device=device)
+        bad = torch.zeros(1, dtype=torch.int32, device=device)
         for start in range(0, count, ROWS):
             rows, part = min(ROWS, count - start), codes[start : start + ROWS]
             tile = frames[start : start + rows].to(torch.float32).contiguous()
             self.kernels("standardise", ROWS, tile, rows, dim, mean, deviation, standardised, split, units, bad)
             logits = self.kernels.product(split, self.weight_split)
-            more = (standardised, dim, self.offset, self.centers, part, split, units)
-            self.kernels("classify", rows, logits, self.weight_unit, self.bias, *more)
-            if passes:
+            given, left = (standardised, dim, self.offset, self.centers), (part, settled, residual, split, units)
+            self.kernels("classify", rows, logits, self.weight_unit, self.bias, *given, *left)
+            for done in range(0, passes, self.passes_at_once):
+                if done:
+                    self.kernels("subtract", rows, *given, *left)
                 products = self.kernels.product(split, self.center_split)
-                more = (self.center_unit, self.half_norms, self.gram, part, passes)
-                self.kernels("refine", rows, products, units, *more)
+                more = (self.center_unit, self.half_norms, self.gram, part, settled)
+                self.kernels("refine", rows, products, units, *more, min(self.passes_at_once, passes - done))
         return None if bad.item() else codes
 
 

@@ -259,34 +259,50 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
     __syncthreads();
 }
 
-// Codes (frames, CODEBOOKS) -> better codes. `products`: of the residual that the codes leave with all centres, divided
-// by scale[frame] * centre_scale. `gram`: inner products of all centres with all, (WIDTH, WIDTH).
+// Numbers 4 * lane to 4 * lane + 3 of every 128 of a row of SIZE: its order within a warp.
+__device__ inline int centre(int i, int lane) { return i / 4 * 4 * LANES + 4 * lane + i % 4; }
+
+__device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZE / LANES]) {
+#pragma unroll
+    for (int i = 0; i < SIZE / LANES; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(row + centre(i, lane));
+        numbers[i] = four.x;
+        numbers[i + 1] = four.y;
+        numbers[i + 2] = four.z;
+        numbers[i + 3] = four.w;
+    }
+}
+
+// Codes (frames, CODEBOOKS) -> better codes. `products`: of what the codes leave of the frames with all centres, divided
+// by scale[frame] * centre_scale. `gram`: inner products of all centres with all, (WIDTH, WIDTH). Frames whose codes a
+// pass leaves as they are become `settled`, and are passed over.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 refine(const float* __restrict__ products, const float* __restrict__ scale, float centre_scale,
-       const float* __restrict__ half_norms, const float* __restrict__ gram, unsigned char* codes, int passes) {
+       const float* __restrict__ half_norms, const float* __restrict__ gram, unsigned char* codes, int* settled,
+       int passes) {
     __shared__ Shared s;
     constexpr int ROWS = (CODEBOOKS + WARPS - 1) / WARPS, COUNT = SIZE / LANES;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long frame = blockIdx.x;
+    if (settled[frame]) return;
     codes += frame * CODEBOOKS;
     products += frame * WIDTH;
     if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = codes[threadIdx.x];
     __syncthreads();
 
-    // Cost of every centre given the other codebooks' codes; of codebook `warp + row * WARPS`, centre `centre(i)`.
+    // Cost of every centre given the other codebooks' codes, of codebooks `warp + row * WARPS`.
     float costs[ROWS][COUNT];
-    const auto centre = [&](int i) { return i / 4 * 4 * LANES + 4 * lane + i % 4; };
     const float unit = scale[frame] * centre_scale;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
         const int c = warp + row * WARPS;
         if (c < CODEBOOKS) {
-            const float* own = gram + (c * SIZE + s.incoming[c]) * WIDTH;
+            float product[COUNT], own[COUNT];
+            load_row(half_norms + c * SIZE, lane, costs[row]);
+            load_row(products + c * SIZE, lane, product);
+            load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
-                const int k = c * SIZE + centre(i);
-                costs[row][i] = half_norms[k] - unit * products[k] - own[k];
-            }
+            for (int i = 0; i < COUNT; ++i) costs[row][i] -= unit * product[i] + own[i];
         }
     }
     for (int pass = 0;;) {
@@ -295,7 +311,7 @@ refine(const float* __restrict__ products, const float* __restrict__ scale, floa
             const int c = warp + row * WARPS;
             if (c < CODEBOOKS)
                 select<SINGLE>(costs[row], [&](int n, int i) {
-                    s.kept[c][n] = centre(i);
+                    s.kept[c][n] = centre(i, lane);
                     s.cost[c][n] = costs[row][i];
                 });
         }
@@ -309,6 +325,7 @@ refine(const float* __restrict__ products, const float* __restrict__ scale, floa
 
         const bool differs = lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane];
         unsigned changed = __ballot_sync(ALL, differs);
+        if (!changed && threadIdx.x == 0) settled[frame] = 1;
         if (!changed || ++pass == passes) break;
         while (changed) {
             const int other = __ffs(changed) - 1;
@@ -319,9 +336,11 @@ refine(const float* __restrict__ products, const float* __restrict__ scale, floa
             for (int row = 0; row < ROWS; ++row) {
                 const int c = warp + row * WARPS;
                 if (c < CODEBOOKS && c != other) {
+                    float more[COUNT], less[COUNT];
+                    load_row(added + c * SIZE, lane, more);
+                    load_row(removed + c * SIZE, lane, less);
 #pragma unroll
-                    for (int i = 0; i < COUNT; ++i)
-                        costs[row][i] += added[c * SIZE + centre(i)] - removed[c * SIZE + centre(i)];
+                    for (int i = 0; i < COUNT; ++i) costs[row][i] += more[i] - less[i];
                 }
             }
         }
@@ -342,27 +361,27 @@ __device__ inline float block_max(float value) {
     return value;
 }
 
-// One frame (dim), thread by thread the channels `threadIdx.x + n * THREADS`, as two float16 numbers each: the nearest,
-// and what is left, in units of a power of two. Written as (high, low, high) for a product with (high, high, low) of
-// the centres: only low * low is left out. Returns the largest absolute value.
-__device__ inline float write_split(const float* numbers, int dim, unsigned short* split, float* scale) {
-    float largest = 0;
-    bool finite = true;
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
-        largest = fmaxf(largest, fabsf(numbers[d]));
-        finite = finite && isfinite(numbers[d]);
-    }
-    largest = block_max(finite ? largest : INFINITY);
+// A frame's numbers, each as two float16: the nearest, and what is left, in units of a power of two. Written as (high,
+// low, high) for a product with (high, high, low) of the centres: only low * low is left out. A thread reads the four
+// numbers of every THREADS that it wrote itself.
+__device__ inline void write_split(const float* numbers, float largest, int dim, unsigned short* split, float* scale) {
     const bool scaled = largest > 0 && largest < INFINITY;
     const float unit = scaled ? ldexpf(1, ilogbf(largest) - HALF_RANGE) : 1;
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
-        const float number = numbers[d] / unit;
-        const unsigned short high = to_half(number);
-        split[d] = split[2 * dim + d] = high;
-        split[dim + d] = to_half(number - from_half(high));
+    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
+        const float4 four = *reinterpret_cast<const float4*>(numbers + d);
+        const float parts[4] = {four.x / unit, four.y / unit, four.z / unit, four.w / unit};
+        unsigned short high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            high[i] = to_half(parts[i]);
+            low[i] = to_half(parts[i] - from_half(high[i]));
+        }
+        const ushort4 highs = {high[0], high[1], high[2], high[3]}, lows = {low[0], low[1], low[2], low[3]};
+        *reinterpret_cast<ushort4*>(split + d) = highs;
+        *reinterpret_cast<ushort4*>(split + dim + d) = lows;
+        *reinterpret_cast<ushort4*>(split + 2 * dim + d) = highs;
     }
     if (threadIdx.x == 0) *scale = unit;
-    return largest;
 }
 
 // Frames (count, dim) -> standardised, and their splits; the rest of the grid's splits are zero. `bad` becomes 1 where a
@@ -372,33 +391,64 @@ standardise(const float* __restrict__ frames, int count, int dim, const float* _
             const float* __restrict__ deviation, float* standardised, unsigned short* split, float* scale, int* bad) {
     const long long frame = blockIdx.x;
     standardised += frame * dim;
-    for (int d = threadIdx.x; d < dim; d += THREADS)
-        standardised[d] = frame < count ? (frames[frame * dim + d] - mean[d]) / deviation[d] : 0;
-    const float largest = write_split(standardised, dim, split + frame * 3 * dim, scale + frame);
-    if (threadIdx.x == 0 && !(largest < INFINITY)) *bad = 1;
+    float largest = 0;
+    bool finite = true;
+    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS)
+        for (int i = d; i < d + 4; ++i) {
+            const float given = frame < count ? frames[frame * dim + i] : mean[i];
+            standardised[i] = (given - mean[i]) / deviation[i];
+            largest = fmaxf(largest, fabsf(standardised[i]));
+            finite = finite && isfinite(given);
+        }
+    if (!finite) *bad = 1;
+    write_split(standardised, block_max(largest), dim, split + frame * 3 * dim, scale + frame);
 }
 
-// The classifier's codes of each frame, and the split of what the centres of these codes leave of it.
+// The split of what the centres of some codes leave of a standardised frame.
+__device__ inline void write_residual(const float* standardised, int dim, const float* offset, const float* centres,
+                                      const int* codes, float* residual, unsigned short* split, float* scale) {
+    float largest = 0;
+    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
+        const float4 given = *reinterpret_cast<const float4*>(standardised + d);
+        const float4 common = *reinterpret_cast<const float4*>(offset + d);
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int c = 0; c < CODEBOOKS; ++c) {
+            const float4 four = *reinterpret_cast<const float4*>(centres + (c * SIZE + codes[c]) * (long long)dim + d);
+            sum.x += four.x;
+            sum.y += four.y;
+            sum.z += four.z;
+            sum.w += four.w;
+        }
+        const float4 left = {given.x - common.x - sum.x, given.y - common.y - sum.y, given.z - common.z - sum.z,
+                             given.w - common.w - sum.w};
+        *reinterpret_cast<float4*>(residual + d) = left;
+        largest = fmaxf(largest, fmaxf(fmaxf(fabsf(left.x), fabsf(left.y)), fmaxf(fabsf(left.z), fabsf(left.w))));
+    }
+    write_split(residual, block_max(largest), dim, split, scale);
+}
+
+// The classifier's codes of each frame, and the split of what their centres leave of it.
 extern "C" __global__ void __launch_bounds__(THREADS)
 classify(const float* __restrict__ logits, float weight_scale, const float* __restrict__ bias,
-         float* standardised, int dim, const float* __restrict__ offset, const float* __restrict__ centres,
-         unsigned char* codes, unsigned short* split, float* scale) {
+         const float* __restrict__ standardised, int dim, const float* __restrict__ offset,
+         const float* __restrict__ centres, unsigned char* codes, int* settled, float* residual, unsigned short* split,
+         float* scale) {
     __shared__ int chosen[CODEBOOKS];
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long frame = blockIdx.x;
-    logits += frame * WIDTH;
-    standardised += frame * dim;
     const float unit = scale[frame] * weight_scale;
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        float best = -INFINITY;
-        int code = 0;
+        float products[SIZE / LANES], shift[SIZE / LANES], best = -INFINITY;
+        int code = SIZE;
+        load_row(logits + frame * WIDTH + c * SIZE, lane, products);
+        load_row(bias + c * SIZE, lane, shift);
 #pragma unroll
         for (int i = 0; i < SIZE / LANES; ++i) {
-            const int k = i * LANES + lane;
-            const float logit = logits[c * SIZE + k] * unit + bias[c * SIZE + k];
+            const float logit = products[i] * unit + shift[i];
             if (logit > best) {
                 best = logit;
-                code = k;
+                code = centre(i, lane);
             }
         }
         const float highest = warp_max(best);
@@ -408,12 +458,22 @@ classify(const float* __restrict__ logits, float weight_scale, const float* __re
             codes[frame * CODEBOOKS + c] = code;
         }
     }
+    if (threadIdx.x == 0) settled[frame] = 0;
     __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
-        float sum = 0;
-#pragma unroll
-        for (int c = 0; c < CODEBOOKS; ++c) sum += centres[(c * SIZE + chosen[c]) * (long long)dim + d];
-        standardised[d] -= offset[d] + sum;
-    }
-    write_split(standardised, dim, split + frame * 3 * dim, scale + frame);
+    write_residual(standardised + frame * dim, dim, offset, centres, chosen, residual + frame * dim,
+                   split + frame * 3 * dim, scale + frame);
+}
+
+// As the second half of `classify`, for the codes that a pass has left.
+extern "C" __global__ void __launch_bounds__(THREADS)
+subtract(const float* __restrict__ standardised, int dim, const float* __restrict__ offset,
+         const float* __restrict__ centres, const unsigned char* __restrict__ codes, const int* __restrict__ settled,
+         float* residual, unsigned short* split, float* scale) {
+    __shared__ int chosen[CODEBOOKS];
+    const long long frame = blockIdx.x;
+    if (settled[frame]) return;
+    if (threadIdx.x < CODEBOOKS) chosen[threadIdx.x] = codes[frame * CODEBOOKS + threadIdx.x];
+    __syncthreads();
+    write_residual(standardised + frame * dim, dim, offset, centres, chosen, residual + frame * dim,
+                   split + frame * 3 * dim, scale + frame);
 }
