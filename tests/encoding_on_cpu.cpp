@@ -32,8 +32,6 @@ extern "C" void run_subtract(int blocks, unsigned seed, const float* standardise
 }
 
 extern "C" void run_refine(int blocks, unsigned seed, const float* products, const float* scale, float centre_scale,
-                           const float* half_norms, const float* gram, unsigned char* codes, int* settled,
-                           int passes) {
-    run(blocks, THREADS, seed,
-        [=] { refine(products, scale, centre_scale, half_norms, gram, codes, settled, passes); });
+                           const float* half_norms, const float* gram, unsigned char* codes, int* settled) {
+    run(blocks, THREADS, seed, [=] { refine(products, scale, centre_scale, half_norms, gram, codes, settled); });
 }

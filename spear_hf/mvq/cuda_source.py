@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""CUDA C++ text to functions that take tensors, at run time: no compiler is needed beyond NVRTC, which torch brings."""
+"""CUDA C++ text to functions that take tensors, at run time; all that it needs is NVRTC, which comes with torch."""
 
 import ctypes
 import functools
@@ -39,26 +39,31 @@ def compile_source(source: str, name: str, capability: tuple[int, int], definiti
 
 
 class CudaModule:
-    """Functions of compiled code, on the device that is current when it is made."""
+    """Functions of compiled code, on one device."""
 
-    def __init__(self, code: bytes) -> None:
-        self._driver = _library("cuda", "cuLaunchKernel")
+    def __init__(self, code: bytes, device: torch.device) -> None:
+        self._driver, self._device = _library("cuda", "cuLaunchKernel"), device
         self._module = ctypes.c_void_p()
-        torch.cuda.current_stream().synchronize()  # makes torch's context current in this thread
-        _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), code), "cuModuleLoadData")
         self._functions: dict[str, ctypes.c_void_p] = {}
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # makes torch's context that of this thread
+            _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), code), "cuModuleLoadData")
 
     def launch(self, name: str, blocks: int, threads: int, *arguments: Tensor | int | float) -> None:
-        """On the current stream. Integers are passed as int, floats as float, tensors by their address."""
+        """On the device's current stream. Integers are passed as int, floats as float, tensors by their address.
+
+        Whatever the arguments point to must be on the device.
+        """
         if name not in self._functions:
             function = ctypes.c_void_p()
             _check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
             self._functions[name] = function
         values = [_as_c(argument) for argument in arguments]
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         function = self._functions[name]
-        _check(self._driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, places, None), name)
+        with torch.cuda.device(self._device):
+            _check(self._driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, places, None), name)
 
 
 def _as_c(argument: Tensor | int | float) -> "ctypes.c_void_p | ctypes.c_int | ctypes.c_float":

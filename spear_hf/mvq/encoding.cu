@@ -5,8 +5,8 @@
 // multiprocessor's, at least) and CELLS. tests/cuda_on_cpu.h
 // lets a C++ compiler take the same text.
 //
-// refinement.py says what the search computes. Here a frame's costs stay in registers over all its passes, and a merge
-// looks up only the inner products of centres that options still in use differ in from the incoming codes.
+// refinement.py says what the search computes. Here a merge looks up only the inner products of those centres in which an
+// option still in use differs from the incoming codes.
 
 #ifndef CUDA_ON_CPU
 #ifndef INFINITY
@@ -45,6 +45,8 @@ constexpr int ENTRIES = SINGLE + 1;        // of a codebook: the incoming code, 
 constexpr int COLUMNS = CODEBOOKS / 2 * ENTRIES;
 constexpr int FIELD_CELLS = 8 * ENTRIES * SINGLE;
 constexpr int HALF_RANGE = 13;           // splits have their largest number in 2^13 to 2^14
+constexpr float TINY = 1e-30f;             // frames below are as good as zero
+constexpr float LARGE = 1e15f;             // sums of squares of numbers below are finite
 
 __device__ constexpr int options_of(int length) { return length < 4 ? 16 : 32; }  // refinement.cutoff(256, length)
 
@@ -93,8 +95,9 @@ __device__ inline void select(const float (&values)[COUNT], Put put) {
     if (count > KEEP) {
         high = cut;
         cut = -INFINITY;
+        count = 0;
     }
-    while (count < KEEP) {
+    while (count < KEEP && cut > -INFINITY) {
         const float middle = cut + 0.5f * (high - cut);
         if (!(middle > cut && middle < high)) break;
         const int below = warp_count(values, middle);
@@ -105,22 +108,15 @@ __device__ inline void select(const float (&values)[COUNT], Put put) {
             count = below;
         }
     }
-    int taken = 0;
+    int taken = 0, tied = count;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        const bool take = values[i] <= cut;
-        const unsigned votes = __ballot_sync(ALL, take);
-        if (take) put(taken + lanes_before(votes, lane), i);
-        taken += __popc(votes);
-    }
-    if (taken == KEEP) return;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        const bool tied = values[i] > cut && values[i] <= high;
-        const unsigned votes = __ballot_sync(ALL, tied);
-        const int n = taken + lanes_before(votes, lane);
-        if (tied && n < KEEP) put(n, i);
-        taken += __popc(votes);
+        const bool take = values[i] <= cut, tie = count < KEEP && values[i] > cut && values[i] <= high;
+        const unsigned takes = __ballot_sync(ALL, take), ties = __ballot_sync(ALL, tie);
+        const int n = take ? taken + lanes_before(takes, lane) : tied + lanes_before(ties, lane);
+        if (take || (tie && n < KEEP)) put(n, i);
+        taken += __popc(takes);
+        tied += __popc(ties);
     }
 }
 
@@ -133,6 +129,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
     const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
 
     // The entries in use of every codebook, and which of them each option has.
+#pragma unroll 1
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         unsigned bit = 0;
         int code = 0;
@@ -153,6 +150,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         const bool odd = c / LENGTH % 2;
         const unsigned before = lane < c && lane / LENGTH % 2 == odd ? s.count[lane] : 0;
@@ -162,13 +160,12 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
     }
     __syncthreads();
 
-    int rows[PAIRS], stride = 0;
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair) {
-        const int first = (2 * pair + 1) * LENGTH, last = first + LENGTH - 1;
-        rows[pair] = s.start[last] + s.count[last] - s.start[first];
-        stride = max(stride, rows[pair]);
-    }
+    const auto rows = [&](int pair) {  // entries of the pair's odd group
+        const int odd = (2 * pair + 1) * LENGTH, last = odd + LENGTH - 1;
+        return s.start[last] + s.count[last] - s.start[odd];
+    };
+    int stride = 0;
+    for (int pair = 0; pair < PAIRS; ++pair) stride = max(stride, rows(pair));
     // As many even codebooks at a time as there is room for: nearly always all.
     for (int first = 0, end; first < CODEBOOKS / 2; first = end) {
         const int origin = s.start[first / LENGTH * 2 * LENGTH + first % LENGTH];
@@ -178,22 +175,25 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
             if (more * stride > CELLS || more * OPTIONS > FIELD_CELLS) break;
             columns = more;
         }
-#pragma unroll
+#pragma unroll 1
         for (int pair = 0; pair < PAIRS; ++pair) {
             const int even = 2 * pair * LENGTH, odd = even + LENGTH;
             const int left = max(s.start[even], origin);
             const int right = min(s.start[odd - 1] + s.count[odd - 1], origin + columns);
             const unsigned short* places = s.flat[1] + s.start[odd];
+            const int height = rows(pair);
             // Another warp begins with every pair, as pairs may have few columns.
+#pragma unroll 1
             for (int column = left + (warp + pair) % WARPS; column < right; column += WARPS) {
                 const float* products = gram + s.flat[0][column] * WIDTH;
                 float* cells = s.table + (column - origin) * stride;
-                for (int row = lane; row < rows[pair]; row += LANES) copy_async(cells + row, products + places[row]);
+#pragma unroll 1
+                for (int row = lane; row < height; row += LANES) copy_async(cells + row, products + places[row]);
             }
         }
         wait_for_copies();
         __syncthreads();
-#pragma unroll
+#pragma unroll 1
         for (int pair = 0; pair < PAIRS; ++pair) {
             const int even = 2 * pair * LENGTH, odd = even + LENGTH;
             const int left = max(s.start[even], origin);
@@ -204,6 +204,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                 incoming[b] = s.start[odd + b] - s.start[odd];
                 here[b] = incoming[b] + s.place[odd + b][option];
             }
+#pragma unroll 1
             for (int column = left + (team + pair) % TEAMS; column < right; column += TEAMS) {
                 const float* cells = s.table + (column - origin) * stride;
                 float sum = 0;
@@ -213,7 +214,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
             }
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 1
         for (int pair = 0; pair < PAIRS; ++pair) {
             const int even = 2 * pair * LENGTH;
             const float odd_cost = s.cost[2 * pair + 1][option];
@@ -225,6 +226,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                 from[a] = present ? s.start[even + a] - origin : -1;
                 incoming[a] = present ? s.field[from[a] * OPTIONS + option] : 0;
             }
+#pragma unroll 1
             for (int i = team; i < OPTIONS; i += TEAMS) {
                 float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
                 float sum = first ? *target : s.cost[2 * pair][i] + odd_cost;
@@ -239,17 +241,32 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
     }
 
     constexpr int COUNT = OPTIONS * OPTIONS / LANES;
+#pragma unroll 1
     for (int pair = warp; pair < PAIRS; pair += WARPS) {
         float values[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) values[i] = s.sums[pair * OPTIONS * OPTIONS + i * LANES + lane];
-        select<LAST ? 1 : options_of(2 * LENGTH)>(values, [&](int n, int i) {
-            s.chosen[pair][n] = i * LANES + lane;
-            s.cost[pair][n] = values[i];
-        });
+        if constexpr (LAST) {
+            float lowest = values[0];
+            int found = lane;
+#pragma unroll
+            for (int i = 1; i < COUNT; ++i)
+                if (values[i] < lowest) {
+                    lowest = values[i];
+                    found = i * LANES + lane;
+                }
+            found = __reduce_min_sync(ALL, lowest == warp_min(lowest) ? found : OPTIONS * OPTIONS);
+            if (lane == 0) s.chosen[pair][0] = found;
+        } else {
+            select<options_of(2 * LENGTH)>(values, [&](int n, int i) {
+                s.chosen[pair][n] = i * LANES + lane;
+                s.cost[pair][n] = values[i];
+            });
+        }
     }
     __syncthreads();
     constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH);
+#pragma unroll 1
     for (int place = threadIdx.x; place < CODEBOOKS * NEXT; place += THREADS) {
         const int c = place / NEXT, n = place % NEXT, pair = s.chosen[c / (2 * LENGTH)][n];
         const int slot = s.slot[slots][c][c / LENGTH % 2 ? pair % OPTIONS : pair / OPTIONS];
@@ -273,82 +290,47 @@ __device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZ
     }
 }
 
-// Codes (frames, CODEBOOKS) -> better codes. `products`: of what the codes leave of the frames with all centres, divided
-// by scale[frame] * centre_scale. `gram`: inner products of all centres with all, (WIDTH, WIDTH). Frames whose codes a
-// pass leaves as they are become `settled`, and are passed over.
+// One pass: codes (frames, CODEBOOKS) -> better codes. `products`: of what the codes leave of the frames with all centres,
+// divided by scale[frame] * centre_scale. `gram`: inner products of all centres with all, (WIDTH, WIDTH). Frames whose
+// codes the pass leaves as they are become `settled`; those that are already are passed over.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 refine(const float* __restrict__ products, const float* __restrict__ scale, float centre_scale,
-       const float* __restrict__ half_norms, const float* __restrict__ gram, unsigned char* codes, int* settled,
-       int passes) {
+       const float* __restrict__ half_norms, const float* __restrict__ gram, unsigned char* codes, int* settled) {
     __shared__ Shared s;
-    constexpr int ROWS = (CODEBOOKS + WARPS - 1) / WARPS, COUNT = SIZE / LANES;
+    constexpr int COUNT = SIZE / LANES;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long frame = blockIdx.x;
     if (settled[frame]) return;
     codes += frame * CODEBOOKS;
     products += frame * WIDTH;
     if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = codes[threadIdx.x];
+    for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
+        s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
     __syncthreads();
-
-    // Cost of every centre given the other codebooks' codes, of codebooks `warp + row * WARPS`.
-    float costs[ROWS][COUNT];
     const float unit = scale[frame] * centre_scale;
+#pragma unroll 1
+    for (int c = warp; c < CODEBOOKS; c += WARPS) {
+        // Costs of the codebook's centres, given the other codebooks' codes.
+        float costs[COUNT], product[COUNT], own[COUNT];
+        load_row(half_norms + c * SIZE, lane, costs);
+        load_row(products + c * SIZE, lane, product);
+        load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
 #pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-        const int c = warp + row * WARPS;
-        if (c < CODEBOOKS) {
-            float product[COUNT], own[COUNT];
-            load_row(half_norms + c * SIZE, lane, costs[row]);
-            load_row(products + c * SIZE, lane, product);
-            load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) costs[row][i] -= unit * product[i] + own[i];
-        }
+        for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
+        select<SINGLE>(costs, [&](int n, int i) {
+            s.kept[c][n] = centre(i, lane);
+            s.cost[c][n] = costs[i];
+        });
     }
-    for (int pass = 0;;) {
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
-            const int c = warp + row * WARPS;
-            if (c < CODEBOOKS)
-                select<SINGLE>(costs[row], [&](int n, int i) {
-                    s.kept[c][n] = centre(i, lane);
-                    s.cost[c][n] = costs[row][i];
-                });
-        }
-        for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
-            s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
-        __syncthreads();
-        merge<1>(s, gram, 0);
-        if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
-        if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
-        if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
-
-        const bool differs = lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane];
-        unsigned changed = __ballot_sync(ALL, differs);
-        if (!changed && threadIdx.x == 0) settled[frame] = 1;
-        if (!changed || ++pass == passes) break;
-        while (changed) {
-            const int other = __ffs(changed) - 1;
-            changed &= changed - 1;
-            const float* added = gram + (other * SIZE + s.outgoing[other]) * WIDTH;
-            const float* removed = gram + (other * SIZE + s.incoming[other]) * WIDTH;
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                const int c = warp + row * WARPS;
-                if (c < CODEBOOKS && c != other) {
-                    float more[COUNT], less[COUNT];
-                    load_row(added + c * SIZE, lane, more);
-                    load_row(removed + c * SIZE, lane, less);
-#pragma unroll
-                    for (int i = 0; i < COUNT; ++i) costs[row][i] += more[i] - less[i];
-                }
-            }
-        }
-        __syncthreads();
-        if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = s.outgoing[threadIdx.x];
-        __syncthreads();
-    }
-    if (threadIdx.x < CODEBOOKS) codes[threadIdx.x] = s.outgoing[threadIdx.x];
+    __syncthreads();
+    merge<1>(s, gram, 0);
+    if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
+    if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
+    if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
+    if (warp) return;
+    const bool differs = lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane];
+    if (differs) codes[lane] = s.outgoing[lane];
+    if (!__ballot_sync(ALL, differs) && lane == 0) settled[frame] = 1;
 }
 
 __device__ inline float block_max(float value) {
@@ -365,11 +347,11 @@ __device__ inline float block_max(float value) {
 // low, high) for a product with (high, high, low) of the centres: only low * low is left out. A thread reads the four
 // numbers of every THREADS that it wrote itself.
 __device__ inline void write_split(const float* numbers, float largest, int dim, unsigned short* split, float* scale) {
-    const bool scaled = largest > 0 && largest < INFINITY;
-    const float unit = scaled ? ldexpf(1, ilogbf(largest) - HALF_RANGE) : 1;
+    const int exponent = largest > TINY ? ilogbf(largest) - HALF_RANGE : 0;
+    const float inverse = ldexpf(1, -exponent);
     for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
         const float4 four = *reinterpret_cast<const float4*>(numbers + d);
-        const float parts[4] = {four.x / unit, four.y / unit, four.z / unit, four.w / unit};
+        const float parts[4] = {four.x * inverse, four.y * inverse, four.z * inverse, four.w * inverse};
         unsigned short high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -381,26 +363,27 @@ __device__ inline void write_split(const float* numbers, float largest, int dim,
         *reinterpret_cast<ushort4*>(split + dim + d) = lows;
         *reinterpret_cast<ushort4*>(split + 2 * dim + d) = highs;
     }
-    if (threadIdx.x == 0) *scale = unit;
+    if (threadIdx.x == 0) *scale = ldexpf(1, exponent);
 }
 
-// Frames (count, dim) -> standardised, and their splits; the rest of the grid's splits are zero. `bad` becomes 1 where a
-// number is not finite.
+// Frames (count, dim) -> standardised, and their splits; the rest of the grid's are zero. A number that is
+// not finite, or beyond LARGE once standardised, becomes zero too, and `bad` becomes 1.
 extern "C" __global__ void __launch_bounds__(THREADS)
 standardise(const float* __restrict__ frames, int count, int dim, const float* __restrict__ mean,
             const float* __restrict__ deviation, float* standardised, unsigned short* split, float* scale, int* bad) {
     const long long frame = blockIdx.x;
     standardised += frame * dim;
     float largest = 0;
-    bool finite = true;
     for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS)
         for (int i = d; i < d + 4; ++i) {
-            const float given = frame < count ? frames[frame * dim + i] : mean[i];
-            standardised[i] = (given - mean[i]) / deviation[i];
-            largest = fmaxf(largest, fabsf(standardised[i]));
-            finite = finite && isfinite(given);
+            float number = frame < count ? (frames[frame * dim + i] - mean[i]) / deviation[i] : 0;
+            if (!(fabsf(number) < LARGE)) {
+                number = 0;
+                *bad = 1;
+            }
+            standardised[i] = number;
+            largest = fmaxf(largest, fabsf(number));
         }
-    if (!finite) *bad = 1;
     write_split(standardised, block_max(largest), dim, split + frame * 3 * dim, scale + frame);
 }
 
@@ -440,7 +423,7 @@ classify(const float* __restrict__ logits, float weight_scale, const float* __re
     const float unit = scale[frame] * weight_scale;
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         float products[SIZE / LANES], shift[SIZE / LANES], best = -INFINITY;
-        int code = SIZE;
+        int code = SIZE - 1;
         load_row(logits + frame * WIDTH + c * SIZE, lane, products);
         load_row(bias + c * SIZE, lane, shift);
 #pragma unroll
