@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spear_hf.mvq.cuda_encoder import CudaEncoder, cuda_encoder
 from spear_hf.mvq.quantizer_files import FORMAT_VERSION, find_quantizer, read_quantizer, write_quantizer
 from spear_hf.mvq.refinement import CodeSearch
 
@@ -119,6 +120,7 @@ class _Encoder:
     def __init__(self, weight: Tensor, bias: Tensor, centers: Tensor) -> None:
         self.weight, self.bias = weight, bias
         self.search = CodeSearch(centers)
+        self.fused: CudaEncoder | None = cuda_encoder(weight, bias, self.search)
 
     def encode(self, features: Tensor, passes: int) -> Tensor:
         """(frames, dim) normalised -> int64 (frames, codebooks)."""
@@ -142,8 +144,9 @@ class MultiCodebookQuantizer(nn.Module):
 
     A frame's codes depend on nothing but the frame, the quantiser, the machine and torch's version: frames are taken
     through matrix products of one fixed shape (TILE_ROWS), and everything after those is computed per frame.
-    Beside 3 * codebooks * codebook_size floats a feature channel of weights, encoding keeps the Gram matrix of the
-    centres, (codebooks * codebook_size)^2 floats (64 MiB for 16 codebooks of 256), until the parameters change.
+    Beside 3 * codebooks * codebook_size floats a feature channel of weights (6 with the kernels of cuda_encoder.py,
+    which NVIDIA GPUs take for codebooks of 256), encoding keeps the Gram matrix of the centres, (codebooks *
+    codebook_size)^2 floats (64 MiB for 16 codebooks of 256), until the parameters change.
     """
 
     feature_mean: Tensor
@@ -187,6 +190,10 @@ class MultiCodebookQuantizer(nn.Module):
         codes = torch.empty(flat.shape[0], self.config.num_codebooks, dtype=dtype, device=flat.device)
         with full_precision(self.centers.device):
             encoder = self._current_encoder()
+            if encoder.fused:
+                found = encoder.fused.encode(flat, self.feature_mean, self.feature_std, refine_iters)
+                if found is not None:
+                    return found.to(codes).view(*features.shape[:-1], -1)
             for start in range(0, flat.shape[0], CHUNK_ROWS):
                 chunk = self._normalized(flat[start : start + CHUNK_ROWS], start)
                 codes[start : start + CHUNK_ROWS] = encoder.encode(chunk, refine_iters).to(codes)
@@ -458,9 +465,15 @@ def _missing_entropy(probabilities: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in float32 throughout: no autocast, no TF32 or bfloat16 shortcuts, whatever is set around it."""
+    """Matrix products in float32 throughout: no autocast, no TF32 or bfloat16 shortcuts, whatever is set around it.
+
+    Those of float16 numbers have their sums in float32.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        reduced = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        stack.callback(setattr, torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", reduced)
         for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
             setting = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
             value = getattr(backend, setting, False)

@@ -52,10 +52,11 @@ class CodeSearch:
         self.flat_centers = (centers - means).flatten(0, 1)  # (codebooks * size, dim)
         self.half_norms = self.flat_centers.square().sum(dim=1) / 2
         self._block_places, self._others = _block_order(self.num_codebooks, centers.device)
-        self.gram = self._gram()
-        self.index_dtype = torch.int32 if self.gram.numel() <= torch.iinfo(torch.int32).max else torch.int64
+        numbers = self.num_codebooks * (self.num_codebooks - 1) * self.codebook_size**2
+        self.index_dtype = torch.int32 if numbers <= torch.iinfo(torch.int32).max else torch.int64
 
-    def _gram(self) -> Tensor:
+    @functools.cached_property
+    def gram(self) -> Tensor:
         """(blocks, size, size), in the order of `_block_order`: block (a, b) is centers[a] @ centers[b].T."""
         count, size = self.num_codebooks, self.codebook_size
         gram = self.flat_centers.new_empty(count * (count - 1), size, size)

@@ -1,0 +1,124 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Encoding on an NVIDIA GPU: matrix products on the tensor cores, and the kernels of encoding.cu around them.
+
+The products, of frames with the classifier and, before each pass, of what the codes leave of the frames with the
+centres, are of float16 numbers with float32 sums: every factor is split into two float16 numbers of 22 bits together,
+so three products make up one. The errors of the sums, as in plain float32, are larger than those of the splits. A
+frame's codes are those of refinement.py but for ties within these errors.
+"""
+
+import functools
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spear_hf.mvq.cuda_source import CudaModule, CudaUnavailable, compile_source
+from spear_hf.mvq.refinement import CodeSearch
+
+
+SOURCE = Path(__file__).with_name("encoding.cu")
+ROWS = 2048  # of every matrix product, as the order of summation may depend on the shape; the last ones are filled up
+WARPS = 4  # of a block
+BLOCKS = 6  # of `refine` on a multiprocessor, at least: limits its registers
+CELLS = 3072  # numbers that a merge looks up at a time
+CODEBOOKS = (2, 4, 8, 16)
+LARGE = 1e15
+
+
+class Kernels:
+    """encoding.cu on a device."""
+
+    def __init__(self, num_codebooks: int, device: torch.device) -> None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise CudaUnavailable(f"compute capability 8.0 is needed, this is {capability[0]}.{capability[1]}.")
+        definitions = {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS}
+        code = compile_source(SOURCE.read_text(encoding="utf-8"), SOURCE.name, capability, definitions)
+        self._module = CudaModule(code, device)
+        sample = torch.ones(8, 8, dtype=torch.float16, device=device)
+        try:
+            self.product(sample, sample)
+        except (TypeError, RuntimeError) as error:
+            raise CudaUnavailable(f"products of float16 with sums in float32 need torch 2.8: {error}") from error
+
+    def __call__(self, name: str, blocks: int, *arguments: Any) -> None:
+        self._module.launch(name, blocks, 32 * WARPS, *arguments)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """float16 (rows, width), (columns, width) -> float32 (rows, columns)."""
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+
+
+class CudaEncoder:
+    """What encoding needs of the parameters, computed once for their present values."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, search: CodeSearch, kernels: Any) -> None:
+        self.kernels, self.num_codebooks = kernels, search.num_codebooks
+        self.bias, self.offset = bias.contiguous(), search.offset.contiguous()
+        self.centers = search.flat_centers.contiguous()  # (codebooks * size, dim)
+        self.half_norms = search.half_norms
+        self.gram = self.centers @ self.centers.T
+        self.weight_split, self.weight_unit = _split(weight)
+        self.center_split, self.center_unit = _split(self.centers)
+
+    def encode(self, frames: Tensor, mean: Tensor, deviation: Tensor, passes: int) -> Tensor | None:
+        """Frames (frames, dim), mean and standard deviation (dim,) -> uint8 codes (frames, codebooks).
+
+        None if some number is not finite, or beyond 1e15 once standardised.
+        """
+        count, dim = frames.shape
+        device = self.bias.device
+        codes = torch.empty(count, self.num_codebooks, dtype=torch.uint8, device=device)
+        standardised, residual = torch.empty(2, ROWS, dim, device=device)
+        split = torch.empty(ROWS, 3 * dim, dtype=torch.float16, device=device)
+        units, settled = torch.empty(ROWS, device=device), torch.empty(ROWS, dtype=torch.int32, device=device)
+        bad = torch.zeros(1, dtype=torch.int32, device=device)
+        for start in range(0, count, ROWS):
+            rows, part = min(ROWS, count - start), codes[start : start + ROWS]
+            tile = frames[start : start + rows].to(device, torch.float32).contiguous()
+            self.kernels("standardise", ROWS, tile, rows, dim, mean, deviation, standardised, split, units, bad)
+            logits = self.kernels.product(split, self.weight_split)
+            given, left = (standardised, dim, self.offset, self.centers), (part, settled, residual, split, units)
+            self.kernels("classify", rows, logits, self.weight_unit, self.bias, *given, *left)
+            for done in range(passes):
+                if done:
+                    self.kernels("subtract", rows, *given, *left)
+                products = self.kernels.product(split, self.center_split)
+                more = (self.center_unit, self.half_norms, self.gram, part, settled)
+                self.kernels("refine", rows, products, units, *more)
+        return None if bad.item() else codes
+
+
+def _split(numbers: Tensor) -> tuple[Tensor, float]:
+    """(rows, dim) -> float16 (rows, 3 * dim): the nearest, again, and what is left; in units of a power of two."""
+    unit = 2.0 ** (math.frexp(numbers.abs().max().item() or 1.0)[1] - 14)
+    high = (numbers / unit).half()
+    return torch.cat([high, high, (numbers / unit - high.float()).half()], dim=1), unit
+
+
+def cuda_encoder(weight: Tensor, bias: Tensor, search: CodeSearch) -> CudaEncoder | None:
+    """None for what the kernels do not take, and, with a warning, where they cannot be had."""
+    # Rows of the splits, 6 * dim bytes, begin where tensor cores can read.
+    taken = search.num_codebooks in CODEBOOKS and search.codebook_size == 256 and weight.shape[1] % 8 == 0
+    if not (weight.is_cuda and torch.version.cuda and taken and _is_moderate(weight, bias, search.flat_centers)):
+        return None
+    kernels = _kernels(search.num_codebooks, weight.device)
+    return CudaEncoder(weight, bias, search, kernels) if kernels else None
+
+
+def _is_moderate(*tensors: Tensor) -> bool:
+    """No number is so large that a sum of squares might be infinite."""
+    return all(bool((tensor.abs() < LARGE).all()) for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=16)
+def _kernels(num_codebooks: int, device: torch.device) -> Kernels | None:
+    try:
+        return Kernels(num_codebooks, device)
+    except CudaUnavailable as error:
+        warnings.warn(f"Encoding takes the slower way through torch's operations: {error}", stacklevel=2)
+        return None
