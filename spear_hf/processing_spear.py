@@ -1,6 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Processor for CTC: the feature extractor for the audio, a tokenizer for the transcripts."""
 
+from typing import Any
+
 from transformers import AutoFeatureExtractor
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import AudioInput, PreTokenizedInput, TextInput
@@ -64,7 +66,8 @@ class SpearProcessor(ProcessorMixin):
         """
         if audio is None and text is None:
             raise ValueError("Neither `audio` nor `text` was given: pass at least one of them.")
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        kinds: Any = ProcessingKwargs  # transformers 5.17 must be told
+        merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         encoded = None if text is None else self.tokenizer(text, **merged["text_kwargs"])
         if audio is None:
             return encoded

@@ -51,6 +51,10 @@ class HubTeacher(Teacher):
     ) -> None:
         source = _source(spec)
         config, self.model = _load_encoder(source, revision)
+        if config.model_type == "wavlm":
+            from spear_hf.mvq.wavlm_attention import fuse_wavlm_attention
+
+            fuse_wavlm_attention(self.model)
         self.extractor = _load_extractor(source, revision, config.model_type)
         rate = getattr(self.extractor, "sampling_rate", SAMPLING_RATE)
         if rate != SAMPLING_RATE:
