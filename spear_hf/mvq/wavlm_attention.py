@@ -8,16 +8,19 @@ utterance, writes scores and weights to memory, and averages weights that nobody
 for rounding.
 """
 
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 
-ALIGNMENT = 16  # of the rows of a bias, in elements: torch's fused kernels copy others
+ALIGNMENT = 16  # of the rows of a bias, in elements: this kernel copies others, and cuDNN's copies all
+ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def fuse_wavlm_attention(model: nn.Module) -> None:
@@ -44,7 +47,8 @@ def _forward(
         projection(hidden_states).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    with sdpa_kernel(ON_GPU) if query.is_cuda else nullcontext():
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     return module.out_proj(attended.transpose(1, 2).flatten(-2)), None, position_bias
 
 
