@@ -47,6 +47,7 @@ from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, parameter_norm, reduce_whole_gradients, shard
 from .signals import StopRequest, ignore_stop_signals
+from .sources import record_sources, settle_sources
 from .targets import prepare_stores
 from .validation import Unigram, Validator
 
@@ -108,13 +109,15 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             logging.getLogger("spear_hf").setLevel(logging.WARNING)
         stack.enter_context(logging_redirect_tqdm(loggers=[logging.getLogger("spear_hf")]))
 
-        corpus = load_corpus(config.data, config.seed)
+        settled = [settle_sources(config, folder) if accelerator.is_main_process else None]
+        sources: PreTrainingConfig = broadcast_object_list(settled)[0]  # the same for all ranks
+        corpus = load_corpus(sources.data, config.seed)
         extractor = SpearFeatureExtractor()
         probe = None
         if config.logging.probe_every and accelerator.is_main_process:
             probe = OnlineProbe(config.logging, extractor, config.seed)
         with accelerator.main_process_first():  # the others find what the first has made
-            stores = prepare_stores(config, corpus, folder, device=str(accelerator.device))
+            stores = prepare_stores(config, sources.targets, corpus, folder, device=str(accelerator.device))
 
         bare_model = build_model(config, stores)
         sampler = build_sampler(config, corpus)
@@ -169,6 +172,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         files: dict[str, JsonLines] = {}
         if accelerator.is_main_process:
             folder.create(config)
+            record_sources(folder, config, sources)
             for path in (folder.metrics, folder.evaluation, folder.probes):
                 files[path.stem] = stack.enter_context(JsonLines(path, progress.step))
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})

@@ -3,6 +3,7 @@
 
 OUTPUT/
     config.yaml         every setting of the run
+    sources.json        the token stores that it has begun with: those on the Hub at a commit
     metrics.jsonl       one object per step
     evaluation.jsonl    one object per validation
     probes.jsonl        one object per probing, where logging.probe_every asks for it
@@ -32,6 +33,7 @@ class RunFolder:
     def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir)
         self.config = self.path / "config.yaml"
+        self.sources = self.path / "sources.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
         self.probes = self.path / "probes.jsonl"
