@@ -37,7 +37,7 @@ from .checkpoints import CheckpointFolder, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
-from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary
+from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary, to_device
 from .online_probe import OnlineProbe
 from .optimization import build_optimizer, clip_gradients, clipping_factor, set_learning_rate
 from .regularizers import Regularizers, install_regularizers
@@ -239,13 +239,14 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         peak = peak_flops(accelerator.device, uses_bf16(config.execution))
         clock = StepClock(peak * accelerator.num_processes)
         step_flops = FlopCounter(bare_model.config)
+        parameters = list(bare_model.parameters())
         for batches in loader:
             clock.data_arrived()
             record, must_stop = train_step(
                 config,
                 accelerator,
                 model,
-                bare_model,
+                parameters,
                 optimizer,
                 regularizers,
                 batches,
@@ -322,7 +323,7 @@ def train_step(
     config: PreTrainingConfig,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    bare_model: SpearForPreTraining,
+    parameters: Sequence[torch.nn.Parameter],
     optimizer: Any,
     regularizers: Regularizers,
     batches: Sequence[MicroBatch],
@@ -341,7 +342,7 @@ def train_step(
     learning_rate = config.optimizer.peak_rate * learning_rate_factor(config.schedule, progress.step, progress.hours)
     set_learning_rate(optimizer, learning_rate)
 
-    items = torch.tensor([sum(batch.num_items for batch in batches)], device=device)
+    items = to_device([sum(batch.num_items for batch in batches)], torch.int64, device)
     items = accelerator.reduce(items, "sum").clamp(min=1)
     # Distributed training averages gradients over the ranks, where their sum is wanted.
     normaliser = items[0] / num_ranks
@@ -362,14 +363,13 @@ def train_step(
         flops = step_flops(batch.inputs["attention_mask"].sum(dim=1).tolist()) if batch.ids else 0
         sums.add(batch, output, output.loss / num_ranks, flops)
         row_losses.append(output.utterance_statistics[..., 0].sum(dim=(0, 2)))
-    regularizers.end_step()
     if sharded:
-        reduce_whole_gradients(model)
-    weights_norm = parameter_norm(model)
-    grad_norm = clip_gradients(accelerator, model, config.optimizer)
-
-    sums.vector = accelerator.reduce(sums.vector, "sum")
-    totals = sums.read()
+        reduce_whole_gradients(parameters)
+    norms = parameter_norm(parameters), clip_gradients(accelerator, parameters, config.optimizer)
+    sums.reduce(accelerator)
+    # The one place of a step where the host waits for the device.
+    totals, ((weights_norm,), (grad_norm,), votes) = sums.read(*norms, regularizers.collect_votes())
+    regularizers.count_votes(votes)
     counts = totals.counters
     finite = math.isfinite(counts["loss"]) and math.isfinite(grad_norm)
     if finite:
