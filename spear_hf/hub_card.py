@@ -111,8 +111,7 @@ def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id:
     With an evaluation.json in `source`, a report of `spear-hf evaluate` on this very model, it states that too;
     ValueError if the report is another model's.
     """
-    from .evaluation.card import fill_template
-    from .evaluation.report import REPORT_NAME, add_to_card, name_of, read_report
+    from .evaluation.card import REPORT_NAME, fill_template
 
     report = _describe(model, repo_id, with_code)
     template = _MODEL
@@ -125,6 +124,8 @@ def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id:
     content = f"---\n{metadata.to_yaml()}\n---\n\n{fill_template(template + _LIMITS, report)}"
     (staged / CARD).write_text(content, encoding="utf-8")
     if (source / REPORT_NAME).is_file():
+        from .evaluation.report import add_to_card, name_of, read_report  # brings all that evaluation needs
+
         evaluated = read_report(source / REPORT_NAME)
         add_to_card(staged / CARD, evaluated, name_of(evaluated, model))
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from spear_hf.data.audio import load_audio
 from spear_hf.data.manifest import read_manifest
 from spear_hf.hub_card import is_generated
 from spear_hf.hub_checks import check_card
-from spear_hf.pretraining.command import INTERRUPTED
+from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
 
 from .pretraining_runs import Runs, assert_same_run, has_steps, metrics, wait_for
@@ -314,12 +315,42 @@ def test_the_encoder_is_probed_as_the_run_goes(runs, finished):
     assert losses == [record["loss"] for record in metrics(finished)][:6]  # probing disturbs nothing
 
 
+def test_a_run_needs_no_package_that_only_evaluation_needs(runs, finished):
+    output = runs.folder / "bare"
+    without = ("datasets", "evaluate", "jiwer", "scipy", "sklearn", "threadpoolctl", "torchaudio")
+    process = runs.start(output, "max_steps=2", without=without)
+    process.join(120)
+    assert process.exitcode == 0, runs.log(output)
+    assert (output / "final" / "README.md").exists()
+
+
 def test_domains_are_heard_by_weight(runs, finished):
     output = runs.folder / "weighted"
     settings = ("data.domain_weights.audio=2", "logging.validate_every=0", "max_steps=6")
     assert runs.run(output, *settings) == 0, runs.log(output)
     assert "16 utterances" in runs.log(output)
     assert metrics(output)[-1]["epoch"] == 6 / 3  # of all audio and every second utterance of speech
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "scaled_adam"])
+def test_a_step_hardly_waits_for_the_gpu(runs, finished, name):
+    """Once for the places of the targets, once for all that is recorded; ScaledAdam once more in four steps."""
+    settings = ["regularizers.enabled=true", "logging.validate_every=0", "checkpoint_every=100"]
+    if name == "scaled_adam":
+        settings += ["optimizer.name=scaled_adam", "optimizer.learning_rate=0.045"]
+    waits = []
+    for steps in (8, 12):
+        overrides = runs.overrides(runs.folder / f"waits-{name}-{steps}", *settings, f"max_steps={steps}")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert run_pretraining("tiny", overrides) == 0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert 4 <= waits[1] - waits[0] <= 4 * 2 + (name == "scaled_adam")
 
 
 def call(runs: Runs, output: Path, *more: str, flags: tuple[str, ...] = ()) -> tuple[int, str]:

@@ -38,7 +38,6 @@ from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
 from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary, to_device
-from .online_probe import OnlineProbe
 from .optimization import build_optimizer, clip_gradients, clipping_factor, set_learning_rate
 from .regularizers import Regularizers, install_regularizers
 from .regularizers_schedules import adjusted_batches
@@ -115,6 +114,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         extractor = SpearFeatureExtractor()
         probe = None
         if config.logging.probe_every and accelerator.is_main_process:
+            from .online_probe import OnlineProbe  # brings scikit-learn
+
             probe = OnlineProbe(config.logging, extractor, config.seed)
         with accelerator.main_process_first():  # the others find what the first has made
             stores = prepare_stores(config, sources.targets, corpus, folder, device=str(accelerator.device))
