@@ -71,7 +71,7 @@ _MEASURED = """
 ## Measured
 
 Everything in this section was recorded by the training run itself, after {{held_out.step|count}} steps, on audio that
-was held out of it: how often the model predicts the tokens of masked frames.
+was held out of it: how often the model predicts the tokens of masked frames, with {{held_out.weights}}.
 
 | tokens | this model | always the most frequent token (unigram) |
 |---|---|---|
@@ -187,7 +187,9 @@ def _measured(staged: Path, path: Path, report: dict[str, Any]) -> str:
     }
     if not metrics or not evaluation:
         return ""
-    report["held_out"] = evaluation[-1]
+    averaged = read_json_lines(run.averaged)
+    weights = f"the published weights, a mean over {averaged[-1]['samples']} steps" if averaged else "the last weights"
+    report["held_out"] = {**(averaged or evaluation)[-1], "weights": weights}
     teachers = [name for name in settings["targets"] if evaluation[-1].get(f"{name}_masked_accuracy") is not None]
     if not teachers:
         return ""

@@ -117,7 +117,8 @@ def metrics(output: Path) -> list[dict]:
 def assert_same_run(output: Path, reference: Path) -> None:
     """Weights, optimiser state, metrics and evaluations, bit for bit."""
     assert metrics(output) == metrics(reference)
-    assert read_json_lines(output / "evaluation.jsonl") == read_json_lines(reference / "evaluation.jsonl")
+    for name in ("evaluation.jsonl", "averaged.jsonl"):
+        assert read_json_lines(output / name) == read_json_lines(reference / name), name
     last = f"checkpoints/step-{metrics(reference)[-1]['step']:08d}"
     for name in ("final/model.safetensors", f"{last}/optimizer.pt", f"{last}/state.json"):
         assert (output / name).read_bytes() == (reference / name).read_bytes(), name

@@ -160,6 +160,29 @@ def test_scaled_adam_learns_is_killed_and_publishes_the_average(runs, finished):
     assert any(not torch.equal(tensor, last[name]) for name, tensor in final.items())
 
 
+def test_the_averaged_weights_are_validated(runs, finished):
+    """The record is what a validation of final/ would say: here, of a run of no more steps that starts from it."""
+    whole = runs.folder / "scaled"
+    (record,) = read_json_lines(whole / "averaged.jsonl")
+    last = read_json_lines(whole / "evaluation.jsonl")[-1]
+    assert (record.pop("step"), record.pop("samples"), last.pop("step")) == (STEPS, 6, STEPS)
+    assert record.keys() == last.keys()
+    assert record["speech_masked_loss"] != last["speech_masked_loss"]
+    assert record["speech_unigram_loss"] == last["speech_unigram_loss"]
+    output = runs.folder / "from-the-average"
+    model = ["model.config={}", f"model.init_from={whole / 'final'}", "max_steps=1", "logging.validate_every=1"]
+    settings = [*model, "optimizer.learning_rate=1e-12", "optimizer.weight_decay=0.0"]
+    assert runs.run(output, *settings) == 0, runs.log(output)
+    (again,) = read_json_lines(output / "evaluation.jsonl")
+    for name, value in record.items():
+        assert again[name] == pytest.approx(value, abs=1e-6), name
+    card = (whole / "final" / "README.md").read_text(encoding="utf-8")
+    assert "with the published weights, a mean over 6 steps." in card
+    assert f"| speech | {100 * record['speech_masked_accuracy']:.1f} % |" in card
+    assert "with the last weights." in (finished / "final" / "README.md").read_text(encoding="utf-8")
+    assert read_json_lines(finished / "averaged.jsonl") == []
+
+
 def test_regularisers_are_resumed_exactly_too(runs, finished):
     settings = ("regularizers.enabled=true", "data.batch_seconds=12", "logging.validate_every=0")
     reference, output = runs.folder / "regularised", runs.folder / "regularised-killed"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from spear_hf.pretraining.checkpoints import CheckpointFolder, verify
+from spear_hf.pretraining.metrics import read_json_lines
 
 from .conftest import ROOT
 from .pretraining_runs import Runs, assert_same_run, free_port, has_steps, kill, metrics, wait_for
@@ -283,6 +284,8 @@ def test_two_ranks_with_everything_on_are_killed(runs):
     last = f"checkpoints/step-{STEPS:08d}"
     for name in ("average.pt", "regularizers.json"):
         assert (killed / last / name).read_bytes() == (whole / last / name).read_bytes(), name
+    (averaged,) = read_json_lines(whole / "averaged.jsonl")
+    assert averaged["samples"] == 5
     for share in ("mixed_share", "noisy_share"):
         assert any(record[share] for record in metrics(whole)), share
 

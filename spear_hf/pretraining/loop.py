@@ -44,7 +44,7 @@ from .regularizers_schedules import adjusted_batches
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
-from .sharding import gathered, is_sharded, parameter_norm, reduce_whole_gradients, shard
+from .sharding import gathered, is_sharded, load_from_main, parameter_norm, reduce_whole_gradients, shard
 from .signals import StopRequest, ignore_stop_signals
 from .sources import record_sources, settle_sources
 from .targets import prepare_stores
@@ -176,6 +176,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             record_sources(folder, config, sources)
             for path in (folder.metrics, folder.evaluation, folder.probes):
                 files[path.stem] = stack.enter_context(JsonLines(path, progress.step))
+            files["averaged"] = stack.enter_context(JsonLines(folder.averaged))  # of the end, which is still to come
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
         accelerator.wait_for_everyone()
 
@@ -288,9 +289,18 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             clock.restart()
 
         final = whole_model(accelerator, bare_model)
+        samples = broadcast_object_list([average.samples if average is not None and average.is_published else 0])[0]
+        if samples:
+            state = None if final is None or average is None else average.averaged_state(final.state_dict())
+            load_from_main(bare_model, state, accelerator)
+            if validator is not None:
+                record = validator(bare_model)
+                if files:
+                    files["averaged"].write({"step": progress.step, "samples": samples, **record})
+                    accelerator.log(numbers(record, "averaged"), step=progress.step)
+                logger.info("Mean of the weights of %d steps, held-out audio: %s.", samples, summary(record))
+            final = whole_model(accelerator, bare_model)
         if final is not None:
-            assert average is not None
-            final.load_state_dict(average.averaged_state(final.state_dict()))
             write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
@@ -482,7 +492,7 @@ def load_checkpoint(
 def write_final(into: Path, model: SpearForPreTraining, extractor: SpearFeatureExtractor, folder: RunFolder) -> None:
     """The finished model with its heads, the encoder alone in `encoder/`, the feature extractor for both, and a card.
 
-    What is written is what is published: the weights of `model`.
+    What is written is what is published: the weights of `model`, averaged if there was an average.
     """
     model.save_pretrained(into)
     extractor.save_pretrained(into)

@@ -7,12 +7,13 @@ needed and freed afterwards. Checkpoints hold whole tensors, the same files as w
 resumed with another number of ranks, or without sharding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -84,6 +85,19 @@ def parameter_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         dist.all_reduce(shards)
         square = square + shards
     return square.sqrt()
+
+
+@torch.no_grad()
+def load_from_main(model: nn.Module, state: Mapping[str, torch.Tensor] | None, accelerator: Accelerator) -> None:
+    """Puts `state`, whole tensors that the first rank has, into the model of every rank; the others give None."""
+    for name, tensor in model.state_dict().items():
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=accelerator.device)
+        if state is not None:
+            whole.copy_(state[name])
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements))
+        else:
+            tensor.copy_(broadcast(whole))
 
 
 def gathered(value: Any, keep: bool = True) -> Any:
