@@ -89,7 +89,7 @@ def timed_step(
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = model(**inputs).loss
     loss.backward()
-    regularizers.end_step()
+    regularizers.count_votes(regularizers.collect_votes().tolist())
     seconds = time.process_time() - start
     regularizers.remove()
     return seconds, sum(kept.values()) / 2**20

@@ -71,7 +71,7 @@ _MEASURED = """
 ## Measured
 
 Everything in this section was recorded by the training run itself, after {{held_out.step|count}} steps, on audio that
-was held out of it: how often the model predicts the tokens of masked frames.
+was held out of it: how often the model predicts the tokens of masked frames, with {{held_out.weights}}.
 
 | tokens | this model | always the most frequent token (unigram) |
 |---|---|---|
@@ -111,8 +111,7 @@ def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id:
     With an evaluation.json in `source`, a report of `spear-hf evaluate` on this very model, it states that too;
     ValueError if the report is another model's.
     """
-    from .evaluation.card import fill_template
-    from .evaluation.report import REPORT_NAME, add_to_card, name_of, read_report
+    from .evaluation.card import REPORT_NAME, fill_template
 
     report = _describe(model, repo_id, with_code)
     template = _MODEL
@@ -125,6 +124,8 @@ def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id:
     content = f"---\n{metadata.to_yaml()}\n---\n\n{fill_template(template + _LIMITS, report)}"
     (staged / CARD).write_text(content, encoding="utf-8")
     if (source / REPORT_NAME).is_file():
+        from .evaluation.report import add_to_card, name_of, read_report  # brings all that evaluation needs
+
         evaluated = read_report(source / REPORT_NAME)
         add_to_card(staged / CARD, evaluated, name_of(evaluated, model))
 
@@ -186,7 +187,9 @@ def _measured(staged: Path, path: Path, report: dict[str, Any]) -> str:
     }
     if not metrics or not evaluation:
         return ""
-    report["held_out"] = evaluation[-1]
+    averaged = read_json_lines(run.averaged)
+    weights = f"the published weights, a mean over {averaged[-1]['samples']} steps" if averaged else "the last weights"
+    report["held_out"] = {**(averaged or evaluation)[-1], "weights": weights}
     teachers = [name for name in settings["targets"] if evaluation[-1].get(f"{name}_masked_accuracy") is not None]
     if not teachers:
         return ""

@@ -1200,27 +1200,42 @@ class SpearForPreTraining(SpearHeadModel):
         groups = mask_time_indices[:, : frames * ratio].float().unflatten(1, (frames, ratio))
         return groups.mean(dim=-1) >= 0.5  # (batch, frames)
 
+    def _target_places(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Numbers `(n,)`, among the frames of all rows, of those with a target: only they need logits.
+
+        None, which stands for all, where a tensor's size cannot follow from its values.
+        """
+        if torch.compiler.is_compiling() or labels.device.type == "meta":
+            return None
+        return (labels != -100).any(dim=-1).flatten().nonzero().squeeze(-1)
+
     def _codebook_statistics(
-        self, name: str, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor | None
+        self,
+        name: str,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        masked: torch.Tensor | None,
+        places: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of losses and accuracies (means over the codebooks of a frame) and counts of frames, and by codebook.
 
         hidden_states `(batch, frames, dim)`, labels `(batch, frames, codebooks)` with -100 ignored, masked
-        `(batch, frames)`. Returns `(batch, 2, 3)`, masked frames first, and, of the masked frames, the correct and all
-        entries of each codebook, `(codebooks, 2)`. Logits exist for `LOGITS_AT_ONCE` at a time, in the backward pass
-        too, which computes them again: kept for a batch of 600 s they would take 1.6 GB in float32.
+        `(batch, frames)`, and the `_target_places` of the labels. Returns `(batch, 2, 3)`, masked frames first, and,
+        of the masked frames, the correct and all entries of each codebook, `(codebooks, 2)`. Logits exist for
+        `LOGITS_AT_ONCE` at a time, in the backward pass too, which computes them again: kept for a batch of 600 s they
+        would take 1.6 GB in float32.
         """
         has_target = (labels != -100).any(dim=-1)  # (batch, frames)
         masked = torch.zeros_like(has_target) if masked is None else masked
         groups = torch.stack([has_target & masked, has_target & ~masked], dim=1)  # (batch, 2, frames)
-        places = None
-        if not torch.compiler.is_compiling():  # logits of frames without a target are never computed
-            places = has_target
-            hidden_states, labels, masked = hidden_states[places], labels[places], masked[places]
-        hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten(0, -2)  # (n, dim), (n, codebooks)
+        hidden_states, labels, masked = hidden_states.flatten(0, 1), labels.flatten(0, 1), masked.flatten()
+        if places is not None:  # (n, dim), (n, codebooks), (n,)
+            hidden_states, labels, masked = (
+                tensor.index_select(0, places) for tensor in (hidden_states, labels, masked)
+            )
 
         at_once = max(1, LOGITS_AT_ONCE // self.prediction_heads[name].out_features)
-        chunks = list(zip(*(tensor.split(at_once) for tensor in (hidden_states, labels, masked.flatten()))))
+        chunks = list(zip(*(tensor.split(at_once) for tensor in (hidden_states, labels, masked))))
         parts = []
         for chunk in chunks:
             if len(chunks) > 1 and torch.is_grad_enabled():
@@ -1230,10 +1245,9 @@ class SpearForPreTraining(SpearHeadModel):
             else:
                 parts.append(self._frame_statistics(name, *chunk))
         sums = torch.cat([rows for rows, _ in parts])  # (n, 3)
-        if places is None:
-            sums = sums.unflatten(0, has_target.shape)
-        else:
-            sums = sums.new_zeros(*has_target.shape, 3).masked_scatter(places[..., None], sums)
+        if places is not None:
+            sums = sums.new_zeros(has_target.numel(), 3).index_put((places,), sums)
+        sums = sums.unflatten(0, has_target.shape)
         # No matrix product, which autocast would make of half precision: counts above 256 would be rounded.
         sums = (groups[..., None] * sums[:, None]).sum(dim=2)  # (batch, 2, 3)
         return sums, sum(entries for _, entries in parts)
@@ -1303,6 +1317,8 @@ class SpearForPreTraining(SpearHeadModel):
         for key in [key for key in kwargs if key.endswith("_labels")]:
             labels[key.removesuffix("_labels")] = kwargs.pop(key)
         labels = {name: tokens for name, tokens in labels.items() if tokens is not None}
+        # Before the encoder: their number is waited for, and now the device has nothing else to do.
+        places = {name: self._target_places(tokens) for name, tokens in labels.items()}
         outputs: SpearModelOutput = self.spear(
             input_features,
             attention_mask=attention_mask,
@@ -1331,7 +1347,7 @@ class SpearForPreTraining(SpearHeadModel):
                 statistics.append(loss.new_zeros(hidden_states.shape[0], 2, 3))
                 codebooks.append(loss.new_zeros(self.config.pretraining_targets[name]["num_codebooks"], 2))
                 continue
-            utterances, entries = self._codebook_statistics(name, hidden_states, labels[name], masked)
+            utterances, entries = self._codebook_statistics(name, hidden_states, labels[name], masked, places[name])
             sums = utterances.sum(dim=0)  # (2, 3)
             weight = self.config.pretraining_targets[name]["weight"]
             loss = loss + weight * (alpha * sums[0, 0] + (1.0 - alpha) * sums[1, 0])

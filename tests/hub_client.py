@@ -233,6 +233,24 @@ def tokens(task: dict, folder: Path) -> None:
     write(folder / "results.json", results)
 
 
+def pretrain(task: dict, folder: Path) -> None:
+    """Uploads a token store and trains from it by each list of settings; before the second, it is replaced."""
+    from huggingface_hub import HfApi
+
+    from spear_hf.pretraining.command import run_pretraining
+
+    api, repo_id = HfApi(), task["repo"]
+    api.create_repo(repo_id, repo_type="dataset")
+    results = {"commit": api.upload_folder(repo_id=repo_id, folder_path=task["store"], repo_type="dataset").oid}
+    first, second = task["runs"]
+    results["codes"] = [run_pretraining("tiny", first)]
+    api.upload_folder(repo_id=repo_id, folder_path=task["other"], repo_type="dataset")
+    results["codes"].append(run_pretraining("tiny", second, resume=True))
+    snapshots = folder / "home" / "hub" / f"datasets--{repo_id.replace('/', '--')}" / "snapshots"
+    results["downloaded"] = sorted(path.name for path in snapshots.glob("*/*"))
+    write(folder / "results.json", results)
+
+
 def save(folder: Path, results: dict, tensors: dict[str, torch.Tensor]) -> None:
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / "tensors.safetensors")
@@ -262,6 +280,7 @@ ROLES = {
     "rows": rows,
     "heads": heads,
     "tokens": tokens,
+    "pretrain": pretrain,
 }
 
 if __name__ == "__main__":

@@ -25,10 +25,19 @@ from .pretraining_corpus import SMALL, write_manifest
 
 
 def child(
-    overrides: list[str], resume: bool, environment: Mapping[str, str], log: Path, largest_file: int | None
+    overrides: list[str],
+    resume: bool,
+    environment: Mapping[str, str],
+    log: Path,
+    largest_file: int | None,
+    without: Sequence[str],
 ) -> None:
-    """Runs in the process that a test starts; `largest_file`: bytes that no file of it may exceed."""
+    """Runs in the process that a test starts.
+
+    `largest_file`: bytes that no file of it may exceed. `without`: packages that it cannot import.
+    """
     os.environ.update(environment)
+    sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]
     torch.set_num_threads(1)
     sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     if largest_file is not None:
@@ -59,10 +68,16 @@ class Runs:
         return [*SMALL, *self.settings, *run, *tokens, *more]
 
     def start(
-        self, output: Path, *more: str, resume: bool = False, largest_file: int | None = None, **environment: str
+        self,
+        output: Path,
+        *more: str,
+        resume: bool = False,
+        largest_file: int | None = None,
+        without: Sequence[str] = (),
+        **environment: str,
     ) -> BaseProcess:
         log = self.folder / f"{output.name}{environment.get('RANK', '')}.log"
-        arguments = (self.overrides(output, *more), resume, environment, log, largest_file)
+        arguments = (self.overrides(output, *more), resume, environment, log, largest_file, without)
         process = self.context.Process(target=child, args=arguments)
         process.start()
         return process
@@ -102,7 +117,8 @@ def metrics(output: Path) -> list[dict]:
 def assert_same_run(output: Path, reference: Path) -> None:
     """Weights, optimiser state, metrics and evaluations, bit for bit."""
     assert metrics(output) == metrics(reference)
-    assert read_json_lines(output / "evaluation.jsonl") == read_json_lines(reference / "evaluation.jsonl")
+    for name in ("evaluation.jsonl", "averaged.jsonl"):
+        assert read_json_lines(output / name) == read_json_lines(reference / name), name
     last = f"checkpoints/step-{metrics(reference)[-1]['step']:08d}"
     for name in ("final/model.safetensors", f"{last}/optimizer.pt", f"{last}/state.json"):
         assert (output / name).read_bytes() == (reference / name).read_bytes(), name

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from spear_hf import SpearForCTC, SpearModel
 from spear_hf.cli import app
 from spear_hf.evaluation.benchmark import evaluate, representation_specs
+from spear_hf.evaluation.card import REPORT_NAME
 from spear_hf.evaluation.metrics import equal_error_rate
 from spear_hf.evaluation.protocols import Settings, feature_sets
 from spear_hf.evaluation.report import (
     BEGIN,
-    REPORT_NAME,
     add_to_card,
     evaluation_section,
     markdown,

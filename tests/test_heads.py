@@ -242,7 +242,8 @@ def test_pretraining_loss_matches_the_golden_head():
     model = SpearForPreTraining(config)
     model.prediction_heads["speech"].weight.data = head["weight"].flatten(0, 1)
     model.prediction_heads["speech"].bias.data = head["bias"].flatten()
-    utterances, _ = model._codebook_statistics("speech", head["p"], head["ix"], None)
+    places = model._target_places(head["ix"])
+    utterances, _ = model._codebook_statistics("speech", head["p"], head["ix"], None, places)
     sums = utterances.sum(dim=0)
     known = head["ix"] != -100
     expected = (head["loss"] * known).sum(-1) / known.sum(-1).clamp(min=1)

@@ -134,7 +134,9 @@ def test_logits_are_not_kept_for_the_backward_pass(prepared, monkeypatch):
 
         monkeypatch.setattr(modeling_spear, "LOGITS_AT_ONCE", limit)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            sums, _ = model._codebook_statistics("speech", hidden.requires_grad_(), inputs["speech_labels"], None)
+            labels = inputs["speech_labels"]
+            places = model._target_places(labels)
+            sums, _ = model._codebook_statistics("speech", hidden.requires_grad_(), labels, None, places)
         sums[:, 1, 0].sum().backward()
         return sum(kept.values())
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from spear_hf.data.audio import load_audio
 from spear_hf.data.manifest import read_manifest
 from spear_hf.hub_card import is_generated
 from spear_hf.hub_checks import check_card
-from spear_hf.pretraining.command import INTERRUPTED
+from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
 
 from .pretraining_runs import Runs, assert_same_run, has_steps, metrics, wait_for
@@ -157,6 +158,29 @@ def test_scaled_adam_learns_is_killed_and_publishes_the_average(runs, finished):
     for name, tensor in final.items():
         assert torch.equal(tensor, (average["sums"][name] / 6).float()), name
     assert any(not torch.equal(tensor, last[name]) for name, tensor in final.items())
+
+
+def test_the_averaged_weights_are_validated(runs, finished):
+    """The record is what a validation of final/ would say: here, of a run of no more steps that starts from it."""
+    whole = runs.folder / "scaled"
+    (record,) = read_json_lines(whole / "averaged.jsonl")
+    last = read_json_lines(whole / "evaluation.jsonl")[-1]
+    assert (record.pop("step"), record.pop("samples"), last.pop("step")) == (STEPS, 6, STEPS)
+    assert record.keys() == last.keys()
+    assert record["speech_masked_loss"] != last["speech_masked_loss"]
+    assert record["speech_unigram_loss"] == last["speech_unigram_loss"]
+    output = runs.folder / "from-the-average"
+    model = ["model.config={}", f"model.init_from={whole / 'final'}", "max_steps=1", "logging.validate_every=1"]
+    settings = [*model, "optimizer.learning_rate=1e-12", "optimizer.weight_decay=0.0"]
+    assert runs.run(output, *settings) == 0, runs.log(output)
+    (again,) = read_json_lines(output / "evaluation.jsonl")
+    for name, value in record.items():
+        assert again[name] == pytest.approx(value, abs=1e-6), name
+    card = (whole / "final" / "README.md").read_text(encoding="utf-8")
+    assert "with the published weights, a mean over 6 steps." in card
+    assert f"| speech | {100 * record['speech_masked_accuracy']:.1f} % |" in card
+    assert "with the last weights." in (finished / "final" / "README.md").read_text(encoding="utf-8")
+    assert read_json_lines(finished / "averaged.jsonl") == []
 
 
 def test_regularisers_are_resumed_exactly_too(runs, finished):
@@ -314,12 +338,42 @@ def test_the_encoder_is_probed_as_the_run_goes(runs, finished):
     assert losses == [record["loss"] for record in metrics(finished)][:6]  # probing disturbs nothing
 
 
+def test_a_run_needs_no_package_that_only_evaluation_needs(runs, finished):
+    output = runs.folder / "bare"
+    without = ("datasets", "evaluate", "jiwer", "scipy", "sklearn", "threadpoolctl", "torchaudio")
+    process = runs.start(output, "max_steps=2", without=without)
+    process.join(120)
+    assert process.exitcode == 0, runs.log(output)
+    assert (output / "final" / "README.md").exists()
+
+
 def test_domains_are_heard_by_weight(runs, finished):
     output = runs.folder / "weighted"
     settings = ("data.domain_weights.audio=2", "logging.validate_every=0", "max_steps=6")
     assert runs.run(output, *settings) == 0, runs.log(output)
     assert "16 utterances" in runs.log(output)
     assert metrics(output)[-1]["epoch"] == 6 / 3  # of all audio and every second utterance of speech
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "scaled_adam"])
+def test_a_step_hardly_waits_for_the_gpu(runs, finished, name):
+    """Once for the places of the targets, once for all that is recorded; ScaledAdam once more in four steps."""
+    settings = ["regularizers.enabled=true", "logging.validate_every=0", "checkpoint_every=100"]
+    if name == "scaled_adam":
+        settings += ["optimizer.name=scaled_adam", "optimizer.learning_rate=0.045"]
+    waits = []
+    for steps in (8, 12):
+        overrides = runs.overrides(runs.folder / f"waits-{name}-{steps}", *settings, f"max_steps={steps}")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert run_pretraining("tiny", overrides) == 0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert 4 <= waits[1] - waits[0] <= 4 * 2 + (name == "scaled_adam")
 
 
 def call(runs: Runs, output: Path, *more: str, flags: tuple[str, ...] = ()) -> tuple[int, str]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from spear_hf import SpearConfig, SpearForPreTraining
 from spear_hf.data.collation import MicroBatch
@@ -68,7 +69,9 @@ def test_sums_of_parts_are_those_of_the_whole(model):
     sums = StepSums(codebooks_of(model), ["speech", "audio"], torch.device("cpu"))
     for part in parts:
         sums.add(part, model(**part.inputs), torch.tensor(0.25), flops=10)
-    totals = sums.read()
+    sums.reduce(Accelerator())
+    totals, (others,) = sums.read(torch.tensor([2.0, 3.0]))
+    assert others == [2.0, 3.0]
     metrics = sums.metrics(totals)
     assert totals.counters["loss"] == 0.5
     assert (totals.counters["utterances"], totals.counters["samples"], totals.counters["flops"]) == (4, 38400, 20)
@@ -98,7 +101,8 @@ def test_a_corpus_of_one_domain_is_not_divided(model):
     sums = StepSums(codebooks_of(model), ["speech"], torch.device("cpu"))
     part = batch(["speech"], 1)
     sums.add(part, model(**part.inputs))
-    metrics = sums.metrics(sums.read())
+    sums.reduce(Accelerator())
+    metrics = sums.metrics(sums.read()[0])
     assert not [name for name in metrics if "_on_" in name]
     assert metrics["audio_loss"] is None
     assert metrics["audio_codebook_accuracy"] == [None, None]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from spear_hf.pretraining.checkpoints import CheckpointFolder, verify
+from spear_hf.pretraining.metrics import read_json_lines
 
 from .conftest import ROOT
 from .pretraining_runs import Runs, assert_same_run, free_port, has_steps, kill, metrics, wait_for
@@ -248,6 +249,45 @@ def test_two_ranks_learn_what_one_would(runs, plain):
     output = runs.folder / "plain-ranks"
     runs.run_ranks(output, *PLAIN)
     assert_same_training(output, plain, tolerance=1e-6)
+
+
+SCALED = ("optimizer.name=scaled_adam", "optimizer.learning_rate=0.045", "schedule.name=eden")
+
+
+def test_two_ranks_learn_what_one_would_with_scaled_adam(runs):
+    """All steps after the tenth are clipped: from there on the median of the norms is known."""
+    settings = (*PLAIN, *SCALED, "optimizer.eps=1e-4", "optimizer.scaled_adam.clipping_scale=0.2")
+    one, two = runs.folder / "scaled", runs.folder / "scaled-ranks"
+    assert runs.run(one, *settings) == 0, runs.log(one)
+    runs.run_ranks(two, *settings)
+    assert_same_training(two, one, tolerance=1e-6)
+    factors = [[record["clipping_factor"] for record in metrics(output)] for output in (one, two)]
+    assert factors[0] == pytest.approx(factors[1], rel=1e-6)
+    assert max(factors[0][10:]) < 1
+
+
+def test_two_ranks_with_everything_on_are_killed(runs):
+    """The paper's optimiser, regularisers, mixing of noise and of tokens, and an average of the weights."""
+    settings = (
+        *SCALED, "regularizers.enabled=true", "mixing.noise_probability=0.5", "mixing.token_probability=0.5",
+        "data.batch_seconds=5", "averaging.every=1",
+    )  # fmt: skip
+    whole, killed = runs.folder / "everything", runs.folder / "everything-killed"
+    runs.run_ranks(whole, *settings)
+    processes = runs.start_ranks(killed, *settings)
+    wait_for(has_steps(killed, 10), processes[0])
+    kill(processes)
+    assert 10 <= len(metrics(killed)) < STEPS, "the run was over before it was killed"
+    runs.run_ranks(killed, *settings, resume=True)
+    assert "Resuming from" in runs.log(killed, rank=0)
+    assert_same_run(killed, whole)
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in ("average.pt", "regularizers.json"):
+        assert (killed / last / name).read_bytes() == (whole / last / name).read_bytes(), name
+    (averaged,) = read_json_lines(whole / "averaged.jsonl")
+    assert averaged["samples"] == 5
+    for share in ("mixed_share", "noisy_share"):
+        assert any(record[share] for record in metrics(whole)), share
 
 
 SHARDED = (*PLAIN, "execution.sharding=fsdp", "execution.batch_seconds_per_device=2.5")  # accumulates, too

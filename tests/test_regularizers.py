@@ -73,7 +73,7 @@ def step(model, regularizers=None, seed=3, inputs=None):
     output = model(**(inputs or make_inputs()))
     output.loss.backward()
     if regularizers is not None:
-        regularizers.end_step()
+        regularizers.count_votes(regularizers.collect_votes().tolist())
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if model.training:  # in eval mode the mask embedding has none where nothing is masked
         assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -508,7 +508,7 @@ def test_schedules_do_not_compile_a_model_again():
             torch.manual_seed(seed)
             losses.append(forward(**make_inputs()).loss)
             losses[-1].backward()
-            regularizers.end_step()
+            regularizers.count_votes(regularizers.collect_votes().tolist())
         assert torch.equal(*losses)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[2:] == graphs[2:3] * 4  # shapes become dynamic within the first two
@@ -602,7 +602,7 @@ def distributed_child(rank, port, queue):
         torch.manual_seed(2 * seed + rank)  # ranks draw differently
         model.zero_grad()
         model(**make_inputs()).loss.backward()
-        regularizers.end_step()
+        regularizers.count_votes(regularizers.collect_votes().tolist())
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     queue.put((rank, regularizers.state_dict()["whiten_exceeded"], gradients.double().sum().item()))
     torch.distributed.destroy_process_group()

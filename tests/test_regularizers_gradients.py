@@ -239,7 +239,7 @@ def test_whiten_is_the_gradient_of_its_metric(groups):
         expected = slow_whitened_gradient(x.double(), grad.double(), limit, 0.1, groups).float()
         torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(leaf.grad, grad) != exceeded
-        state.end_step(torch.device("cpu"))
+        state.count(state.collect(torch.device("cpu")).tolist())
         assert state.exceeded == [exceeded]
 
 
@@ -282,10 +282,10 @@ def test_whiten_state_keeps_what_was_not_measured_and_the_worst_of_a_step():
     state.vote(1, torch.tensor(True))
     state.vote(1, torch.tensor(False))
     assert state.exceeded == [True, True, True]  # nothing changes within a step
-    state.end_step(torch.device("cpu"))
+    state.count(state.collect(torch.device("cpu")).tolist())
     assert state.exceeded == [False, True, True]
     state.vote(1, torch.tensor(False))
-    state.end_step(torch.device("cpu"))
+    state.count(state.collect(torch.device("cpu")).tolist())
     assert state.exceeded == [False, False, True]
 
 

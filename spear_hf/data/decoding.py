@@ -32,4 +32,5 @@ def utterance_seconds(utterance: Utterance) -> float:
 
 def audio_file(utterance: Utterance) -> AudioFile:
     """What holds its audio, for audio.py."""
-    return utterance.path if utterance.content is None else utterance.content
+    content = utterance.content() if callable(utterance.content) else utterance.content
+    return utterance.path if content is None else content

@@ -10,7 +10,7 @@ relative to the folder.
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ class Utterance:
 
     `num_samples` counts samples at 16 kHz: a manifest's own count is converted when its `sampling_rate` is another.
     With `start`, also in samples at 16 kHz, the utterance is [start, start + num_samples) of its file. `content` is
-    the file itself where it lies inside another one (a row of a parquet file, a member of a tar file); `path` is then
-    the name that errors give it. `load_utterance` in decoding.py takes all this into account.
+    the file itself where it lies inside another one (a row of a parquet file, a member of a tar file), or what reads
+    it; `path` is then the name that errors give it. `load_utterance` in decoding.py takes all this into account.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Utterance:
     source: str | None = None
     sha256: str | None = None  # of the file
     start: int | None = None
-    content: bytes | None = field(default=None, repr=False)
+    content: bytes | Callable[[], bytes] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.start is not None and (self.start < 0 or self.num_samples is None):

@@ -17,6 +17,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
+REPORT_NAME = "evaluation.json"
+"""A report of `spear-hf evaluate` in a model's folder, which the card that `spear-hf publish` writes then states."""
 PLACEHOLDER = re.compile(r"\{\{\s*([\w.]+)\s*(?:\|\s*(\w+)\s*)?\}\}")
 
 

@@ -20,8 +20,6 @@ from .representations import weights_fingerprint
 
 
 BEGIN, END = "<!-- evaluation: begin, written by spear-hf evaluate -->", "<!-- evaluation: end -->"
-REPORT_NAME = "evaluation.json"
-"""A report in a model's folder, which the card that `spear-hf publish` writes then states."""
 METRIC_NAMES = {
     "accuracy": "accuracy",
     "map": "mAP",

@@ -156,7 +156,7 @@ class _DecodingAhead:
                         self._changed.wait_for(self._has_room)
                         if self._closed:
                             return
-                    content = len(utterance.content or b"")
+                    content = _content_size(utterance)
                     self._account(1, content)
                     self._queue.put(self._pool.submit(self._decode, utterance, place, content))
                 self._queue.put(_End())
@@ -194,7 +194,12 @@ def _samples(item: Decoded) -> int:
 
 
 def _bytes(item: Decoded) -> int:
-    return len(item.utterance.content or b"") + (0 if item.waveform is None else item.waveform.nbytes)
+    return _content_size(item.utterance) + (0 if item.waveform is None else item.waveform.nbytes)
+
+
+def _content_size(utterance: Utterance) -> int:
+    """Bytes that it holds in memory."""
+    return len(utterance.content) if isinstance(utterance.content, bytes) else 0
 
 
 def _batches(ordered: list[Decoded], batch_seconds: float) -> list[list[Decoded]]:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStore, list_key
-from spear_hf.mvq.store_format import FORMAT_VERSION, read_metadata
+from spear_hf.mvq.store_format import FORMAT_VERSION, MANIFEST_COLUMNS, read_metadata
 from spear_hf.mvq.store_writer import StoreWriter
 
 
@@ -51,6 +51,7 @@ def merge_stores(
     checksums = _refuse_other_audio(opened, ids, rows, kept)
 
     audio = next((store for store in opened.values() if store.with_audio), None)
+    columns = _manifest_columns(audio, ids)
     writer = StoreWriter(output, {name: store.info for name, store in opened.items()}, with_audio=audio is not None)
     common = {id for id, is_kept in zip(ids, kept) if is_kept}
     keys, start = [], 0
@@ -68,6 +69,7 @@ def merge_stores(
                             num_samples=int(first.lengths[place]),
                             audio_checksum=None if checksums[place] < 0 else int(checksums[place]),
                             audio=audio.audio_file(ids[place]) if audio is not None else None,
+                            **{column: values[place] for column, values in columns.items()},
                         )
                         for place in places
                     ]
@@ -140,6 +142,15 @@ def _refuse_other_audio(
             )
         checksums = np.where(checksums >= 0, checksums, np.where(places >= 0, theirs, -1))
     return checksums
+
+
+def _manifest_columns(audio: TokenStore | None, ids: list[str]) -> dict[str, list[str | None]]:
+    """What the store with audio knows of `ids`."""
+    if audio is None:
+        return {}
+    places = audio.rows_of(ids)
+    known = zip(MANIFEST_COLUMNS, audio.manifest_columns())
+    return {name: [None if place < 0 else values[place] for place in places] for name, values in known}
 
 
 def _quarantine(opened: Mapping[str, TokenStore], common: set[str]) -> list[QuarantinedAudio]:

@@ -4,24 +4,27 @@
     STORE/
       metadata.json         format version, what the tokens are (StoreInfo), and once complete the list of shards
       README.md             lets `datasets.load_dataset("STORE")` find the shards
-      index.parquet         id, num_samples, num_frames, shard, row and id_hash of every utterance
-      tokens-00000.parquet  id, num_samples, num_frames, codes, checksum, audio_checksum, and with audio: audio
+      index.parquet         id, num_samples, num_frames, shard, row and id_hash of every utterance; domain, split
+      tokens-00000.parquet  id, num_samples, num_frames, codes, checksum, audio_checksum; domain, split, audio
       quarantine.jsonl      id, path and error of utterances without tokens, if there are any
 
 `codes` holds num_frames x num_codebooks bytes: `np.frombuffer(codes, np.uint8).reshape(num_frames, num_codebooks)`.
 `checksum` is the CRC-32 of `codes`, `audio_checksum` that of the decoded waveform, `audio` a file of exactly its
-samples as {bytes, path}. A store of several teachers (merge.py) has three columns of each: `speech_num_frames`,
-`speech_codes`, `speech_codes_checksum`. A shard's footer repeats what the tokens are and holds the shard's part of the
-quarantine and the key of the piece of the list that it was made from, so that a shard stands for all utterances it was
-given. Files are written under a temporary name, synced and renamed; equal content gives equal bytes.
+samples as {bytes, path}; `domain`, `split` and `audio` are of a store with audio alone. A store of several teachers
+(merge.py) has three columns of each: `speech_num_frames`, `speech_codes`, `speech_codes_checksum`. A shard's footer
+repeats what the tokens are and holds the shard's part of the quarantine and the key of the piece of the list that it
+was made from, so that a shard stands for all utterances it was given. Files are written under a temporary name, synced
+and renamed; equal content gives equal bytes.
 
 Writing is in store_writer.py, the files in store_format.py, and what is public of them can be had from here.
 """
 
 import io
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear_hf.data.audio import load_audio
+from spear_hf.data.manifest import Utterance
 from spear_hf.mvq.atomic_files import write_atomically
 from spear_hf.mvq.store_format import (
     FORMAT_VERSION,
     INDEX,
+    MANIFEST_COLUMNS,
     METADATA,
     QUARANTINE,
-    ROW_GROUP,
     SHARD_UTTERANCES,
     SINGLE,
     Infos,
@@ -57,7 +61,7 @@ from spear_hf.mvq.store_format import (
     shard_files,
     waveform_checksum,
 )
-from spear_hf.mvq.store_location import HubFolder, LocalFolder, find_store
+from spear_hf.mvq.store_location import HubFolder, LocalFolder, find_store, named_teacher
 from spear_hf.mvq.store_writer import TokenStoreWriter
 
 
@@ -76,13 +80,14 @@ __all__ = [
 ]
 
 CACHED_ROW_GROUPS = 32
+_CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache is for one at a time
 
 
 class TokenStore:
     """Reads a store: `store[id]` -> uint8 (frames, codebooks). Codes are read when asked for, with their checksums.
 
-    Opening reads metadata and index alone. Held of an utterance are its id and 36 bytes. May be sent to other
-    processes (loader workers): it holds the index, and opens files where it is used.
+    Opening reads metadata and index alone. Held of an utterance are its id and 36 bytes, with audio 44. May be sent to
+    other processes (loader workers): it holds the index, and opens files where it is used.
     """
 
     def __init__(
@@ -104,6 +109,8 @@ class TokenStore:
         self._ids: pa.LargeStringArray = _one_chunk(table["id"])
         self._frames = table[f"{self._prefix}num_frames"].to_numpy()
         self._samples = table["num_samples"].to_numpy()
+        known = [name for name in MANIFEST_COLUMNS if name in table.column_names]
+        self._manifest = {name: table[name].dictionary_encode() for name in known}
         self._first_row = np.cumsum([0, *(shard["num_utterances"] for shard in shards)])
         self._hashes, self._order = hash_order(table, str(location))
         self._cache: OrderedDict[tuple[int, int, str], pa.Table] = OrderedDict()
@@ -116,20 +123,24 @@ class TokenStore:
         allow_incomplete: bool = False,
         teacher: str | None = None,
         revision: str | None = None,
+        any_teacher: bool = False,
     ) -> "TokenStore":
         """Opens a store: a folder, or "OWNER/NAME" of a dataset on the Hub, whose shards are downloaded when used.
 
         `teacher`: which of a store of several, which may also be named behind the store, "STORE#TEACHER", where only
-        one text can be given. `revision`: branch, tag or commit on the Hub; what the branch is now is what is read
-        from then on. `allow_incomplete` takes the shards that are there of an interrupted one.
+        one text can be given. `revision`: branch, tag or commit on the Hub, or "OWNER/NAME@REVISION"; what the branch
+        is now is what is read from then on. `allow_incomplete` takes the shards that are there of an interrupted one.
+        `any_teacher`: the first of several, for what does not depend on the teacher, such as the audio.
         ValueError, with the way out, for what is no store, not complete, or plainly damaged; damage within a shard is
         found when it is read.
         """
-        if teacher is None and isinstance(folder, str) and "#" in folder and not Path(folder).exists():
-            folder, _, teacher = folder.rpartition("#")
+        if teacher is None:
+            folder, teacher = named_teacher(folder)
         location = find_store(folder, revision)
         metadata = read_metadata(location.fetch(METADATA).parent)
         infos = read_infos(metadata, Path(str(location)) / METADATA)
+        if any_teacher:
+            teacher = None if SINGLE in infos else next(iter(infos))
         name = _chosen(infos, teacher, str(location))
         if metadata.get("complete"):
             shards = metadata["shards"]
@@ -142,7 +153,7 @@ class TokenStore:
             )
         columns = ["id", "num_samples", f"{prefix(name)}num_frames"]
         if metadata.get("complete") and metadata["format_version"] > 1:
-            table = _read_index(location.fetch(INDEX), [*columns, "id_hash"])
+            table = _read_index(location.fetch(INDEX), [*columns, *MANIFEST_COLUMNS, "id_hash"])
             if len(table) != sum(shard["num_utterances"] for shard in shards):
                 raise ValueError(f"{location}: {INDEX} is not of this store: delete it, and run tokenize again")
         else:
@@ -186,6 +197,31 @@ class TokenStore:
         _, table, place = self._place(self._row(id), "audio")
         cell = table[0][place].as_py()
         return cell["bytes"], Path(cell["path"]).suffix
+
+    def utterances(self) -> list[Utterance]:
+        """All of a store with audio, as a manifest would list them; the audio is read where it is decoded."""
+        if not self.with_audio:
+            raise ValueError(f"{self.location} was made without audio; `spear-hf tokenize --with-audio` joins it")
+        return [
+            Utterance(
+                id,
+                Path(str(self.location)) / id,
+                domain=domain,
+                split=split,
+                num_samples=int(samples),
+                content=partial(self._content, id),
+            )
+            for id, samples, domain, split in zip(self, self._samples, *self.manifest_columns())
+        ]
+
+    def manifest_columns(self) -> list[list[str | None]]:
+        """The `MANIFEST_COLUMNS`, in the store's order; None where they are not known."""
+        unknown: list[str | None] = [None] * len(self)
+        return [self._manifest[name].to_pylist() if name in self._manifest else unknown for name in MANIFEST_COLUMNS]
+
+    def _content(self, id: str) -> bytes:
+        with _CONTENT_LOCK:
+            return self.audio_file(id)[0]
 
     def audio_checksums(self) -> np.ndarray:
         """CRC-32 of every waveform in the order of the ids, int64 (utterances,), -1 where it is not known."""
@@ -290,12 +326,12 @@ class TokenStore:
     def _place(self, row: int, *columns: str) -> tuple[int, pa.Table, int]:
         """(shard, its row group with these columns, the place therein) of a row of the store."""
         shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        group, place = divmod(row - int(self._first_row[shard]), ROW_GROUP)
+        path, file = self._shard(shard)
+        group, place = divmod(row - int(self._first_row[shard]), file.metadata.row_group(0).num_rows)
         key = (shard, group, columns[0])
         if key in self._cache:
             self._cache.move_to_end(key)
         else:
-            path, file = self._shard(shard)
             self._cache[key] = read_columns(file, path, list(columns), group).select(columns)
             if len(self._cache) > CACHED_ROW_GROUPS:
                 self._cache.popitem(last=False)
@@ -306,7 +342,8 @@ class TokenStore:
         if shard not in self._files:
             entry = self._shards[shard]
             path = self.location.fetch(entry["file"])
-            file = open_shard(path)
+            # Codes have checksums of their own, audio has those of its pages.
+            file = open_shard(path, verify=self.with_audio)
             _check_footer(file, path, self._infos, entry)
             self._files[shard] = path, file
         return self._files[shard]
@@ -341,6 +378,8 @@ def _check_footer(file: pq.ParquetFile, path: Path, infos: Infos, entry: dict[st
 
 def _read_index(path: Path, columns: list[str]) -> pa.Table:
     try:
+        known = pq.read_schema(path).names  # of a store without audio, or of before they were, there are fewer
+        columns = [name for name in columns if name in known or name not in MANIFEST_COLUMNS]
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and run tokenize again to make it anew") from error

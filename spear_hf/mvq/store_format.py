@@ -26,7 +26,9 @@ QUARANTINE = "quarantine.jsonl"
 CARD = "README.md"
 SHARD_UTTERANCES = 1000
 ROW_GROUP = 64  # utterances read together for one: about half a megabyte of 10 s utterances
+ROW_GROUP_WITH_AUDIO = 8  # likewise, 1.3 MB of 16-bit FLAC
 SINGLE = ""
+MANIFEST_COLUMNS = ("domain", "split")  # of a store with audio, and of its index
 _FOOTER_KEY = b"spear_hf"
 
 Infos = Mapping[str, "StoreInfo"]
@@ -74,6 +76,8 @@ class TokenRow:
     num_samples: int
     audio_checksum: int | None = None
     audio: tuple[bytes, str] | None = None
+    domain: str | None = None  # this and the split are kept with the audio, for it stands for a manifest
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ def shard_schema(names: Iterable[str], with_audio: bool) -> pa.Schema:
         ]
     columns.append(("audio_checksum", pa.uint32(), True))
     if with_audio:
+        columns += [(name, pa.string(), True) for name in MANIFEST_COLUMNS]
         columns.append(("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), True))
     return pa.schema([pa.field(*column) for column in columns])
 
@@ -183,6 +188,7 @@ def shard_content(
         columns[f"{prefix(name)}codes"] = codes
         columns[checksum_column(name)] = [zlib.crc32(code) for code in codes]
     if with_audio:
+        columns |= {name: [getattr(row, name) for row in first] for name in MANIFEST_COLUMNS}
         columns["audio"] = [_audio_cell(row) for row in first]
     schema = shard_schema(infos, with_audio)
     footer = {
@@ -201,7 +207,7 @@ def shard_content(
     pq.write_table(
         pa.table({name: columns[name] for name in schema.names}, schema=schema),
         sink,
-        row_group_size=ROW_GROUP,
+        row_group_size=ROW_GROUP_WITH_AUDIO if with_audio else ROW_GROUP,
         compression={leaf: "NONE" if leaf.split(".")[0] in raw else "ZSTD" for leaf in leaves},
         use_dictionary=False,
         write_statistics=False,
@@ -314,7 +320,8 @@ def read_infos(content: dict[str, Any], path: Path) -> Infos:
 
 
 def index_content(table: pa.Table, where: str) -> memoryview:
-    """The bytes of index.parquet: id, num_samples, num_frames of every teacher, shard, row, id_hash.
+    """The bytes of index.parquet: id, num_samples, num_frames of every teacher, with audio domain and split, shard,
+    row, id_hash.
 
     ValueError if an id comes twice.
     """

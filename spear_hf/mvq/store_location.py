@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear_hf.mvq.store_format import METADATA
+from spear_hf.mvq.store_format import METADATA, read_metadata
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,15 @@ class HubFolder:
 
 
 def find_store(source: str | Path, revision: str | None = None) -> LocalFolder | HubFolder:
-    """The folder of this name if there is one, else the dataset. A Path is always a folder."""
+    """The folder of this name if there is one, else the dataset. A Path is always a folder.
+
+    A dataset's revision may also stand behind its name, "OWNER/NAME@REVISION", where only one text can be given.
+    """
     folder = Path(source)
+    if revision is None and isinstance(source, str) and "@" in source and not folder.exists():
+        name, _, behind = source.partition("@")
+        if len(name.split("/")) == 2:
+            source, revision = name, behind
     parts = str(source).split("/")
     if folder.exists() or isinstance(source, Path) or len(parts) != 2 or not all(parts) or parts[0][0] in ".~":
         if revision is not None:
@@ -61,6 +68,29 @@ def find_store(source: str | Path, revision: str | None = None) -> LocalFolder |
         return LocalFolder(folder)
     metadata = _download(str(source), METADATA, revision)
     return HubFolder(str(source), metadata.parent.name)  # snapshots/COMMIT/metadata.json
+
+
+def named_teacher(source: str | Path) -> tuple[str | Path, str | None]:
+    """("STORE", "TEACHER") of "STORE#TEACHER"; without a teacher, None."""
+    if isinstance(source, str) and "#" in source and not Path(source).exists():
+        store, _, teacher = source.rpartition("#")
+        return store, teacher
+    return source, None
+
+
+def pinned(source: str) -> str:
+    """The same store by a name that stays with what is there now: a dataset's with its commit, a folder's as it is."""
+    store, teacher = named_teacher(source)
+    location = find_store(store)
+    if isinstance(location, LocalFolder):
+        return source
+    return f"{location.repo_id}@{location.commit}" + (f"#{teacher}" if teacher else "")
+
+
+def is_joined(source: str) -> bool:
+    """Whether a store was made with its audio."""
+    location = find_store(named_teacher(source)[0])
+    return bool(read_metadata(location.fetch(METADATA).parent).get("with_audio"))
 
 
 def _download(repo_id: str, name: str, revision: str | None) -> Path:

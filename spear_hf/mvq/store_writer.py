@@ -20,6 +20,7 @@ from spear_hf.mvq.store_format import (
     CARD,
     FORMAT_VERSION,
     INDEX,
+    MANIFEST_COLUMNS,
     METADATA,
     QUARANTINE,
     SHARD_UTTERANCES,
@@ -139,7 +140,7 @@ class StoreWriter:
             return
         entries: list[dict[str, Any]] = []
         bad: list[QuarantinedAudio] = []
-        tables = [_empty_index(self.infos)]
+        tables = [_empty_index(self.infos, self.with_audio)]
         for index in planned:
             footer, table = self._index_of(index)
             if keys is not None and footer.key != keys[index]:
@@ -211,8 +212,10 @@ class StoreWriter:
         path = shard_path(self.folder, index)
         file = open_shard(path, verify=True)
         footer = self._checked_footer(read_footer(file, path), index)
-        schema = _empty_index(self.infos).schema
-        table = read_columns(file, path, schema.names[:-2])
+        schema = _empty_index(self.infos, self.with_audio).schema
+        table = read_columns(file, path, [name for name in schema.names[:-2] if name in file.schema_arrow.names])
+        for name in schema.names[len(table.column_names) : -2]:  # a shard of before there were MANIFEST_COLUMNS
+            table = table.append_column(schema.field(name), pa.nulls(len(table), pa.string()))
         table = table.append_column(schema.field("shard"), pa.array(np.full(len(table), index, np.int32)))
         return footer, table.append_column(schema.field("row"), pa.array(np.arange(len(table), dtype=np.int32))).cast(
             schema
@@ -314,7 +317,9 @@ class TokenStoreWriter(StoreWriter):
             self._pending = []
 
 
-def _empty_index(infos: Infos) -> pa.Table:
+def _empty_index(infos: Infos, with_audio: bool) -> pa.Table:
     counts = [(f"{prefix(name)}num_frames", pa.int64()) for name in infos]
-    columns = [("id", pa.large_string()), ("num_samples", pa.int64()), *counts, ("shard", pa.int32())]
-    return pa.schema([pa.field(*c, nullable=False) for c in [*columns, ("row", pa.int32())]]).empty_table()
+    texts = [(name, pa.string()) for name in MANIFEST_COLUMNS if with_audio]
+    columns = [("id", pa.large_string()), ("num_samples", pa.int64()), *counts, *texts]
+    columns += [("shard", pa.int32()), ("row", pa.int32())]
+    return pa.schema([pa.field(*column, nullable=column in texts) for column in columns]).empty_table()

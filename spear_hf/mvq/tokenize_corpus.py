@@ -173,7 +173,14 @@ class _Run:
             if codes is None or item.waveform is None:
                 shard.bad[item.place] = QuarantinedAudio(id, display_path(utterance.path), item.error or "")
                 continue
-            shard.rows[item.place] = TokenRow(id, codes, len(item.waveform), waveform_checksum(item.waveform))
+            shard.rows[item.place] = TokenRow(
+                id,
+                codes,
+                len(item.waveform),
+                waveform_checksum(item.waveform),
+                domain=utterance.domain,
+                split=utterance.split,
+            )
             if self.writer.with_audio:
                 original = audio_file(utterance) if utterance.start is None else None
                 shard.audio[item.place] = self.encoders.submit(encode_audio, item.waveform, original)

@@ -63,6 +63,11 @@ class RunningAverage:
         self.samples += 1
         self._last_step = step
 
+    @property
+    def is_published(self) -> bool:
+        """Whether the mean is better than the last weights."""
+        return self.samples >= FEWEST_SAMPLES
+
     def averaged_state(
         self, latest: Mapping[str, Tensor], earlier: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
@@ -88,7 +93,7 @@ class RunningAverage:
             if earlier["samples"]:
                 sums = {name: total - earlier["sums"][name] for name, total in sums.items()}
         state = {name: tensor.detach().cpu() for name, tensor in latest.items()}
-        if earlier is not None or samples >= FEWEST_SAMPLES:
+        if earlier is not None or self.is_published:
             state |= {name: (total / samples).to(state[name].dtype) for name, total in sums.items()}
         return state
 

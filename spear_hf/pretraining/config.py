@@ -72,7 +72,8 @@ class TargetConfig:
     student is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
 
     store: str | None = None
-    """A token store, as `spear-hf tokenize` writes it, with the tokens of every utterance (`TokenStore.open`)."""
+    """A token store, as `spear-hf tokenize` writes it, with the tokens of every utterance: a folder, or OWNER/NAME or
+    OWNER/NAME@REVISION on the Hub; with #TEACHER behind it where it holds the tokens of several."""
 
     tokenizer: str | None = None
     """Folder of a tokenizer, as `spear-hf quantize` writes it; the first start tokenises into OUTPUT/tokens."""
@@ -115,11 +116,16 @@ class DataConfig:
     manifest: str | None = None
     """A manifest (.jsonl, .csv, .tsv) or a folder of audio. `bundled`: examples/data of a source checkout."""
 
+    store: str | None = None
+    """Instead of a manifest: a token store with its audio (`spear-hf tokenize --with-audio`), a folder or OWNER/NAME
+    on the Hub, all of whose utterances are heard. With both null: the first of the targets' stores that has audio."""
+
     split: str | None = None
-    """Split of the manifest to train on, or several (`train+extra`); null: all. Ignored for data without splits."""
+    """Split of the manifest, or of the store, to train on, or several (`train+extra`); null: all. Ignored for data
+    without splits."""
 
     validation_split: str | None = None
-    """Split of the manifest to validate on; null: hold out `validation_fraction`."""
+    """Split to validate on; null: hold out `validation_fraction`."""
 
     validation_fraction: float = 0.01
     """Share of the utterances held out where there is no validation split, chosen by a hash of the id."""
@@ -144,6 +150,8 @@ class DataConfig:
     """Batches hold utterances of like length, which is blurred by this share so that they differ between epochs."""
 
     def __post_init__(self) -> None:
+        if self.manifest is not None and self.store is not None:
+            raise ValueError("manifest and store are both set: set one, null the other.")
         if not 0.085 <= self.min_seconds <= self.max_seconds:
             raise ValueError(f"0.085 <= min_seconds <= max_seconds must hold: {self.min_seconds}, {self.max_seconds}.")
         if abs(self.max_seconds / 0.04 - round(self.max_seconds / 0.04)) > 1e-6:

@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""The utterances a run trains and validates on: chosen from the manifest, measured, and fingerprinted."""
+"""The utterances a run trains and validates on: chosen from a manifest or a token store, measured, fingerprinted."""
 
 import hashlib
 import logging
@@ -14,6 +14,7 @@ from ..data.collation import domain_of
 from ..data.decoding import utterance_seconds
 from ..data.manifest import DOMAINS, Utterance, read_manifest
 from ..data.seeding import keyed_generator
+from ..mvq.store import TokenStore
 from .config import DataConfig
 
 
@@ -52,13 +53,11 @@ class Corpus:
         return float(self.training_lengths.sum()) / SAMPLING_RATE / 3600
 
 
-def manifest_source(manifest: str | None, key: str = "data.manifest") -> Path:
+def manifest_source(manifest: str, key: str = "data.manifest") -> Path:
     """The path that `data.manifest`, or the setting `key`, means.
 
     `bundled` is looked for in the current folder and beside the package.
     """
-    if manifest is None:
-        raise ValueError(f"{key} is not set: name a manifest or a folder of audio with --set {key}=PATH.")
     if manifest != BUNDLED:
         if not Path(manifest).exists():
             raise ValueError(f"{key}={manifest} does not exist.")
@@ -72,15 +71,23 @@ def manifest_source(manifest: str | None, key: str = "data.manifest") -> Path:
     )
 
 
-def read_utterances(source: Path) -> list[Utterance]:
-    """The utterances of a manifest or a folder of audio: the one place where a run learns what there is to hear."""
-    return read_manifest(source)
+def read_utterances(config: DataConfig) -> tuple[list[Utterance], str]:
+    """What there is to hear, and where it comes from: a token store with audio, a manifest or a folder of audio."""
+    if config.store is not None:
+        store = TokenStore.open(config.store, any_teacher=True)
+        return store.utterances(), str(store.location)
+    if config.manifest is None:
+        raise ValueError(
+            "There is nothing to hear: name a manifest or a folder of audio with --set data.manifest=PATH, or a token "
+            "store that has its audio (`spear-hf tokenize --with-audio`) with --set data.store=STORE."
+        )
+    source = manifest_source(config.manifest)
+    return read_manifest(source), str(source)
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
-    """Reads the manifest, selects training and validation utterances, and leaves out the ones that are too short."""
-    source = manifest_source(config.manifest)
-    utterances = read_utterances(source)
+    """Selects training and validation utterances, and leaves out the ones that are too short."""
+    utterances, source = read_utterances(config)
     training, validation = _divide(utterances, config, seed, source)
     kept = []
     for group, name in ((training, "training"), (validation, "validation")):
@@ -108,7 +115,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
 
 
 def _divide(
-    utterances: list[Utterance], config: DataConfig, seed: int, source: Path
+    utterances: list[Utterance], config: DataConfig, seed: int, source: str
 ) -> tuple[list[Utterance], list[Utterance]]:
     """Training and validation utterances, by split or by a hash of the id."""
     splits = sorted({utterance.split for utterance in utterances if utterance.split is not None})
@@ -136,5 +143,5 @@ def _divide(
 
 
 def _lengths(utterances: Sequence[Utterance]) -> np.ndarray:
-    """Samples at 16 kHz of each utterance, from the manifest or else from the audio file's header."""
+    """Samples at 16 kHz of each utterance, from the list or else from the audio file's header."""
     return np.array([round(utterance_seconds(utterance) * SAMPLING_RATE) for utterance in utterances], dtype=np.int64)

@@ -37,16 +37,16 @@ from .checkpoints import CheckpointFolder, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
-from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary
-from .online_probe import OnlineProbe
+from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary, to_device
 from .optimization import build_optimizer, clip_gradients, clipping_factor, set_learning_rate
 from .regularizers import Regularizers, install_regularizers
 from .regularizers_schedules import adjusted_batches
 from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
-from .sharding import gathered, is_sharded, parameter_norm, reduce_whole_gradients, shard
+from .sharding import gathered, is_sharded, load_from_main, parameter_norm, reduce_whole_gradients, shard
 from .signals import StopRequest, ignore_stop_signals
+from .sources import record_sources, settle_sources
 from .targets import prepare_stores
 from .validation import Unigram, Validator
 
@@ -108,13 +108,17 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             logging.getLogger("spear_hf").setLevel(logging.WARNING)
         stack.enter_context(logging_redirect_tqdm(loggers=[logging.getLogger("spear_hf")]))
 
-        corpus = load_corpus(config.data, config.seed)
+        settled = [settle_sources(config, folder) if accelerator.is_main_process else None]
+        sources: PreTrainingConfig = broadcast_object_list(settled)[0]  # the same for all ranks
+        corpus = load_corpus(sources.data, config.seed)
         extractor = SpearFeatureExtractor()
         probe = None
         if config.logging.probe_every and accelerator.is_main_process:
+            from .online_probe import OnlineProbe  # brings scikit-learn
+
             probe = OnlineProbe(config.logging, extractor, config.seed)
         with accelerator.main_process_first():  # the others find what the first has made
-            stores = prepare_stores(config, corpus, folder, device=str(accelerator.device))
+            stores = prepare_stores(config, sources.targets, corpus, folder, device=str(accelerator.device))
 
         bare_model = build_model(config, stores)
         sampler = build_sampler(config, corpus)
@@ -169,8 +173,10 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         files: dict[str, JsonLines] = {}
         if accelerator.is_main_process:
             folder.create(config)
+            record_sources(folder, config, sources)
             for path in (folder.metrics, folder.evaluation, folder.probes):
                 files[path.stem] = stack.enter_context(JsonLines(path, progress.step))
+            files["averaged"] = stack.enter_context(JsonLines(folder.averaged))  # of the end, which is still to come
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
         accelerator.wait_for_everyone()
 
@@ -235,13 +241,14 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         peak = peak_flops(accelerator.device, uses_bf16(config.execution))
         clock = StepClock(peak * accelerator.num_processes)
         step_flops = FlopCounter(bare_model.config)
+        parameters = list(bare_model.parameters())
         for batches in loader:
             clock.data_arrived()
             record, must_stop = train_step(
                 config,
                 accelerator,
                 model,
-                bare_model,
+                parameters,
                 optimizer,
                 regularizers,
                 batches,
@@ -282,9 +289,18 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             clock.restart()
 
         final = whole_model(accelerator, bare_model)
+        samples = broadcast_object_list([average.samples if average is not None and average.is_published else 0])[0]
+        if samples:
+            state = None if final is None or average is None else average.averaged_state(final.state_dict())
+            load_from_main(bare_model, state, accelerator)
+            if validator is not None:
+                record = validator(bare_model)
+                if files:
+                    files["averaged"].write({"step": progress.step, "samples": samples, **record})
+                    accelerator.log(numbers(record, "averaged"), step=progress.step)
+                logger.info("Mean of the weights of %d steps, held-out audio: %s.", samples, summary(record))
+            final = whole_model(accelerator, bare_model)
         if final is not None:
-            assert average is not None
-            final.load_state_dict(average.averaged_state(final.state_dict()))
             write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
@@ -318,7 +334,7 @@ def train_step(
     config: PreTrainingConfig,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    bare_model: SpearForPreTraining,
+    parameters: Sequence[torch.nn.Parameter],
     optimizer: Any,
     regularizers: Regularizers,
     batches: Sequence[MicroBatch],
@@ -337,7 +353,7 @@ def train_step(
     learning_rate = config.optimizer.peak_rate * learning_rate_factor(config.schedule, progress.step, progress.hours)
     set_learning_rate(optimizer, learning_rate)
 
-    items = torch.tensor([sum(batch.num_items for batch in batches)], device=device)
+    items = to_device([sum(batch.num_items for batch in batches)], torch.int64, device)
     items = accelerator.reduce(items, "sum").clamp(min=1)
     # Distributed training averages gradients over the ranks, where their sum is wanted.
     normaliser = items[0] / num_ranks
@@ -358,14 +374,13 @@ def train_step(
         flops = step_flops(batch.inputs["attention_mask"].sum(dim=1).tolist()) if batch.ids else 0
         sums.add(batch, output, output.loss / num_ranks, flops)
         row_losses.append(output.utterance_statistics[..., 0].sum(dim=(0, 2)))
-    regularizers.end_step()
     if sharded:
-        reduce_whole_gradients(model)
-    weights_norm = parameter_norm(model)
-    grad_norm = clip_gradients(accelerator, model, config.optimizer)
-
-    sums.vector = accelerator.reduce(sums.vector, "sum")
-    totals = sums.read()
+        reduce_whole_gradients(parameters)
+    norms = parameter_norm(parameters), clip_gradients(accelerator, parameters, config.optimizer)
+    sums.reduce(accelerator)
+    # The one place of a step where the host waits for the device.
+    totals, ((weights_norm,), (grad_norm,), votes) = sums.read(*norms, regularizers.collect_votes())
+    regularizers.count_votes(votes)
     counts = totals.counters
     finite = math.isfinite(counts["loss"]) and math.isfinite(grad_norm)
     if finite:
@@ -477,7 +492,7 @@ def load_checkpoint(
 def write_final(into: Path, model: SpearForPreTraining, extractor: SpearFeatureExtractor, folder: RunFolder) -> None:
     """The finished model with its heads, the encoder alone in `encoder/`, the feature extractor for both, and a card.
 
-    What is written is what is published: the weights of `model`.
+    What is written is what is published: the weights of `model`, averaged if there was an average.
     """
     model.save_pretrained(into)
     extractor.save_pretrained(into)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 from ..data.audio import SAMPLING_RATE
 from ..data.collation import MicroBatch, needs_target
@@ -48,10 +49,9 @@ class StepSums:
     def __init__(self, codebooks: Mapping[str, int], domains: Sequence[str], device: torch.device) -> None:
         self.codebooks = dict(codebooks)
         self.domains = list(domains)
-        # float32 has 24 bits: too few for the samples of a step. MPS has no float64.
-        kind = torch.float32 if device.type == "mps" else torch.float64
         self._sizes = [6 * len(self.codebooks) * len(self.domains), 2 * sum(self.codebooks.values()), len(COUNTERS)]
-        self.vector = torch.zeros(sum(self._sizes), dtype=kind, device=device)
+        self.vector = torch.zeros(sum(self._sizes), dtype=exact(device), device=device)
+        self._counted = dict.fromkeys(COUNTERS, 0)  # on the host; the loss is in the vector from the beginning
 
     def add(
         self, batch: MicroBatch, output: SpearForPreTrainingOutput, loss: torch.Tensor | None = None, flops: int = 0
@@ -61,25 +61,38 @@ class StepSums:
         assert output.codebook_statistics is not None
         statistics, codebooks, counters = self.vector.split(self._sizes)
         rows = [[domain == row for row in batch.domains] for domain in self.domains]
-        chosen = torch.tensor(rows, dtype=self.vector.dtype).to(self.vector.device)  # (domains, rows)
+        chosen = to_device(rows, self.vector.dtype, self.vector.device)  # (domains, rows)
         by_domain = torch.einsum("dr,trgk->tdgk", chosen, output.utterance_statistics.to(self.vector.dtype))
         statistics += by_domain.flatten()
         codebooks += output.codebook_statistics.flatten()
         if loss is not None:
             counters[0] += loss.detach()
-        counts = [batch.num_samples, batch.num_padded_samples, len(batch.ids), batch.num_items]
-        counts += [batch.num_mixed, batch.num_noisy, flops]
-        counters[1:-1] += torch.tensor(counts, dtype=self.vector.dtype).to(self.vector.device)
+        self._counted["samples"] += batch.num_samples
+        self._counted["padded_samples"] += batch.num_padded_samples
+        self._counted["utterances"] += len(batch.ids)
+        self._counted["items"] += batch.num_items
+        self._counted["mixed"] += batch.num_mixed
+        self._counted["noisy"] += batch.num_noisy
+        self._counted["flops"] += flops
 
     def request_stop(self) -> None:
         """This rank was told to stop; after the reduction all ranks know."""
-        self.vector[-1] += 1
+        self._counted["stop"] = 1
 
-    def read(self) -> Sums:
-        """The sums. Waits for the device."""
-        statistics, codebooks, counters = self.vector.double().cpu().split(self._sizes)
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Makes them the sums of all ranks, which all must call; nothing can be added any more."""
+        counters = self.vector.split(self._sizes)[2]
+        counters += to_device(list(self._counted.values()), self.vector.dtype, self.vector.device)
+        self.vector = accelerator.reduce(self.vector, "sum")
+
+    def read(self, *others: torch.Tensor) -> tuple[Sums, list[list[float]]]:
+        """The sums, and the elements of `others`, all with a single wait for the device."""
+        parts = [self.vector, *(other.detach().flatten().to(self.vector.dtype) for other in others)]
+        vector, *read = torch.cat(parts).double().cpu().split([len(part) for part in parts])
+        statistics, codebooks, counters = vector.split(self._sizes)
         shape = (len(self.codebooks), len(self.domains), 2, 3)
-        return Sums(statistics.view(shape), codebooks.view(-1, 2), dict(zip(COUNTERS, counters.tolist())))
+        sums = Sums(statistics.view(shape), codebooks.view(-1, 2), dict(zip(COUNTERS, counters.tolist())))
+        return sums, [other.tolist() for other in read]
 
     def metrics(self, sums: Sums) -> dict[str, Any]:
         """Losses and accuracies of the teachers: of all utterances, by domain if there are several, by codebook."""
@@ -94,6 +107,17 @@ class StepSums:
                     metrics[f"{name}_masked_accuracy_on_{domain}"] = ratio(correct, masked)
             metrics[f"{name}_codebook_accuracy"] = [ratio(correct, count) for correct, count in entries.tolist()]
         return metrics
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """For sums: float32 has 24 bits, too few for the samples of a step. MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A small tensor; the host does not wait until it is there, nor for what the device does before."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def codebooks_of(model: SpearForPreTraining) -> dict[str, int]:

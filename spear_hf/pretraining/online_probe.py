@@ -4,12 +4,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.manifest import Utterance
+from ..data.manifest import Utterance, read_manifest
 from ..evaluation.probe import concatenated, linear_probe, pooled_features
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearModel
 from .config import LoggingConfig
-from .corpus import manifest_source, read_utterances
+from .corpus import manifest_source
 
 
 class OnlineProbe:
@@ -21,8 +21,9 @@ class OnlineProbe:
     def __init__(self, config: LoggingConfig, extractor: SpearFeatureExtractor, seed: int) -> None:
         self.extractor = extractor
         self.seed = seed
+        assert config.probe_manifest is not None  # LoggingConfig sees to it
         source = manifest_source(config.probe_manifest, key="logging.probe_manifest")
-        labelled = [row for row in read_utterances(source) if row.probe and isinstance(row.label, str)]
+        labelled = [row for row in read_manifest(source) if row.probe and isinstance(row.label, str)]
         known = sorted({row.probe for row in labelled if row.probe})
         self.tasks: dict[str, tuple[list[Utterance], list[Utterance]]] = {}
         for name in config.probes or known:

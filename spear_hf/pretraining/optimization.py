@@ -1,12 +1,13 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The optimiser, its parameter groups, clipping, and setting its learning rate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from .config import OptimizerConfig
@@ -50,14 +51,19 @@ def build_optimizer(
         lr=config.peak_rate,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
+        fused=True,  # one kernel for many tensors
     )
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, config: OptimizerConfig) -> float:
+def clip_gradients(
+    accelerator: Accelerator, parameters: Sequence[nn.Parameter], config: OptimizerConfig
+) -> torch.Tensor:
     """The norm of the gradients before clipping, which is done here for AdamW; ScaledAdam clips in its own step."""
     if config.max_grad_norm is not None:
-        return float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    return float(get_total_norm(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
+        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+    else:
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clipping_factor(optimizer: Any, config: OptimizerConfig, grad_norm: float) -> float:

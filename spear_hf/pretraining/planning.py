@@ -22,6 +22,7 @@ from .flops import FlopCounter, peak_flops
 from .metrics import read_json_lines
 from .run_folder import RunFolder
 from .setup import build_model, build_sampler, uses_bf16
+from .sources import settle_sources
 
 
 # float32 weights, gradients and the two averages of AdamW or ScaledAdam.
@@ -102,10 +103,11 @@ def planned_tokens(target: TargetConfig) -> TokenShape:
 
 
 def plan_run(config: PreTrainingConfig) -> Plan:
-    """Reads the manifest and builds the model; token stores need not exist yet. Runs one forward pass on the CPU.
+    """Reads the list of utterances and builds the model; tokens need not exist yet. Runs one forward pass on the CPU.
 
     Where output_dir holds a run already, the plan is for the rest of it.
     """
+    config = settle_sources(config, RunFolder(config.output_dir))
     corpus = load_corpus(config.data, config.seed)
     sampler = build_sampler(config, corpus)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -5,7 +5,8 @@
     for every step:
         regularizers.set_step(adjusted_batches(step, batch_seconds), normalizer)   # evaluates the schedules
         ... forward and backward passes of the step ...
-        regularizers.end_step()                                                    # counts Whiten's measurements
+        votes = regularizers.collect_votes()                                       # of Whiten's measurements
+        regularizers.count_votes(votes.tolist())
     regularizers.remove()
 
 They are hooks, and the `forward` of a few instances: nothing of them is in the modelling file, in the weights or in
@@ -20,7 +21,7 @@ graph around them, but no schedule and no draw is a constant of a graph: nothing
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -123,13 +124,19 @@ class Regularizers:
         for dropout in self._dropouts:
             dropout.p = self.rates["dropout"]
 
-    def end_step(self) -> None:
-        """To be called on every rank after the last backward pass of a step: settles Whiten's state."""
-        if self._undo and self.whiten_state.names:
-            self.whiten_state.end_step(next(self._encoder.parameters()).device)
+    def collect_votes(self) -> torch.Tensor:
+        """To be called on every rank after the last backward pass of a step: what Whiten measured, on the device."""
+        device = next(self._encoder.parameters()).device
+        if not self._undo or not self.whiten_state.names:
+            return torch.zeros(0, device=device)
+        return self.whiten_state.collect(device)
+
+    def count_votes(self, votes: Sequence[float]) -> None:
+        """Settles Whiten's state by what was collected."""
+        self.whiten_state.count(votes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whiten's state after `end_step`: for each place whether it exceeded its limit when last measured."""
+        """Whiten's state after `count_votes`: for each place whether it exceeded its limit when last measured."""
         state = self.whiten_state
         return {"format_version": FORMAT_VERSION, "whiten_exceeded": dict(zip(state.names, state.exceeded))}
 

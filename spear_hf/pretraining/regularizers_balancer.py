@@ -36,8 +36,9 @@ def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimit
     mean_square = buffer.mean(axes, keepdim=True).clamp(min=1e-20)
     deviation = (mean_square - mean.square()).clamp(min=1e-20).sqrt()
     ratio, rms = mean / deviation, mean_square.sqrt()
-    by_mean = (ratio > limits.max_mean).float() - (ratio < limits.min_mean).float()
-    by_rms = (rms > limits.max_rms).float() - (rms < limits.min_rms).float()
+    # 1 beyond the upper limit, -1 beyond the lower one, in few launches.
+    by_mean = (ratio - ratio.clamp(limits.min_mean, limits.max_mean)).sign()
+    by_rms = (rms - rms.clamp(limits.min_rms, limits.max_rms)).sign()
 
     # d(m/s)/dx = (1 - ratio * z) / (n s) and d(log r)/dx = (ratio + z) / (n s (1 + ratio^2)), z = (x - mean) / s:
     # both without their common 1 / (n s), which the normalisation takes away.

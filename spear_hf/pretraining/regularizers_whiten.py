@@ -6,6 +6,7 @@ groups and channels of the row sums of C_g^2 by the square of the mean diagonal:
 they all lie on a line. Its gradient is a multiple of x_g (C_g - metric * I), with C scaled to a mean diagonal of 1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ class WhitenState:
     """Which places exceeded their limit when last measured: they are looked at more often.
 
     A place votes in its backward pass (once per call, also where the forward pass is computed twice for gradient
-    checkpointing); the votes of a step are counted at its end, over all ranks. So the state is the same on every rank,
-    changes between steps only, and asks for one small transfer per step instead of one per call.
+    checkpointing); the votes of a step are collected at its end, over all ranks. So the state is the same on every
+    rank, changes between steps only, and the host reads all votes at once, together with what else it reads.
     """
 
     def __init__(self) -> None:
@@ -37,15 +38,19 @@ class WhitenState:
             self._votes = self._votes.to(exceeded.device)
         self._votes[index] = torch.maximum(self._votes[index], 1.0 + exceeded)
 
-    def end_step(self, device: torch.device) -> None:
-        """Counts the votes. All ranks must call it; a place beyond its limit on any rank is beyond it."""
+    def collect(self, device: torch.device) -> torch.Tensor:
+        """The votes of all ranks since the last time: (places,). A place beyond its limit on any rank is beyond it."""
         votes = self._votes.to(device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-        for index, vote in enumerate(votes.tolist()):
+        self._votes = torch.zeros_like(votes)
+        return votes
+
+    def count(self, votes: Sequence[float]) -> None:
+        """Takes the votes that were collected, now on the host, into account."""
+        for index, vote in enumerate(votes):
             if vote:
                 self.exceeded[index] = vote > 1
-        self._votes = torch.zeros_like(votes)
 
 
 def whiten(

@@ -31,6 +31,7 @@ class RunRecord:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]
+    averaged: list[dict[str, Any]]
     probes: list[dict[str, Any]]
 
     @property
@@ -62,6 +63,7 @@ def read_run(path: str | Path) -> RunRecord:
         config=yaml.safe_load(folder.config.read_text(encoding="utf-8")),
         metrics=metrics,
         evaluation=read_json_lines(folder.evaluation),
+        averaged=read_json_lines(folder.averaged),
         probes=read_json_lines(folder.probes),
     )
 
@@ -163,6 +165,10 @@ def _teacher_rows(teacher: str, runs: Sequence[RunRecord]) -> Iterator[tuple[str
     yield f"{teacher}: masked accuracy, held out", held_out("masked_accuracy")
     for domain in ("speech", "audio"):
         yield f"{teacher}: the same on {domain}", held_out(f"masked_accuracy_on_{domain}")
+    yield (
+        f"{teacher}: masked accuracy of the averaged weights, held out",
+        lambda run: _percent(run.averaged[-1].get(f"{teacher}_masked_accuracy")) if run.averaged else None,
+    )
     yield f"{teacher}: most frequent token, held out", held_out("unigram_accuracy")
 
     def codebooks(run: RunRecord) -> str | None:

@@ -3,8 +3,10 @@
 
 OUTPUT/
     config.yaml         every setting of the run
+    sources.json        the token stores that it has begun with: those on the Hub at a commit
     metrics.jsonl       one object per step
     evaluation.jsonl    one object per validation
+    averaged.jsonl      what the averaged weights score on held-out audio, once they are published
     probes.jsonl        one object per probing, where logging.probe_every asks for it
     tensorboard/        what the trackers write
     tokenizers/  tokens/   quantisers and tokens that the run made itself
@@ -32,8 +34,10 @@ class RunFolder:
     def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir)
         self.config = self.path / "config.yaml"
+        self.sources = self.path / "sources.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
+        self.averaged = self.path / "averaged.jsonl"
         self.probes = self.path / "probes.jsonl"
         self.trackers = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"

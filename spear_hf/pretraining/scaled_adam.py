@@ -27,14 +27,14 @@ Clipping is global: the norm over all tensors of g·rms(p) is held below `clippi
 correcting v when the correction is below one per cent: here it is always corrected.
 
 Cost: two float32 averages a parameter, as AdamW, and a temporary of some tensors at a time; a step reads the gradients
-once more than AdamW's and, for Σ p·g, the weights. The host reads one short vector every `size_update_period` steps,
-and is otherwise ahead of the device.
+once more than AdamW's and, for Σ p·g, the weights. The host waits for the device once in `size_update_period` steps,
+to read one short vector, and is otherwise ahead of it.
 """
 
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,32 @@ WARN_SHARE, WARN_WINDOWS = 0.25, 10
 # Elements that are worked on at a time. On the CPU, weights, gradient, averages and a temporary of as many should stay
 # in the cache; on an accelerator few launches matter, and the temporary should be small beside the model.
 CPU_CHUNK, DEVICE_CHUNK = 1 << 17, 1 << 26
+
+
+class _Chunk(NamedTuple):
+    """Parameters of one group that are worked on at a time, with their state."""
+
+    group: dict[str, Any]
+    places: range
+    parameters: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    delta: list[Tensor]
+    scalars: list[Tensor]
+
+
+class _HostCopy:
+    """A number on its way to the host, which waits for it only when it is read."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._copy = number.to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if number.device.type == "cuda" else None
+        if self._arrival is not None:
+            self._arrival.record()
+
+    def read(self) -> float:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return float(self._copy)
 
 
 class ScaledAdam(torch.optim.Optimizer):
@@ -92,7 +118,9 @@ class ScaledAdam(torch.optim.Optimizer):
         self._step = 0
         self._vectors: dict[str, Tensor] = {}  # what is small, of all tensors together; empty before the first step
         self._scales: list[float] = []  # on the host: rms of tensors, `scalar_lr_scale` of scalars
-        self._clipping_factor: Tensor | None = None
+        self._work: list[_Chunk] = []  # the parameters in the order of their updates; empty before the first step
+        self._sizes = torch.empty(0)  # elements of each of them
+        self._clipping_factor: _HostCopy | None = None
         self._last_warning = -WARN_WINDOWS * clipping_update_period
         defaults = {
             "lr": lr,
@@ -113,8 +141,8 @@ class ScaledAdam(torch.optim.Optimizer):
 
     @property
     def clipping_factor(self) -> float:
-        """What the gradients were multiplied by in the last step. Waits for the device."""
-        return 1.0 if self._clipping_factor is None else float(self._clipping_factor)
+        """What the gradients were multiplied by in the last step. Waits until this is known, not for the step."""
+        return 1.0 if self._clipping_factor is None else self._clipping_factor.read()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -124,10 +152,12 @@ class ScaledAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if not self._scales:
+        if not self._work:
             check_parameters(parameters)
-        if not self._vectors:
-            self._start(parameters)
+            self._sizes = parameters[0].new_tensor([parameter.numel() for parameter in parameters])
+            if not self._vectors:
+                self._start(parameters)
+            self._plan(parameters)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
         vectors, place = self._vectors, self._step % self.size_update_period
@@ -147,14 +177,23 @@ class ScaledAdam(torch.optim.Optimizer):
         elif not self._scales:  # the first step, also after loading
             self._scales = vectors["rms"].tolist()
 
+        for chunk in self._work:
+            here = slice(chunk.places.start, chunk.places.stop)
+            self._update(chunk, gradients[here], None if size_steps is None else size_steps[here])
+        self._step += 1
+        return loss
+
+    def _plan(self, parameters: list[Tensor]) -> None:
+        """What does not change from step to step."""
         start = 0
         for group in self.param_groups:
             end = start + len(group["params"])
-            for chunk in chunks(parameters, start, end):
-                self._update(group, chunk, parameters, gradients, size_steps)
+            for places in chunks(parameters, start, end):
+                part = parameters[places.start : places.stop]
+                states = [self.state[parameter] for parameter in part]
+                moments = [state["exp_avg_sq"] for state in states], [state["delta"] for state in states]
+                self._work.append(_Chunk(group, places, part, *moments, [p for p in part if p.numel() == 1]))
             start = end
-        self._step += 1
-        return loss
 
     def _start(self, parameters: list[Tensor]) -> None:
         """Makes the state, before the first step."""
@@ -175,11 +214,15 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def _measure(self, parameters: list[Tensor]) -> None:
         """The root mean square of every tensor, and the scalars' factor in its place, anew."""
-        sizes = [parameter.numel() for parameter in parameters]
-        roots = torch.tensor(sizes, dtype=parameters[0].dtype, device=parameters[0].device).sqrt()
-        rms = torch.stack(torch._foreach_norm(parameters)) / roots
-        factors = [group["scalar_lr_scale"] for group in self.param_groups for _ in group["params"]]
-        self._vectors["rms"] = torch.where(roots == 1, rms.new_tensor(factors), rms)
+        rms = torch.stack(torch._foreach_norm(parameters)) / self._sizes.sqrt()
+        parts = rms.split([len(group["params"]) for group in self.param_groups])
+        sizes = self._sizes.split([len(part) for part in parts])
+        self._vectors["rms"] = torch.cat(
+            [
+                torch.where(size == 1, group["scalar_lr_scale"], part)
+                for group, size, part in zip(self.param_groups, sizes, parts)
+            ]
+        )
 
     def _clip(self, norms: Tensor) -> Tensor | None:
         """The factor (a tensor of no dimensions) for the gradients whose norms, relative to their weights', are given.
@@ -203,7 +246,7 @@ class ScaledAdam(torch.optim.Optimizer):
         clipped = factor < 1
         vectors["clipped"] += clipped
         vectors["clipped_shares"] += (norms / (norm + 1e-20)).square() * clipped
-        self._clipping_factor = factor
+        self._clipping_factor = _HostCopy(factor)
         return factor
 
     def _close_window(self) -> None:
@@ -240,41 +283,30 @@ class ScaledAdam(torch.optim.Optimizer):
             steps = torch.where(rms < group["param_min_rms"], 0.0, steps)
             # Of rms 0 the room is infinite, and the step 0.
             steps = torch.minimum(steps, (group["param_max_rms"] - rms) / rms)
-            scalar = rms.new_tensor([parameter.numel() == 1 for parameter in group["params"]])
-            parts.append(torch.where(scalar > 0, 0.0, (1 - group["betas"][0]) * steps))
+            parts.append(torch.where(self._sizes[here] == 1, 0.0, (1 - group["betas"][0]) * steps))
             start = here.stop
         return torch.cat(parts)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        chunk: range,
-        parameters: list[Tensor],
-        gradients: list[Tensor],
-        size_steps: list[float] | None,
-    ) -> None:
-        """Moves the parameters at the places of `chunk`, all of one group."""
+    def _update(self, chunk: "_Chunk", g: list[Tensor], size_steps: list[float] | None) -> None:
+        """Moves the parameters of `chunk`, whose gradients are `g`."""
+        group, p, v, delta = chunk.group, chunk.parameters, chunk.exp_avg_sq, chunk.delta
         beta1, beta2 = group["betas"]
         correction = (1 - beta2 ** (self._step + 1)) ** 0.5
-        p, g = parameters[chunk.start : chunk.stop], gradients[chunk.start : chunk.stop]
-        v = [self.state[parameter]["exp_avg_sq"] for parameter in p]
-        delta = [self.state[parameter]["delta"] for parameter in p]
 
         torch._foreach_mul_(delta, beta1)
         if size_steps is not None:
-            torch._foreach_add_(delta, torch._foreach_mul(p, size_steps[chunk.start : chunk.stop]))
+            torch._foreach_add_(delta, torch._foreach_mul(p, size_steps))
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
         # g / (sqrt(v / correction²) + eps) is correction g / (sqrt(v) + correction eps): one pass less.
         divisors = torch._foreach_sqrt(v)
         torch._foreach_add_(divisors, correction * group["eps"])
         rate = -group["lr"] * (1 - beta1) * correction
-        scales = [rate * max(self._scales[place], group["param_min_rms"]) for place in chunk]
+        scales = [rate * max(self._scales[place], group["param_min_rms"]) for place in chunk.places]
         torch._foreach_addcdiv_(delta, g, divisors, scales)
-        scalars = [parameter for parameter in p if parameter.numel() == 1]
-        if scalars:
-            torch._foreach_clamp_min_(scalars, -group["scalar_max"])
-            torch._foreach_clamp_max_(scalars, group["scalar_max"])
+        if chunk.scalars:
+            torch._foreach_clamp_min_(chunk.scalars, -group["scalar_max"])
+            torch._foreach_clamp_max_(chunk.scalars, group["scalar_max"])
         torch._foreach_add_(p, delta)
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,7 +332,7 @@ class ScaledAdam(torch.optim.Optimizer):
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "scaled_adam"})
         device = self.param_groups[0]["params"][0].device
         self._vectors = {name: vector.to(device, copy=True) for name, vector in shared.items()}
-        self._step, self._last_warning, self._scales = step, last_warning, []
+        self._step, self._last_warning, self._scales, self._work = step, last_warning, [], []
 
 
 def check_parameters(parameters: list[Tensor]) -> None:

@@ -7,11 +7,13 @@ needed and freed afterwards. Checkpoints hold whole tensors, the same files as w
 resumed with another number of ranks, or without sharding.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -59,12 +61,10 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accel
             group["foreach"] = group["fused"] = False  # their kernels take no mixture of whole and sharded tensors
 
 
-def reduce_whole_gradients(model: nn.Module) -> None:
+def reduce_whole_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Averages the gradients that `fully_shard` was told to leave alone over the ranks, in one message."""
     gradients = [
-        parameter.grad
-        for parameter in model.parameters()
-        if parameter.grad is not None and not isinstance(parameter, DTensor)
+        parameter.grad for parameter in parameters if parameter.grad is not None and not isinstance(parameter, DTensor)
     ]
     if not gradients:
         return
@@ -74,17 +74,30 @@ def reduce_whole_gradients(model: nn.Module) -> None:
         gradient.copy_(mean)
 
 
-def parameter_norm(model: nn.Module) -> float:
-    """The norm of all parameters, shards of other ranks included."""
-    parameters = [parameter.detach() for parameter in model.parameters()]
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    local = [parameter.to_local() for parameter in parameters if isinstance(parameter, DTensor)]
+def parameter_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The norm of all parameters, shards of other ranks included: shape ()."""
+    tensors = [parameter.detach() for parameter in parameters]
+    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    local = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
     square = nn.utils.get_total_norm(whole).double() ** 2
     if local:
         shards = nn.utils.get_total_norm(local).double() ** 2
         dist.all_reduce(shards)
         square = square + shards
-    return float(square.sqrt())
+    return square.sqrt()
+
+
+@torch.no_grad()
+def load_from_main(model: nn.Module, state: Mapping[str, torch.Tensor] | None, accelerator: Accelerator) -> None:
+    """Puts `state`, whole tensors that the first rank has, into the model of every rank; the others give None."""
+    for name, tensor in model.state_dict().items():
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=accelerator.device)
+        if state is not None:
+            whole.copy_(state[name])
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements))
+        else:
+            tensor.copy_(broadcast(whole))
 
 
 def gathered(value: Any, keep: bool = True) -> Any:

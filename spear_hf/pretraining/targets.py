@@ -2,7 +2,7 @@
 """The tokens of each teacher: a store that is there, or one made at the first start and used again on resuming."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..data.collation import needs_target
 from ..data.manifest import Utterance
@@ -22,15 +22,20 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_stores(
-    config: PreTrainingConfig, corpus: Corpus, folder: RunFolder, device: str = "cpu"
+    config: PreTrainingConfig,
+    targets: Mapping[str, TargetConfig],
+    corpus: Corpus,
+    folder: RunFolder,
+    device: str = "cpu",
 ) -> dict[str, TokenStore]:
     """Opens, and where the configuration asks for it first makes, the token store of every target.
 
+    `targets` are those of `config`, with their stores settled (sources.py).
     Quantisers made here are saved in OUTPUT/tokenizers and tokens in OUTPUT/tokens, both whole or not at all, so an
     interrupted start goes on where it was. A store is only checked against the data by `collation.check_tokens`.
     """
     stores = {}
-    for name, target in config.targets.items():
+    for name, target in targets.items():
         if target.store is not None:
             stores[name] = TokenStore.open(target.store)
             continue

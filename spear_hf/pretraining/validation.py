@@ -109,9 +109,9 @@ class Validator:
                 assert masked is not None
                 baseline[place] += self.unigrams[name].sums(labels, masked)
         model.train(was_training)
-        sums.vector = self.accelerator.reduce(sums.vector, "sum")
+        sums.reduce(self.accelerator)
         baseline = self.accelerator.reduce(baseline.float().to(device), "sum").double().cpu()
-        metrics = sums.metrics(sums.read())
+        metrics = sums.metrics(sums.read()[0])
         for name, (cost, correct, count) in zip(teachers, baseline.tolist()):
             metrics[f"{name}_unigram_loss"] = ratio(cost, count)
             metrics[f"{name}_unigram_accuracy"] = ratio(correct, count)
