@@ -91,9 +91,11 @@ class Runs:
             for rank in range(ranks)
         ]
 
-    def run(self, output: Path, *more: str, resume: bool = False, largest_file: int | None = None) -> int:
+    def run(
+        self, output: Path, *more: str, resume: bool = False, largest_file: int | None = None, patience: float = 120
+    ) -> int:
         process = self.start(output, *more, resume=resume, largest_file=largest_file)
-        process.join(120)
+        process.join(patience)
         assert process.exitcode is not None, self.log(output)
         return process.exitcode
 

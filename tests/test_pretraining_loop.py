@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 from typer.testing import CliRunner
 
+from spear_hf import SpearForPreTraining
 from spear_hf.cli import app
 from spear_hf.data.audio import load_audio
 from spear_hf.data.manifest import read_manifest
@@ -470,3 +471,16 @@ def test_a_folder_of_audio_needs_no_manifest(runs, finished, tmp_path):
     counts = re.findall(r"^(?:training|validation) +(\d+) utterances", output, flags=re.MULTILINE)
     assert sum(map(int, counts)) == 6
     assert "has no splits" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_compiled_model_learns_the_same(runs, finished):
+    output = runs.folder / "compiled"
+    assert runs.run(output, "execution.compile=true", "max_steps=4", patience=1000) == 0, runs.log(output)
+    compiled = read_json_lines(output / "metrics.jsonl")
+    plain = read_json_lines(finished / "metrics.jsonl")[:4]
+    for one, other in zip(compiled, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert isinstance(AutoModelForPreTraining.from_pretrained(output / "final"), SpearForPreTraining)

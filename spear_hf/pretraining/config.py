@@ -361,6 +361,10 @@ class ExecutionConfig:
     """none: every rank holds the whole model (DDP). fsdp: weights, gradients and optimiser state in shards over the
     ranks (FSDP2), for models that do not fit. Checkpoints are the same files."""
 
+    compile: bool = False
+    """Compile the model with torch.compile, for any length: steps of a GPU are shorter, the first ones take minutes.
+    Rounding differs from that of a model that is not compiled. Not with fsdp."""
+
     num_workers: int = 0
     """Processes that prepare batches ahead; 0: the training process itself."""
 
@@ -370,6 +374,8 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, not {self.num_workers}.")
+        if self.compile and self.sharding == "fsdp":
+            raise ValueError("compile=true goes with sharding=none: shards are gathered between the layers.")
 
 
 @dataclass(frozen=True)

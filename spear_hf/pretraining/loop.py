@@ -164,6 +164,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         regularizers = install_regularizers(bare_model, config.regularizers)
         if saved:
             regularizers.load(saved)
+        if config.execution.compile:
+            bare_model.compile(dynamic=True)
         if config.execution.sharding == "fsdp":
             shard(bare_model, optimizer, accelerator)
             model = bare_model
