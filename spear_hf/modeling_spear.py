@@ -132,12 +132,12 @@ class SpearForPreTrainingOutput(ModelOutput):
 
 def swoosh_l(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x - 4)) - 0.08 x - 0.035, of any shape."""
-    return F.softplus(x - 4.0).sub_(x, alpha=0.08).sub_(0.035)  # in place, but never in `x`
+    return F.softplus(x - 4.0).add_(x, alpha=-0.08).sub_(0.035)  # in place, but never in `x`
 
 
 def swoosh_r(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, zero at zero; of any shape."""
-    return F.softplus(x - 1.0).sub_(x, alpha=0.08).sub_(0.313261687)
+    return F.softplus(x - 1.0).add_(x, alpha=-0.08).sub_(0.313261687)
 
 
 def with_init_scale(module: nn.Module, scale: float | None = None) -> nn.Module:
@@ -344,11 +344,24 @@ class SpearDepthwiseConv(nn.Conv1d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, frames)` to the same."""
-        if not can_run_in_blocks(self, hidden_states):
+        if not are_blocks_possible(hidden_states):
             return super().forward(hidden_states)
-        # As a row of an image whose channels come last in memory: twenty times as fast on a CPU, with equal bits.
-        image, weight = hidden_states.unsqueeze(2), self.weight.unsqueeze(2)
-        return F.conv2d(image, weight, self.bias, padding=(0, self.padding[0]), groups=self.groups).squeeze(2)
+        if can_run_in_blocks(self, hidden_states):
+            # As a row of an image whose channels come last in memory: twenty times as fast on a CPU, with equal bits.
+            image, weight = hidden_states.unsqueeze(2), self.weight.unsqueeze(2)
+            return F.conv2d(image, weight, self.bias, padding=(0, self.padding[0]), groups=self.groups).squeeze(2)
+        # As a column of it: forward and backward together are seven times as fast, while the row's gradient is slow.
+        image, weight = hidden_states.unsqueeze(3), channels_last(self.weight.unsqueeze(3))
+        return F.conv2d(image, weight, self.bias, padding=(self.padding[0], 0), groups=self.groups).squeeze(3)
+
+
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """The kernels of a depthwise convolution, `(channels, 1, height, width)`, with strides that say so.
+
+    Without them torch takes the kernels, and then the gradients, to be in its default order: with a single channel a
+    tensor is in both.
+    """
+    return weight.squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 class SpearConvolution(nn.Module):
@@ -528,7 +541,13 @@ class SpearConvNeXt(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, kept: slice | None = None) -> torch.Tensor:
         """`(batch, channels, frames, bins)` to the same, or only the frames `kept` of it."""
-        branch = self.depthwise_conv(hidden_states)
+        conv = self.depthwise_conv
+        if torch.is_grad_enabled() and are_blocks_possible(hidden_states):
+            # Several times as fast backwards.
+            weight = channels_last(conv.weight)
+            branch = F.conv2d(hidden_states, weight, conv.bias, padding=self.context, groups=conv.groups)
+        else:
+            branch = conv(hidden_states)
         if kept is not None:
             hidden_states, branch = hidden_states[:, :, kept], branch[:, :, kept]
         branch = swoosh_l(self.pointwise_conv1(branch))
@@ -556,8 +575,10 @@ class SpearStem(nn.Module):
         parts = [module for module in self.modules() if module is not self]
         if can_run_in_blocks(self, input_features) and not is_watched(*parts):
             return self._compute_in_blocks(hidden_states, valid_mask)
-        for conv in (self.conv1, self.conv2, self.conv3):
-            hidden_states = swoosh_r(conv(hidden_states))
+        hidden_states = swoosh_r(self.conv2(swoosh_r(self.conv1(hidden_states))))
+        if are_blocks_possible(hidden_states):
+            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
+        hidden_states = swoosh_r(self.conv3(hidden_states))
         if valid_mask is not None:
             # The ConvNeXt sees three frames to either side: those past the end must be as if there were none.
             hidden_states = hidden_states.masked_fill(~valid_mask[:, None, :, None], 0.0)
