@@ -336,6 +336,15 @@ class SpearNonlinAttention(nn.Module):
         return self.out_proj(context * out_gate)
 
 
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """The kernels of a depthwise convolution, `(channels, 1, height, width)`, with strides that say so.
+
+    Without them torch takes the kernels, and then the gradients, to be in its default order: with a single channel a
+    tensor is in both.
+    """
+    return weight.squeeze(1).unsqueeze(-1).movedim(-1, 1)
+
+
 class SpearDepthwiseConv(nn.Conv1d):
     """Convolution over time of every channel on its own, with zeros around the sequence."""
 
@@ -353,15 +362,6 @@ class SpearDepthwiseConv(nn.Conv1d):
         # As a column of it: forward and backward together are seven times as fast, while the row's gradient is slow.
         image, weight = hidden_states.unsqueeze(3), channels_last(self.weight.unsqueeze(3))
         return F.conv2d(image, weight, self.bias, padding=(self.padding[0], 0), groups=self.groups).squeeze(3)
-
-
-def channels_last(weight: torch.Tensor) -> torch.Tensor:
-    """The kernels of a depthwise convolution, `(channels, 1, height, width)`, with strides that say so.
-
-    Without them torch takes the kernels, and then the gradients, to be in its default order: with a single channel a
-    tensor is in both.
-    """
-    return weight.squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 class SpearConvolution(nn.Module):
@@ -529,25 +529,33 @@ class SpearDownsampledStack(nn.Module):
         return self.out_combiner(hidden_states, self.stack(downsampled, position_table, valid_mask, frames, **kwargs))
 
 
+class SpearDepthwiseConv2d(nn.Conv2d):
+    """Convolution over time and frequency of every channel on its own, with zeros around."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, frames, bins)` to the same."""
+        if not torch.is_grad_enabled() or not are_blocks_possible(hidden_states):
+            return super().forward(hidden_states)
+        # Several times as fast backwards.
+        return F.conv2d(hidden_states, channels_last(self.weight), self.bias, padding=self.padding, groups=self.groups)
+
+
 class SpearConvNeXt(nn.Module):
     """ConvNeXt block without norm, over time and frequency."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.context = 3  # frames to either side
-        self.depthwise_conv = with_init_scale(nn.Conv2d(channels, channels, 7, padding=self.context, groups=channels))
+        self.depthwise_conv = with_init_scale(SpearDepthwiseConv2d(channels, 2 * self.context + 1))
         self.pointwise_conv1 = with_init_scale(nn.Conv2d(channels, 3 * channels, 1))
         self.pointwise_conv2 = with_init_scale(nn.Conv2d(3 * channels, channels, 1), 0.01)
 
     def forward(self, hidden_states: torch.Tensor, kept: slice | None = None) -> torch.Tensor:
         """`(batch, channels, frames, bins)` to the same, or only the frames `kept` of it."""
-        conv = self.depthwise_conv
-        if torch.is_grad_enabled() and are_blocks_possible(hidden_states):
-            # Several times as fast backwards.
-            weight = channels_last(conv.weight)
-            branch = F.conv2d(hidden_states, weight, conv.bias, padding=self.context, groups=conv.groups)
-        else:
-            branch = conv(hidden_states)
+        branch = self.depthwise_conv(hidden_states)
         if kept is not None:
             hidden_states, branch = hidden_states[:, :, kept], branch[:, :, kept]
         branch = swoosh_l(self.pointwise_conv1(branch))
