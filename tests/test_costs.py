@@ -32,7 +32,13 @@ print(json.dumps({"seconds": seconds, "modules": modules, "grown": megabytes("Vm
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of resident memory is Linux's")
 def test_import_and_loading(tmp_path, golden_folder):
-    config = SpearConfig.large(num_layers_per_stack=[1, 1], downsampling_factors=[1, 2], conv_kernel_sizes=[31, 31])
+    config = SpearConfig(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers_per_stack=[1, 1],
+        downsampling_factors=[1, 2],
+        conv_kernel_sizes=[31, 31],
+    )
     model = SpearModel(config)
     model.save_pretrained(tmp_path)
     megabytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
