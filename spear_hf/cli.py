@@ -170,17 +170,23 @@ def benchmark(
         str, typer.Option(help="Encoders of transformers to compare with: wavlm, hubert or both.")
     ] = "",
     output: Annotated[Path | None, typer.Option(help="Table to write, .csv, with a chart beside it, .png.")] = None,
-    cases: Annotated[str, typer.Option(help="Utterances x seconds of each batch.")] = "1x10,4x15,1x60",
+    measure: Annotated[
+        str, typer.Option(help="encoder, features, lengths (of files to embed), training, or memory.")
+    ] = "encoder",
+    cases: Annotated[
+        str | None, typer.Option(help="Utterances x seconds of each batch, such as 1x10,4x15; lengths: 64x2-30.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Turns of each encoder, of which the median counts.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Of torch; default: its own choice.")] = None,
 ) -> None:
     """Time the encoder on the CPU of this machine, features included, with random weights of the base size.
 
-    Its results are compared with those of its plain path first.
+    Or its features, files of unlike lengths, a training step, or its memory. Its results are compared with those of a
+    plain path first.
     """
-    from .evaluation.speed import run_benchmark
+    from .evaluation.speed_command import run_benchmark
 
-    raise typer.Exit(run_benchmark(against, output, cases, repeats, threads))
+    raise typer.Exit(run_benchmark(measure, against, output, cases, repeats, threads))
 
 
 @app.command()

@@ -133,12 +133,12 @@ class SpearForPreTrainingOutput(ModelOutput):
 
 def swoosh_l(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x - 4)) - 0.08 x - 0.035, of any shape."""
-    return F.softplus(x - 4.0).sub_(x, alpha=0.08).sub_(0.035)  # in place, but never in `x`
+    return F.softplus(x - 4.0).add_(x, alpha=-0.08).sub_(0.035)  # in place, but never in `x`
 
 
 def swoosh_r(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, zero at zero; of any shape."""
-    return F.softplus(x - 1.0).sub_(x, alpha=0.08).sub_(0.313261687)
+    return F.softplus(x - 1.0).add_(x, alpha=-0.08).sub_(0.313261687)
 
 
 def with_init_scale(module: nn.Module, scale: float | None = None) -> nn.Module:
@@ -337,6 +337,15 @@ class SpearNonlinAttention(nn.Module):
         return self.out_proj(context * out_gate)
 
 
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """The kernels of a depthwise convolution, `(channels, 1, height, width)`, with strides that say so.
+
+    Without them torch takes the kernels, and then the gradients, to be in its default order: with a single channel a
+    tensor is in both.
+    """
+    return weight.squeeze(1).unsqueeze(-1).movedim(-1, 1)
+
+
 class SpearDepthwiseConv(nn.Conv1d):
     """Convolution over time of every channel on its own, with zeros around the sequence."""
 
@@ -345,11 +354,15 @@ class SpearDepthwiseConv(nn.Conv1d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, frames)` to the same."""
-        if not can_run_in_blocks(self, hidden_states):
+        if not are_blocks_possible(hidden_states):
             return super().forward(hidden_states)
-        # As a row of an image whose channels come last in memory: twenty times as fast on a CPU, with equal bits.
-        image, weight = hidden_states.unsqueeze(2), self.weight.unsqueeze(2)
-        return F.conv2d(image, weight, self.bias, padding=(0, self.padding[0]), groups=self.groups).squeeze(2)
+        if can_run_in_blocks(self, hidden_states):
+            # As a row of an image whose channels come last in memory: twenty times as fast on a CPU, with equal bits.
+            image, weight = hidden_states.unsqueeze(2), self.weight.unsqueeze(2)
+            return F.conv2d(image, weight, self.bias, padding=(0, self.padding[0]), groups=self.groups).squeeze(2)
+        # As a column of it: forward and backward together are seven times as fast, while the row's gradient is slow.
+        image, weight = hidden_states.unsqueeze(3), channels_last(self.weight.unsqueeze(3))
+        return F.conv2d(image, weight, self.bias, padding=(self.padding[0], 0), groups=self.groups).squeeze(3)
 
 
 class SpearConvolution(nn.Module):
@@ -517,13 +530,27 @@ class SpearDownsampledStack(nn.Module):
         return self.out_combiner(hidden_states, self.stack(downsampled, position_table, valid_mask, frames, **kwargs))
 
 
+class SpearDepthwiseConv2d(nn.Conv2d):
+    """Convolution over time and frequency of every channel on its own, with zeros around."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, frames, bins)` to the same."""
+        if not torch.is_grad_enabled() or not are_blocks_possible(hidden_states):
+            return super().forward(hidden_states)
+        # Several times as fast backwards.
+        return F.conv2d(hidden_states, channels_last(self.weight), self.bias, padding=self.padding, groups=self.groups)
+
+
 class SpearConvNeXt(nn.Module):
     """ConvNeXt block without norm, over time and frequency."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.context = 3  # frames to either side
-        self.depthwise_conv = with_init_scale(nn.Conv2d(channels, channels, 7, padding=self.context, groups=channels))
+        self.depthwise_conv = with_init_scale(SpearDepthwiseConv2d(channels, 2 * self.context + 1))
         self.pointwise_conv1 = with_init_scale(nn.Conv2d(channels, 3 * channels, 1))
         self.pointwise_conv2 = with_init_scale(nn.Conv2d(3 * channels, channels, 1), 0.01)
 
@@ -557,8 +584,10 @@ class SpearStem(nn.Module):
         parts = [module for module in self.modules() if module is not self]
         if can_run_in_blocks(self, input_features) and not is_watched(*parts):
             return self._compute_in_blocks(hidden_states, valid_mask)
-        for conv in (self.conv1, self.conv2, self.conv3):
-            hidden_states = swoosh_r(conv(hidden_states))
+        hidden_states = swoosh_r(self.conv2(swoosh_r(self.conv1(hidden_states))))
+        if are_blocks_possible(hidden_states):
+            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
+        hidden_states = swoosh_r(self.conv3(hidden_states))
         if valid_mask is not None:
             # The ConvNeXt sees three frames to either side: those past the end must be as if there were none.
             hidden_states = hidden_states.masked_fill(~valid_mask[:, None, :, None], 0.0)

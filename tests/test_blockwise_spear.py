@@ -10,6 +10,8 @@ import torch
 from spear_hf import SpearConfig, SpearModel, blockwise_spear, modeling_spear
 from spear_hf.modeling_spear import (
     SpearAttentionWeights,
+    SpearDepthwiseConv,
+    SpearDepthwiseConv2d,
     SpearLayer,
     SpearNonlinAttention,
     SpearSelfAttention,
@@ -274,3 +276,35 @@ def test_memory_of_a_minute():
     ]
     assert in_blocks - before < weights / 3
     assert plain - before > weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [lambda: SpearDepthwiseConv(6, 5), lambda: SpearDepthwiseConv2d(6, 7)])
+def test_gradients_of_depthwise_convolutions(make, dtype):
+    """In the layout that is fast backwards, against torch's own."""
+    module = randomized(make()).to(dtype)
+    shape = (2, 11, 6) if isinstance(module, torch.nn.Conv1d) else (2, 11, 9, 6)
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).movedim(-1, 1)
+    inputs.requires_grad_()
+    targets = (inputs, module.weight, module.bias)
+    results = []
+    for forward in (module, module.__class__.__bases__[0].forward.__get__(module)):
+        outputs = forward(inputs)
+        results.append((outputs, *torch.autograd.grad(outputs.tanh().sum(), targets)))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_two_threads_train_as_one():
+    """The kernels that torch chooses depend on the number of threads, the gradients do not."""
+    stem = randomized(SpearModel(make_config()).stem)
+    features = torch.randn(2, 300, 128, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            gradients.append(torch.autograd.grad(stem(features).square().mean(), list(stem.parameters())))
+    finally:
+        torch.set_num_threads(1)
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=float(1e-4 * one.abs().max()))

@@ -5,7 +5,8 @@
 
 Every contender has random weights and the base size, is given the same waveforms, and returns all hidden states; the
 time includes its features. The contenders take turns, so that a machine that others slow down slows all of them, and
-medians are compared. Before anything is timed, our encoder is compared with its own plain path.
+medians are compared. Before anything is timed, our encoder is compared with its own plain path. `speed_parts.py` and
+`speed_steps.py` measure more than the encoder, in tables of the same columns: `--measure`.
 """
 
 import csv
@@ -14,9 +15,11 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -34,7 +37,6 @@ from .. import __version__
 from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearModel
-from .plots import plot_speed, save_figure
 
 
 PEERS = {"wavlm": (WavLMModel, WavLMConfig), "hubert": (HubertModel, HubertConfig)}
@@ -85,13 +87,21 @@ def parse_cases(text: str) -> list[tuple[int, float]]:
     return cases
 
 
+def check_options(against: Sequence[str], repeats: int) -> None:
+    """ValueError names an unknown peer, or too few turns."""
+    if unknown := sorted(set(against) - set(PEERS)):
+        raise ValueError(f"unknown encoder {', '.join(unknown)}: choose from {', '.join(PEERS)}.")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be 1 or more.")
+
+
 def check_parity(model: SpearModel, waveforms: Sequence[torch.Tensor]) -> float:
     """The largest error of any hidden state against the plain path, relative to the state's largest value.
 
     Raises:
         ValueError: it is above `TOLERANCE`.
     """
-    features = _spear_features(model.config)(list(waveforms))
+    features = spear_features(model.config)(list(waveforms))
     with torch.no_grad():
         ours = model(**features, output_hidden_states=True).hidden_states
     # With gradients and recorded attentions nothing is computed in blocks.
@@ -117,32 +127,36 @@ def benchmark(
     Raises:
         ValueError: an unknown peer, a bad case, or our encoder is not right.
     """
-    if unknown := sorted(set(against) - set(PEERS)):
-        raise ValueError(f"unknown encoder {', '.join(unknown)}: choose from {', '.join(PEERS)}.")
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats} must be 1 or more.")
+    check_options(against, repeats)
     parsed = parse_cases(cases)
     torch.manual_seed(0)
     spear = SpearModel(config or SpearConfig.base()).eval()
-    check_parity(spear, _waveforms(2, 7.3))
-    contenders = {"spear": _encoder(spear, _spear_features(spear.config))}
+    check_parity(spear, noise(2, 7.3))
+    contenders = {"spear": _encoder(spear, spear_features(spear.config))}
     for name in against:
         model_class, config_class = PEERS[name]
-        contenders[name] = _encoder(model_class(config_class()).eval(), _peer_features())
-    return (timing for number, seconds in parsed for timing in _time(contenders, number, seconds, repeats))
+        contenders[name] = _encoder(model_class(config_class()).eval(), peer_features())
+    return _benchmark(contenders, parsed, repeats)
 
 
-def _waveforms(number: int, seconds: float) -> list[torch.Tensor]:
+def _benchmark(contenders: dict[str, Encode], cases: list[tuple[int, float]], repeats: int) -> Iterator[Timing]:
+    for number, seconds in cases:
+        waveforms = noise(number, seconds)
+        turns = {name: partial(encode, waveforms) for name, encode in contenders.items()}
+        yield from take_turns(f"{number} x {seconds:g} s", turns, number * seconds, repeats)
+
+
+def noise(number: int, seconds: float) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
     return [0.1 * torch.randn(round(seconds * SAMPLING_RATE), generator=generator) for _ in range(number)]
 
 
-def _spear_features(config: SpearConfig) -> Callable[[list[torch.Tensor]], BatchFeature]:
+def spear_features(config: SpearConfig) -> Callable[[list[torch.Tensor]], BatchFeature]:
     extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
     return lambda waveforms: extractor(waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt")
 
 
-def _peer_features() -> Callable[[list[torch.Tensor]], BatchFeature]:
+def peer_features() -> Callable[[list[torch.Tensor]], BatchFeature]:
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     return lambda waveforms: extractor(
         [waveform.numpy() for waveform in waveforms], sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt"
@@ -157,41 +171,55 @@ def _encoder(model: PreTrainedModel, features: Callable[[list[torch.Tensor]], Ba
     return encode
 
 
-def _time(contenders: dict[str, Encode], number: int, seconds: float, repeats: int) -> Iterator[Timing]:
-    waveforms = _waveforms(number, seconds)
+def take_turns(
+    case: str, contenders: Mapping[str, Callable[[], object]], audio_seconds: float, repeats: int, warm_up: int = 1
+) -> Iterator[Timing]:
+    """Times `contenders`, "spear" and others, one after the other and again; the first turns are not counted."""
     wall: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(1 + repeats):
-        for name, encode in contenders.items():
+    for turn in range(warm_up + repeats):
+        for name, compute in contenders.items():
             start, cpu_start = time.perf_counter(), time.process_time()
-            encode(waveforms)
-            if turn > 0:
+            compute()
+            if turn >= warm_up:
                 wall[name].append(time.perf_counter() - start)
                 cpu[name].append(time.process_time() - cpu_start)
     for name in contenders:
-        median = statistics.median(wall[name])
-        yield Timing(
-            case=f"{number} x {seconds:g} s",
-            contender=name,
-            seconds=round(median, 4),
-            least_seconds=round(min(wall[name]), 4),
-            cpu_seconds=round(statistics.median(cpu[name]), 4),
-            times_spear=round(median / statistics.median(wall["spear"]), 3),
-            audio_per_second=round(number * seconds / median, 2),
-            repeats=repeats,
-            threads=torch.get_num_threads(),
-            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan"),
-            machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-            python=platform.python_version(),
-            torch=str(torch.__version__),
-            transformers=transformers.__version__,
-            spear_hf=__version__,
-            command=" ".join(["spear-hf", *sys.argv[1:]]),
-        )
+        yield Timing(**measured(case, name, wall, cpu, audio_seconds))
+
+
+def measured(
+    case: str,
+    contender: str,
+    wall: Mapping[str, Sequence[float]],
+    cpu: Mapping[str, Sequence[float]],
+    audio_seconds: float,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """The fields of a `Timing`, of the seconds that each contender took in its turns."""
+    median = statistics.median(wall[contender])
+    return {
+        "case": case,
+        "contender": contender,
+        "seconds": round(median, 4),
+        "least_seconds": round(min(wall[contender]), 4),
+        "cpu_seconds": round(statistics.median(cpu[contender]), 4),
+        "times_spear": round(median / statistics.median(wall["spear"]), 3),
+        "audio_per_second": round(audio_seconds / median, 2),
+        "repeats": len(wall[contender]),
+        "threads": threads or torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else float("nan"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "spear_hf": __version__,
+        "command": " ".join(["spear-hf", *sys.argv[1:]]),
+    }
 
 
 def write_table(timings: Sequence[Timing], path: Path) -> None:
-    """CSV, under a temporary name and renamed."""
+    """CSV, under a temporary name and renamed; rows of one class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
@@ -199,27 +227,3 @@ def write_table(timings: Sequence[Timing], path: Path) -> None:
         writer.writeheader()
         writer.writerows(asdict(timing) for timing in timings)
     partial.replace(path)
-
-
-def run_benchmark(against: str, output: Path | None, cases: str, repeats: int, threads: int | None) -> int:
-    """For `spear-hf benchmark`: prints rows as they come; returns the exit code."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    timings = []
-    try:
-        names = [name.strip() for name in against.split(",") if name.strip()]
-        for timing in benchmark(names, cases, repeats):
-            timings.append(timing)
-            print(
-                f"{timing.case:>12}  {timing.contender:<8} {timing.seconds:8.3f} s  {timing.times_spear:6.2f} x spear"
-                f"  {timing.audio_per_second:7.1f} s of audio per second",
-                flush=True,
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if output is not None:
-        write_table(timings, output)
-        chart = save_figure(plot_speed([asdict(timing) for timing in timings]), output.with_suffix(".png"))
-        print(f"Written: {output} and {chart}")
-    return 0
