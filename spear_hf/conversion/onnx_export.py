@@ -50,6 +50,8 @@ def export_onnx(
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ConversionError(f"{', '.join(missing)} cannot be imported: install spear_hf with its extra, [onnx].")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ConversionError("the model is in int8: export the one that it was made from.")
     if (model.device.type, model.dtype) != ("cpu", torch.float32):
         raise ConversionError(f"the model is {model.dtype} on {model.device}: it must be float32 on the CPU.")
     exported = Exported(model, hidden_states).eval()
