@@ -106,15 +106,19 @@ def timings(encoders: dict[str, tuple[Encode, Path]], cases: str, repeats: int, 
 
 
 def losses(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
-    """What each task's main metric is, of the model and of it in int8."""
+    """The main metric of each task, of the model and of it in int8, and what the latter gains, paired."""
     models = [str(folder / "torch"), str(folder / "int8")]
-    report = evaluate(models, tasks, folder / "evaluation", baselines=(), settings=Settings(progress=True))
+    settings = Settings(heads=("linear",), progress=False)
+    report = evaluate(models, tasks, folder / "evaluation", baselines=(), settings=settings)
     rows = []
     for name, entry in report["representations"].items():
         for task, record in entry["tasks"].items():
-            headline = record["headline"]
-            row = {"case": task, "contender": name, "metric": headline["metric"], "value": round(headline["value"], 4)}
-            rows.append(row | {"low": round(headline["low"], 4), "high": round(headline["high"], 4)})
+            best = record["headline"]
+            row = {"case": task, "contender": Path(name).name, "metric": best["metric"], "value": best["value"]}
+            if row["contender"] == "int8":
+                (gain,) = record["minus"].values()
+                row |= {"gain": gain["mean"], "gain_low": gain["low"], "gain_high": gain["high"]}
+            rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
             print(rows[-1], flush=True)
     return rows
 
@@ -139,7 +143,7 @@ def main() -> None:
         rows = timings(encoders, arguments.cases, arguments.repeats, model.config.num_mel_bins)
         rows += losses(Path(name), arguments.tasks) if arguments.tasks else []
     same = {
-        "weights": arguments.model or "random, base size",
+        "weights": Path(arguments.model).name if arguments.model else "random, base size",
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
@@ -147,7 +151,8 @@ def main() -> None:
         "torch": str(torch.__version__),
         "onnxruntime": "" if "onnx" in arguments.skip else version("onnxruntime"),
     }
-    fields = ["case", "contender", "seconds", "times_faster", "megabytes", "error", "metric", "value", "low", "high"]
+    fields = ["case", "contender", "seconds", "times_faster", "megabytes", "error", "metric", "value"]
+    fields += ["gain", "gain_low", "gain_high"]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*fields, "repeats", *same], lineterminator="\n")
