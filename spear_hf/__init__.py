@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .configuration_spear import SpearConfig
+from .conversion.int8 import quantize_linear_layers  # whose import lets `from_pretrained` load models in int8
 from .feature_extraction_spear import SpearFeatureExtractor
 from .modeling_spear import (
     SpearForAudioFrameClassification,
@@ -74,4 +75,5 @@ __all__ = [
     "SpearModel",
     "SpearPreTrainedModel",
     "SpearProcessor",
+    "quantize_linear_layers",
 ]

@@ -451,6 +451,26 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a SPEAR model, with a head or without.")],
+    output: Annotated[Path, typer.Argument(help="File to write, .onnx; beyond 2 GB the weights go to .onnx.data.")],
+    hidden_states: Annotated[bool, typer.Option("--hidden-states", help="Also those of all layers.")] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest error of an output, relative to its largest value.")
+    ] = 1e-4,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier file.")] = False,
+) -> None:
+    """Export a model to ONNX, for any batch size and length, and compare it under onnxruntime.
+
+    Features go in as SpearFeatureExtractor makes them. After a mismatch nothing is written.
+    """
+    from .conversion.onnx_export import run_export
+
+    raise typer.Exit(run_export(model, output, hidden_states, tolerance, revision, force))
+
+
+@app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A model folder, as save_pretrained writes it.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub, made if need be.")],

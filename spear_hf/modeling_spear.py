@@ -141,6 +141,11 @@ def swoosh_r(x: torch.Tensor) -> torch.Tensor:
     return F.softplus(x - 1.0).add_(x, alpha=-0.08).sub_(0.313261687)
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 where it is: for squares and long sums, which overflow half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def with_init_scale(module: nn.Module, scale: float | None = None) -> nn.Module:
     """Mark a linear or convolution for PyTorch's default initialisation, with weights and biases shrunk by `scale`."""
     module.init_scale = scale
@@ -188,10 +193,9 @@ class SpearBiasNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # In float32, as squares overflow half precision.
-        centered = hidden_states.float() - self.bias.float()
-        scale = centered.square().mean(dim=-1, keepdim=True).rsqrt() * self.log_scale.float().exp()
-        return hidden_states * scale.to(hidden_states.dtype)
+        wide = widened(hidden_states)  # as the scale of small inputs overflows half precision too
+        scale = (wide - self.bias).square().mean(dim=-1, keepdim=True).rsqrt() * widened(self.log_scale).exp()
+        return (wide * scale).to(hidden_states.dtype)
 
 
 class SpearBypass(nn.Module):
@@ -231,9 +235,10 @@ class SpearFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         at_once = max(1, FRAMES_AT_ONCE // hidden_states.shape[0])
         # For the memory of long recordings: the inner tensors are several times as wide as the others.
+        # The length last: an exported graph must not depend on it.
         if (
-            hidden_states.shape[1] <= at_once
-            or not can_run_in_blocks(self, hidden_states)
+            not can_run_in_blocks(self, hidden_states)
+            or hidden_states.shape[1] <= at_once
             or is_watched(*self.children())
         ):
             return self._compute(hidden_states)
@@ -897,8 +902,8 @@ class SpearHeadModel(SpearPreTrainedModel):
 
 def masked_mean(hidden_states: torch.Tensor, valid_mask: torch.Tensor) -> torch.Tensor:
     """Mean `(batch, dim)` over the valid frames of `(batch, frames, dim)`; padding has no influence."""
-    hidden_states = hidden_states.masked_fill(~valid_mask[:, :, None], 0.0)
-    return hidden_states.sum(dim=1) / valid_mask.sum(dim=1, keepdim=True).clamp(min=1).to(hidden_states.dtype)
+    total = widened(hidden_states).masked_fill(~valid_mask[:, :, None], 0.0).sum(dim=1)
+    return (total / valid_mask.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
 
 
 def ctc_loss(
@@ -1179,9 +1184,9 @@ class SpearForXVector(SpearHeadModel):
         whole = (valid_mask.sum(dim=1, keepdim=True) - self.context + 1).clamp(min=1)  # (batch, 1)
         pooled_mask = torch.arange(hidden_states.shape[1], device=whole.device) < whole
         mean = masked_mean(hidden_states, pooled_mask)
-        variance = masked_mean((hidden_states - mean[:, None]).square(), pooled_mask)
+        variance = masked_mean(widened(hidden_states - mean[:, None]).square(), pooled_mask)
         # The floor keeps the gradient of the root finite where all frames are alike.
-        statistics = torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=-1)
+        statistics = torch.cat([mean, variance.clamp(min=1e-6).sqrt().to(mean.dtype)], dim=-1)
         embeddings = self.feature_extractor(statistics)
         logits = self.classifier(embeddings)
         loss = None if labels is None else self.objective(logits, labels)
