@@ -351,6 +351,15 @@ def channels_last(weight: torch.Tensor) -> torch.Tensor:
     return weight.squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
+def computes_in_half(hidden_states: torch.Tensor) -> bool:
+    """Whether this is on a GPU and convolutions of it are in half precision: with channels last in memory these are
+    then several times as fast, but slow in full precision. A compiler chooses for itself."""
+    if not hidden_states.is_cuda or torch.compiler.is_compiling():
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 class SpearDepthwiseConv(nn.Conv1d):
     """Convolution over time of every channel on its own, with zeros around the sequence."""
 
@@ -359,6 +368,9 @@ class SpearDepthwiseConv(nn.Conv1d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, frames)` to the same."""
+        if computes_in_half(hidden_states):
+            image, weight = hidden_states.unsqueeze(2), channels_last(self.weight.unsqueeze(2))
+            return F.conv2d(image, weight, self.bias, padding=(0, self.padding[0]), groups=self.groups).squeeze(2)
         if not are_blocks_possible(hidden_states):
             return super().forward(hidden_states)
         if can_run_in_blocks(self, hidden_states):
@@ -543,7 +555,8 @@ class SpearDepthwiseConv2d(nn.Conv2d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, frames, bins)` to the same."""
-        if not torch.is_grad_enabled() or not are_blocks_possible(hidden_states):
+        on_cpu = torch.is_grad_enabled() and are_blocks_possible(hidden_states)
+        if not on_cpu and not computes_in_half(hidden_states):
             return super().forward(hidden_states)
         # Several times as fast backwards.
         return F.conv2d(hidden_states, channels_last(self.weight), self.bias, padding=self.padding, groups=self.groups)
@@ -590,7 +603,7 @@ class SpearStem(nn.Module):
         if can_run_in_blocks(self, input_features) and not is_watched(*parts):
             return self._compute_in_blocks(hidden_states, valid_mask)
         hidden_states = swoosh_r(self.conv2(swoosh_r(self.conv1(hidden_states))))
-        if are_blocks_possible(hidden_states):
+        if are_blocks_possible(hidden_states) or computes_in_half(hidden_states):
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         hidden_states = swoosh_r(self.conv3(hidden_states))
         if valid_mask is not None:

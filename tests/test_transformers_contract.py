@@ -354,3 +354,29 @@ def test_cuda_equals_cpu(model_class):
     expected = main_output(model(**values))
     output = model.cuda()(**{name: value.cuda() for name, value in values.items()})
     assert torch.allclose(main_output(output).cpu(), expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+@every_model
+def test_cuda_in_half_precision(model_class):
+    """Outputs and gradients in bfloat16, whose convolutions take another way, against those in float32 on the CPU."""
+    model = tiny_model(model_class)
+    values = inputs(model_class, labels=True)
+    with torch.no_grad():
+        expected = main_output(model(**values))
+    loss_of(model, values).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "conv" in name}
+    model.zero_grad()
+    model.cuda()
+    on_device = {name: value.cuda() for name, value in values.items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = loss_of(model, on_device)
+    loss.backward()
+    for name, gradient in gradients.items():
+        error = (model.get_parameter(name).grad.cpu() - gradient).norm()
+        assert error <= 0.1 * gradient.norm() + 1e-3 * max(g.norm() for g in gradients.values()), name
+    on_device["input_features"] = on_device["input_features"].bfloat16()
+    with torch.no_grad():
+        found = main_output(model.bfloat16()(**on_device)).float().cpu()
+    finite = expected.abs() < 1e4  # logits of padding are at the end of the range
+    assert (found - expected)[finite].norm() <= 0.05 * expected[finite].norm()
