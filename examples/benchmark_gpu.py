@@ -291,16 +291,16 @@ def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) 
     if "training" in parts:
         for contender in [*contenders, *(f"pretrain-{size}" for size in sizes)]:
             yield training(contender, 16 if contender.endswith("xlarge") else 32, "eager", budget)
-    if "compiled" in parts:
+    if "compiled-inference" in parts:
         yield from inference(f"spear-{sizes[0]}", batches[-1:], ["compiled"], budget, "bfloat16")
-        yield training(f"spear-{sizes[0]}", 32, "compiled", budget)
+    if "compiled-training" in parts:
         yield training(f"pretrain-{sizes[0]}", 32, "compiled", budget)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("model_cards/benchmarks/gpu.csv"))
-    parser.add_argument("--parts", default="features,inference,training,compiled")
+    parser.add_argument("--parts", default="features,inference,training,compiled-inference,compiled-training")
     parser.add_argument("--sizes", default="base,large,xlarge")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds that a row is timed")
