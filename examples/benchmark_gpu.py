@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import WavLMConfig, WavLMForCTC, WavLMModel
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForPreTraining, SpearModel
+from spear_hf.evaluation.plots import BLUE, GREEN, ORANGE, new_figure, save_figure, styled
 from spear_hf.pretraining.flops import FLOPS_OF_A_STEP, forward_flops, peak_flops
 
 
@@ -297,6 +298,23 @@ def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) 
         yield training(f"pretrain-{sizes[0]}", 32, "compiled", budget)
 
 
+@styled
+def draw(measured: list[Row]) -> Any:
+    """Seconds of audio in a second, of inference and training, for the largest batch of every contender and mode."""
+    figure, panels = new_figure(2, size=(8.0, 8.0))
+    for axes, what in zip(panels, ("inference", "training")):
+        chosen = [row for row in measured if row.what == what and row.audio_per_second]
+        largest = {(row.contender, row.mode): row for row in sorted(chosen, key=lambda row: row.batch)}
+        names = [f"{contender}, {mode}, batch {row.batch}" for (contender, mode), row in largest.items()]
+        rates = [row.audio_per_second for row in largest.values()]
+        colours = {"spear": BLUE, "wavlm": ORANGE, "pretrain": GREEN}
+        bars = axes.barh(names, rates, color=[colours[name.split("-")[0]] for name in names])
+        axes.bar_label(bars, fmt="%.0f", fontsize=9)
+        axes.invert_yaxis()
+        axes.set(title=f"{what.capitalize()}, bfloat16, 10 s each", xlabel="seconds of audio in a second")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("model_cards/benchmarks/gpu.csv"))
@@ -322,10 +340,13 @@ def main() -> None:
     with arguments.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(item.name for item in fields(Row)), *constants], lineterminator="\n")
         writer.writeheader()
+        measured = []
         for row in rows(parts, sizes, batches, arguments.budget):
+            measured.append(row)
             writer.writerow(asdict(row) | constants)
             file.flush()
             print(*(f"{value}" for value in asdict(row).values() if value not in (None, "")), flush=True)
+    save_figure(draw(measured), arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
