@@ -476,11 +476,14 @@ def test_a_folder_of_audio_needs_no_manifest(runs, finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_compiled_model_learns_the_same(runs, finished):
-    output = runs.folder / "compiled"
-    assert runs.run(output, "execution.compile=true", "max_steps=4", patience=1000) == 0, runs.log(output)
-    compiled = read_json_lines(output / "metrics.jsonl")
-    plain = read_json_lines(finished / "metrics.jsonl")[:4]
-    for one, other in zip(compiled, plain, strict=True):
+    settings = ["max_steps=3", "model.config.hidden_dropout=0.0", "model.config.final_dropout=0.0"]  # draws differ
+    records = []
+    for name in ("plain", "compiled"):
+        output = runs.folder / name
+        compile = f"execution.compile={name == 'compiled'}"
+        assert runs.run(output, *settings, compile, patience=1000) == 0, runs.log(output)
+        records.append(read_json_lines(output / "metrics.jsonl"))
+    for one, other in zip(*records, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     assert isinstance(AutoModelForPreTraining.from_pretrained(output / "final"), SpearForPreTraining)
