@@ -290,47 +290,83 @@ __device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZ
     }
 }
 
-// One pass: codes (frames, CODEBOOKS) -> better codes. `products`: of what the codes leave of the frames with all centres,
-// divided by scale[frame] * centre_scale. `gram`: inner products of all centres with all, (WIDTH, WIDTH). Frames whose
-// codes the pass leaves as they are become `settled`; those that are already are passed over.
+__device__ inline void store_row(const float (&numbers)[SIZE / LANES], int lane, float* row) {
+#pragma unroll
+    for (int i = 0; i < SIZE / LANES; i += 4) {
+        const float4 four = {numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]};
+        *reinterpret_cast<float4*>(row + centre(i, lane)) = four;
+    }
+}
+
+// Passes for frames `active`: codes (frames, CODEBOOKS) -> better codes. `products` (rows of the grid, WIDTH): of what the
+// codes leave of each frame with all centres, divided by its scale and centre_scale; `gram`: of all centres with all.
+// While a pass changes no more than `most` codes, the products are brought up to date for the next one. `left` (frames):
+// passes still to do; `again` (rows of the grid): whether they need new products.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-refine(const float* __restrict__ products, const float* __restrict__ scale, float centre_scale,
-       const float* __restrict__ half_norms, const float* __restrict__ gram, unsigned char* codes, int* settled) {
+refine(float* products, const float* __restrict__ scale, float centre_scale, const float* __restrict__ half_norms,
+       const float* __restrict__ gram, const int* __restrict__ active, int most, unsigned char* codes,
+       int* left, unsigned char* again) {
     __shared__ Shared s;
     constexpr int COUNT = SIZE / LANES;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const long long frame = blockIdx.x;
-    if (settled[frame]) return;
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, frame = active[blockIdx.x];
     codes += frame * CODEBOOKS;
-    products += frame * WIDTH;
+    products += (long long)blockIdx.x * WIDTH;
     if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = codes[threadIdx.x];
-    for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
-        s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
-    __syncthreads();
-    const float unit = scale[frame] * centre_scale;
+    const float unit = scale[blockIdx.x] * centre_scale;
+    int passes = left[frame];
+    unsigned changed;
+    for (;;) {
+        for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
+            s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
+        __syncthreads();
 #pragma unroll 1
-    for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        // Costs of the codebook's centres, given the other codebooks' codes.
-        float costs[COUNT], product[COUNT], own[COUNT];
-        load_row(half_norms + c * SIZE, lane, costs);
-        load_row(products + c * SIZE, lane, product);
-        load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
+        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+            // Costs of the codebook's centres, given the other codebooks' codes.
+            float costs[COUNT], product[COUNT], own[COUNT];
+            load_row(half_norms + c * SIZE, lane, costs);
+            load_row(products + c * SIZE, lane, product);
+            load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
-        select<SINGLE>(costs, [&](int n, int i) {
-            s.kept[c][n] = centre(i, lane);
-            s.cost[c][n] = costs[i];
-        });
+            for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
+            select<SINGLE>(costs, [&](int n, int i) {
+                s.kept[c][n] = centre(i, lane);
+                s.cost[c][n] = costs[i];
+            });
+        }
+        __syncthreads();
+        merge<1>(s, gram, 0);
+        if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
+        if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
+        if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
+
+        changed = __ballot_sync(ALL, lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane]);
+        --passes;
+        if (!changed || !passes || __popc(changed) > most) break;
+#pragma unroll 1
+        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+            float product[COUNT], moved[COUNT] = {};
+#pragma unroll 1
+            for (unsigned rest = changed; rest; rest &= rest - 1) {
+                const int other = __ffs(rest) - 1;
+                float added[COUNT], removed[COUNT];
+                load_row(gram + (other * SIZE + s.outgoing[other]) * WIDTH + c * SIZE, lane, added);
+                load_row(gram + (other * SIZE + s.incoming[other]) * WIDTH + c * SIZE, lane, removed);
+#pragma unroll
+                for (int i = 0; i < COUNT; ++i) moved[i] += added[i] - removed[i];
+            }
+            load_row(products + c * SIZE, lane, product);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] / unit;
+            store_row(product, lane, products + c * SIZE);
+        }
+        __syncthreads();
+        if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = s.outgoing[threadIdx.x];
     }
-    __syncthreads();
-    merge<1>(s, gram, 0);
-    if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
-    if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
-    if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
-    if (warp) return;
-    const bool differs = lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane];
-    if (differs) codes[lane] = s.outgoing[lane];
-    if (!__ballot_sync(ALL, differs) && lane == 0) settled[frame] = 1;
+    if (threadIdx.x < CODEBOOKS) codes[threadIdx.x] = s.outgoing[threadIdx.x];
+    if (threadIdx.x == 0) {
+        left[frame] = passes;
+        again[blockIdx.x] = changed && passes;
+    }
 }
 
 __device__ inline float block_max(float value) {
@@ -366,17 +402,17 @@ __device__ inline void write_split(const float* numbers, float largest, int dim,
     if (threadIdx.x == 0) *scale = ldexpf(1, exponent);
 }
 
-// Frames (count, dim) -> standardised, and their splits; the rest of the grid's are zero. A number that is
-// not finite, or beyond LARGE once standardised, becomes zero too, and `bad` becomes 1.
+// Frames (frames, dim) -> standardised, and their splits. A number that is not finite, or beyond LARGE once standardised,
+// becomes zero, and `bad` becomes 1.
 extern "C" __global__ void __launch_bounds__(THREADS)
-standardise(const float* __restrict__ frames, int count, int dim, const float* __restrict__ mean,
+standardise(const float* __restrict__ frames, int dim, const float* __restrict__ mean,
             const float* __restrict__ deviation, float* standardised, unsigned short* split, float* scale, int* bad) {
     const long long frame = blockIdx.x;
     standardised += frame * dim;
     float largest = 0;
     for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS)
         for (int i = d; i < d + 4; ++i) {
-            float number = frame < count ? (frames[frame * dim + i] - mean[i]) / deviation[i] : 0;
+            float number = (frames[frame * dim + i] - mean[i]) / deviation[i];
             if (!(fabsf(number) < LARGE)) {
                 number = 0;
                 *bad = 1;
@@ -387,37 +423,10 @@ standardise(const float* __restrict__ frames, int count, int dim, const float* _
     write_split(standardised, block_max(largest), dim, split + frame * 3 * dim, scale + frame);
 }
 
-// The split of what the centres of some codes leave of a standardised frame.
-__device__ inline void write_residual(const float* standardised, int dim, const float* offset, const float* centres,
-                                      const int* codes, float* residual, unsigned short* split, float* scale) {
-    float largest = 0;
-    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
-        const float4 given = *reinterpret_cast<const float4*>(standardised + d);
-        const float4 common = *reinterpret_cast<const float4*>(offset + d);
-        float4 sum = {0, 0, 0, 0};
-#pragma unroll
-        for (int c = 0; c < CODEBOOKS; ++c) {
-            const float4 four = *reinterpret_cast<const float4*>(centres + (c * SIZE + codes[c]) * (long long)dim + d);
-            sum.x += four.x;
-            sum.y += four.y;
-            sum.z += four.z;
-            sum.w += four.w;
-        }
-        const float4 left = {given.x - common.x - sum.x, given.y - common.y - sum.y, given.z - common.z - sum.z,
-                             given.w - common.w - sum.w};
-        *reinterpret_cast<float4*>(residual + d) = left;
-        largest = fmaxf(largest, fmaxf(fmaxf(fabsf(left.x), fabsf(left.y)), fmaxf(fabsf(left.z), fabsf(left.w))));
-    }
-    write_split(residual, block_max(largest), dim, split, scale);
-}
-
-// The classifier's codes of each frame, and the split of what their centres leave of it.
+// The classifier's codes of each frame.
 extern "C" __global__ void __launch_bounds__(THREADS)
-classify(const float* __restrict__ logits, float weight_scale, const float* __restrict__ bias,
-         const float* __restrict__ standardised, int dim, const float* __restrict__ offset,
-         const float* __restrict__ centres, unsigned char* codes, int* settled, float* residual, unsigned short* split,
-         float* scale) {
-    __shared__ int chosen[CODEBOOKS];
+classify(const float* __restrict__ logits, const float* __restrict__ scale, float weight_scale,
+         const float* __restrict__ bias, unsigned char* codes) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long frame = blockIdx.x;
     const float unit = scale[frame] * weight_scale;
@@ -436,27 +445,38 @@ classify(const float* __restrict__ logits, float weight_scale, const float* __re
         }
         const float highest = warp_max(best);
         code = __reduce_min_sync(ALL, best == highest ? code : SIZE);
-        if (lane == 0) {
-            chosen[c] = code;
-            codes[frame * CODEBOOKS + c] = code;
-        }
+        if (lane == 0) codes[frame * CODEBOOKS + c] = code;
     }
-    if (threadIdx.x == 0) settled[frame] = 0;
-    __syncthreads();
-    write_residual(standardised + frame * dim, dim, offset, centres, chosen, residual + frame * dim,
-                   split + frame * 3 * dim, scale + frame);
 }
 
-// As the second half of `classify`, for the codes that a pass has left.
+// The splits of what the codes leave of frames `active`. `residual` is room for as many frames.
 extern "C" __global__ void __launch_bounds__(THREADS)
 subtract(const float* __restrict__ standardised, int dim, const float* __restrict__ offset,
-         const float* __restrict__ centres, const unsigned char* __restrict__ codes, const int* __restrict__ settled,
+         const float* __restrict__ centres, const unsigned char* __restrict__ codes, const int* __restrict__ active,
          float* residual, unsigned short* split, float* scale) {
-    __shared__ int chosen[CODEBOOKS];
-    const long long frame = blockIdx.x;
-    if (settled[frame]) return;
-    if (threadIdx.x < CODEBOOKS) chosen[threadIdx.x] = codes[frame * CODEBOOKS + threadIdx.x];
+    __shared__ int places[CODEBOOKS];
+    const long long row = blockIdx.x, frame = active[row];
+    if (threadIdx.x < CODEBOOKS) places[threadIdx.x] = threadIdx.x * SIZE + codes[frame * CODEBOOKS + threadIdx.x];
     __syncthreads();
-    write_residual(standardised + frame * dim, dim, offset, centres, chosen, residual + frame * dim,
-                   split + frame * 3 * dim, scale + frame);
+    standardised += frame * dim;
+    residual += row * dim;
+    float largest = 0;
+    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
+        const float4 given = *reinterpret_cast<const float4*>(standardised + d);
+        const float4 common = *reinterpret_cast<const float4*>(offset + d);
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int c = 0; c < CODEBOOKS; ++c) {
+            const float4 four = *reinterpret_cast<const float4*>(centres + places[c] * (long long)dim + d);
+            sum.x += four.x;
+            sum.y += four.y;
+            sum.z += four.z;
+            sum.w += four.w;
+        }
+        const float4 left = {given.x - common.x - sum.x, given.y - common.y - sum.y, given.z - common.z - sum.z,
+                             given.w - common.w - sum.w};
+        *reinterpret_cast<float4*>(residual + d) = left;
+        largest = fmaxf(largest, fmaxf(fmaxf(fabsf(left.x), fabsf(left.y)), fmaxf(fabsf(left.z), fabsf(left.w))));
+    }
+    write_split(residual, block_max(largest), dim, split + row * 3 * dim, scale + row);
 }
