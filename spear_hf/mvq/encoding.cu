@@ -52,7 +52,8 @@ __device__ constexpr int options_of(int length) { return length < 4 ? 16 : 32; }
 
 struct Shared {
     float table[CELLS];                    // inner products of even entries with odd ones
-    float field[FIELD_CELLS];              // of even entries with odd options, less those of the incoming codes
+    float field[FIELD_CELLS];              // of even entries with odd options
+    float common[COLUMNS];                 // of even entries with the incoming codes of the odd group
     float sums[CODEBOOKS / 2 * SINGLE * SINGLE > 1024 ? CODEBOOKS / 2 * SINGLE * SINGLE : 1024];
     float cost[CODEBOOKS][MOST];           // by group and option
     int start[CODEBOOKS], count[CODEBOOKS];
@@ -64,8 +65,6 @@ struct Shared {
     unsigned char slot[2][CODEBOOKS][MOST];      // by codebook and option of its group
     unsigned char place[CODEBOOKS][MOST];        // entry, likewise
 };
-
-__device__ inline int lanes_before(unsigned votes, int lane) { return __popc(votes & ((1u << lane) - 1)); }
 
 __device__ inline float warp_min(float value) {
     for (int step = 16; step; step /= 2) value = fminf(value, __shfl_xor_sync(ALL, value, step));
@@ -82,41 +81,67 @@ __device__ inline int warp_count(const float (&values)[COUNT], float bound) {
     return __reduce_add_sync(ALL, count);
 }
 
-// `put(n, i)`, n = 0 .. KEEP - 1, for the lowest values of a warp; of equal ones those of lower i, then lane.
+// `put(n, i)`, n = 0 .. KEEP - 1, for the lowest values of a warp; of equal ones at the bound those of lower i, then lane.
 template <int KEEP, int COUNT, typename Put>
 __device__ inline void select(const float (&values)[COUNT], Put put) {
     const int lane = threadIdx.x % LANES;
     float lowest = values[0];
 #pragma unroll
     for (int i = 1; i < COUNT; ++i) lowest = fminf(lowest, values[i]);
-    // At most KEEP are <= cut, at least KEEP are <= high.
-    float cut = warp_min(lowest), high = warp_max(lowest);
-    int count = warp_count(values, cut);
-    if (count > KEEP) {
-        high = cut;
-        cut = -INFINITY;
-        count = 0;
-    }
-    while (count < KEEP && cut > -INFINITY) {
-        const float middle = cut + 0.5f * (high - cut);
-        if (!(middle > cut && middle < high)) break;
-        const int below = warp_count(values, middle);
-        if (below > KEEP) {
-            high = middle;
-        } else {
-            cut = middle;
-            count = below;
+    // At least KEEP values are <= high. The lanes' lowest tell cheaply about where the bound lies.
+    const float low = warp_min(lowest);
+    float high = warp_max(lowest), guess = low;
+    if constexpr (KEEP < LANES) {
+        for (;;) {
+            const float middle = guess + 0.5f * (high - guess);
+            if (!(middle > guess && middle < high)) break;
+            const int lanes = __popc(__ballot_sync(ALL, lowest <= middle));
+            if (lanes >= KEEP) high = middle;
+            else guess = middle;
+            if (lanes == KEEP) break;
         }
     }
-    int taken = 0, tied = count;
+    // `count` values, at most KEEP, are <= cut.
+    float cut = -INFINITY, bottom = low;
+    int count = 0;
+    const auto probe = [&](float bound) {
+        const int below = warp_count(values, bound);
+        if (below > KEEP) {
+            high = bound;
+        } else {
+            cut = bound;
+            count = below;
+        }
+    };
+    float middle = guess > low ? guess : low + 0.5f * (high - low);
+    while (count < KEEP && middle > bottom && middle < high) {
+        probe(middle);
+        bottom = fmaxf(low, cut);
+        middle = bottom + 0.5f * (high - bottom);
+    }
+    if (count < KEEP && cut < low) probe(low);
+
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) own += values[i] <= cut;
+    int n = own;
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) {
+        const int before = __shfl_up_sync(ALL, n, step);
+        if (lane >= step) n += before;
+    }
+    n -= own;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (values[i] <= cut) put(n++, i);
+    if (count == KEEP) return;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        const bool take = values[i] <= cut, tie = count < KEEP && values[i] > cut && values[i] <= high;
-        const unsigned takes = __ballot_sync(ALL, take), ties = __ballot_sync(ALL, tie);
-        const int n = take ? taken + lanes_before(takes, lane) : tied + lanes_before(ties, lane);
-        if (take || (tie && n < KEEP)) put(n, i);
-        taken += __popc(takes);
-        tied += __popc(ties);
+        const bool tie = values[i] > cut && values[i] <= high;
+        const unsigned ties = __ballot_sync(ALL, tie);
+        n = count + __popc(ties & ((1u << lane) - 1));
+        if (tie && n < KEEP) put(n, i);
+        count += __popc(ties);
     }
 }
 
@@ -209,32 +234,42 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                 const float* cells = s.table + (column - origin) * stride;
                 float sum = 0;
 #pragma unroll
-                for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]] - cells[incoming[b]];
+                for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]];
                 s.field[(column - origin) * OPTIONS + option] = sum;
+            }
+            for (int column = left + (threadIdx.x + pair * LANES) % THREADS; column < right; column += THREADS) {
+                const float* cells = s.table + (column - origin) * stride;
+                float sum = 0;
+#pragma unroll
+                for (int b = 0; b < LENGTH; ++b) sum += cells[incoming[b]];
+                s.common[column - origin] = sum;
             }
         }
         __syncthreads();
 #pragma unroll 1
         for (int pair = 0; pair < PAIRS; ++pair) {
             const int even = 2 * pair * LENGTH;
-            const float odd_cost = s.cost[2 * pair + 1][option];
-            float incoming[LENGTH];
+            // With e of an even option, o of an odd one, and the incoming codes e', o', the product of the differences is
+            // e.o - e.o' - e'.o + e'.o': the last two go with the odd cost, `of_even` with the even one.
+            float odd_cost = first ? 0 : s.cost[2 * pair + 1][option], of_even = 0;
             int from[LENGTH];
 #pragma unroll
             for (int a = 0; a < LENGTH; ++a) {
                 const bool present = pair * LENGTH + a >= first && pair * LENGTH + a < end;
                 from[a] = present ? s.start[even + a] - origin : -1;
-                incoming[a] = present ? s.field[from[a] * OPTIONS + option] : 0;
+                if (present) {
+                    odd_cost += s.common[from[a]] - s.field[from[a] * OPTIONS + option];
+                    of_even += s.common[from[a] + s.place[even + a][option]];
+                }
             }
 #pragma unroll 1
             for (int i = team; i < OPTIONS; i += TEAMS) {
                 float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
-                float sum = first ? *target : s.cost[2 * pair][i] + odd_cost;
+                float sum = odd_cost - __shfl_sync(ALL, of_even, i);
 #pragma unroll
                 for (int a = 0; a < LENGTH; ++a)
-                    if (from[a] >= 0)
-                        sum += s.field[(from[a] + s.place[even + a][i]) * OPTIONS + option] - incoming[a];
-                *target = sum;
+                    if (from[a] >= 0) sum += s.field[(from[a] + s.place[even + a][i]) * OPTIONS + option];
+                *target = sum + (first ? *target : s.cost[2 * pair][i]);
             }
         }
         __syncthreads();
