@@ -134,12 +134,21 @@ static inline unsigned __ballot_sync(unsigned, bool vote) {
     return result;
 }
 
-static inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename Number>
+static inline Number __shfl_sync(unsigned, Number value, int lane) {
     unsigned bits;
     memcpy(&bits, &value, 4);
-    bits = cuda_on_cpu::exchange(bits)[(threadIdx.x % 32) ^ mask];
+    bits = cuda_on_cpu::exchange(bits)[lane];
     memcpy(&value, &bits, 4);
     return value;
+}
+
+static inline float __shfl_xor_sync(unsigned all, float value, int mask) {
+    return __shfl_sync(all, value, (threadIdx.x % 32) ^ mask);
+}
+
+static inline int __shfl_up_sync(unsigned all, int value, int step) {
+    return __shfl_sync(all, value, max(threadIdx.x % 32 - step, 0));
 }
 
 static inline unsigned __reduce_add_sync(unsigned, unsigned value) {

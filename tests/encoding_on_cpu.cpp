@@ -8,30 +8,28 @@
 
 using cuda_on_cpu::run;
 
-extern "C" void run_standardise(int blocks, unsigned seed, const float* frames, int count, int dim, const float* mean,
+extern "C" void run_standardise(int blocks, unsigned seed, const float* frames, int dim, const float* mean,
                                 const float* deviation, float* standardised, unsigned short* split, float* scale,
                                 int* bad) {
     run(blocks, THREADS, seed,
-        [=] { standardise(frames, count, dim, mean, deviation, standardised, split, scale, bad); });
+        [=] { standardise(frames, dim, mean, deviation, standardised, split, scale, bad); });
 }
 
-extern "C" void run_classify(int blocks, unsigned seed, const float* logits, float weight_scale, const float* bias,
-                             const float* standardised, int dim, const float* offset, const float* centres,
-                             unsigned char* codes, int* settled, float* residual, unsigned short* split, float* scale) {
-    run(blocks, THREADS, seed, [=] {
-        classify(logits, weight_scale, bias, standardised, dim, offset, centres, codes, settled, residual, split,
-                 scale);
-    });
+extern "C" void run_classify(int blocks, unsigned seed, const float* logits, const float* scale, float weight_scale,
+                             const float* bias, unsigned char* codes) {
+    run(blocks, THREADS, seed, [=] { classify(logits, scale, weight_scale, bias, codes); });
 }
 
 extern "C" void run_subtract(int blocks, unsigned seed, const float* standardised, int dim, const float* offset,
-                             const float* centres, const unsigned char* codes, const int* settled, float* residual,
+                             const float* centres, const unsigned char* codes, const int* active, float* residual,
                              unsigned short* split, float* scale) {
     run(blocks, THREADS, seed,
-        [=] { subtract(standardised, dim, offset, centres, codes, settled, residual, split, scale); });
+        [=] { subtract(standardised, dim, offset, centres, codes, active, residual, split, scale); });
 }
 
-extern "C" void run_refine(int blocks, unsigned seed, const float* products, const float* scale, float centre_scale,
-                           const float* half_norms, const float* gram, unsigned char* codes, int* settled) {
-    run(blocks, THREADS, seed, [=] { refine(products, scale, centre_scale, half_norms, gram, codes, settled); });
+extern "C" void run_refine(int blocks, unsigned seed, float* products, const float* scale, float centre_scale,
+                           const float* half_norms, const float* gram, const int* active, int most,
+                           unsigned char* codes, int* left, unsigned char* again) {
+    run(blocks, THREADS, seed,
+        [=] { refine(products, scale, centre_scale, half_norms, gram, active, most, codes, left, again); });
 }

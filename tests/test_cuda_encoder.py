@@ -56,9 +56,10 @@ def library_of(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch, request):
-    """Little padding, where the CPU has to do it."""
+    """Little padding, where the CPU has to do it, and several chunks."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(cuda_encoder_module, "ROWS", 32)
+        monkeypatch.setattr(cuda_encoder_module, "TILES", 2)
 
 
 @torch.no_grad()
@@ -85,6 +86,16 @@ def test_codes_are_those_of_torchs_operations(library_of, num_codebooks):
     frames = random_frames(quantizer, 40)
     encode = on_cpu(quantizer, CpuKernels(library_of(num_codebooks)))
     for passes in (0, 1, 5):
+        assert torch.equal(encode(frames, passes), quantizer.encode(frames, refine_iters=passes))
+
+
+@pytest.mark.parametrize("most", [0, 16])
+def test_costs_of_a_later_pass_come_from_a_product_or_from_sums(library_of, monkeypatch, most):
+    quantizer = random_quantizer(24, 256, 8)
+    frames = random_frames(quantizer, 40)
+    monkeypatch.setattr(cuda_encoder_module, "MOST_UPDATES", most)
+    encode = on_cpu(quantizer, CpuKernels(library_of(8)))
+    for passes in (2, 5):
         assert torch.equal(encode(frames, passes), quantizer.encode(frames, refine_iters=passes))
 
 

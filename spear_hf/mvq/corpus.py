@@ -19,6 +19,7 @@ import numpy as np
 
 from spear_hf.data.decoding import load_utterance
 from spear_hf.data.manifest import Utterance
+from spear_hf.mvq.store_format import waveform_checksum
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher
 
 
@@ -42,6 +43,7 @@ class Decoded:
     waveform: np.ndarray | None
     error: str | None = None
     place: int = 0
+    checksum: int = 0  # of the waveform
 
 
 def decoded_pieces(
@@ -181,10 +183,11 @@ class _DecodingAhead:
 
 
 def decode(utterance: Utterance, teacher: Teacher, place: int = 0, keep_content: bool = False) -> Decoded:
-    """The utterance decoded and checked, or with its error."""
+    """The utterance decoded, checked and with its checksum, or with its error."""
     kept = utterance if keep_content else replace(utterance, content=None)
     try:
-        return Decoded(kept, teacher.check(load_utterance(utterance), utterance.id), place=place)
+        waveform = teacher.check(load_utterance(utterance), utterance.id)
+        return Decoded(kept, waveform, place=place, checksum=waveform_checksum(waveform))
     except ValueError as error:  # AudioError is one
         return Decoded(kept, None, str(error), place)
 

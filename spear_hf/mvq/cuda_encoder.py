@@ -1,17 +1,18 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Encoding on an NVIDIA GPU: matrix products on the tensor cores, and the kernels of encoding.cu around them.
 
-The products, of frames with the classifier and, before each pass, of what the codes leave of the frames with the
-centres, are of float16 numbers with float32 sums: every factor is split into two float16 numbers of 22 bits together,
-so three products make up one. The errors of the sums, as in plain float32, are larger than those of the splits. A
-frame's codes are those of refinement.py but for ties within these errors.
+The products are those of frames with the classifier and, before a pass, of what the codes leave of the frames with the
+centres; after a pass that changed few codes, the kernel adds up rows of the Gram matrix instead. They are of float16
+numbers with float32 sums: every factor is split into two float16 numbers of 22 bits together, so three products make
+up one. The errors of the sums, as in plain float32, are larger than those of the splits. A frame's codes are those of
+refinement.py but for ties within these errors.
 """
 
 import functools
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ from spear_hf.mvq.refinement import CodeSearch
 
 SOURCE = Path(__file__).with_name("encoding.cu")
 ROWS = 2048  # of every matrix product, as the order of summation may depend on the shape; the last ones are filled up
+TILES = 16  # in work at a time
 WARPS = 4  # of a block
 BLOCKS = 6  # of `refine` on a multiprocessor, at least: limits its registers
 CELLS = 3072  # numbers that a merge looks up at a time
 CODEBOOKS = (2, 4, 8, 16)
 LARGE = 1e15
+MOST_UPDATES = 8  # codes that a pass may change, for the kernel to go on with sums; with more a product costs less
 
 
 class Kernels:
@@ -73,24 +76,48 @@ class CudaEncoder:
         count, dim = frames.shape
         device = self.bias.device
         codes = torch.empty(count, self.num_codebooks, dtype=torch.uint8, device=device)
-        standardised, residual = torch.empty(2, ROWS, dim, device=device)
-        split = torch.empty(ROWS, 3 * dim, dtype=torch.float16, device=device)
-        units, settled = torch.empty(ROWS, device=device), torch.empty(ROWS, dtype=torch.int32, device=device)
+        standardised = torch.empty(min(count, TILES * ROWS), dim, device=device)
+        residual = torch.empty(ROWS, dim, device=device)
+        # Rows beyond the frames are multiplied too, with what frames before have left there.
+        tile = _Tile(torch.zeros(ROWS, 3 * dim, dtype=torch.float16, device=device), torch.empty(ROWS, device=device))
         bad = torch.zeros(1, dtype=torch.int32, device=device)
-        for start in range(0, count, ROWS):
-            rows, part = min(ROWS, count - start), codes[start : start + ROWS]
-            tile = frames[start : start + rows].to(device, torch.float32).contiguous()
-            self.kernels("standardise", ROWS, tile, rows, dim, mean, deviation, standardised, split, units, bad)
-            logits = self.kernels.product(split, self.weight_split)
-            given, left = (standardised, dim, self.offset, self.centers), (part, settled, residual, split, units)
-            self.kernels("classify", rows, logits, self.weight_unit, self.bias, *given, *left)
-            for done in range(passes):
-                if done:
-                    self.kernels("subtract", rows, *given, *left)
-                products = self.kernels.product(split, self.center_split)
-                more = (self.center_unit, self.half_norms, self.gram, part, settled)
-                self.kernels("refine", rows, products, units, *more)
+        for start in range(0, count, TILES * ROWS):
+            chunk, found = frames[start : start + TILES * ROWS], codes[start : start + TILES * ROWS]
+            for first in range(0, len(chunk), ROWS):
+                given = chunk[first : first + ROWS].to(device, torch.float32).contiguous()
+                target = (standardised[first:], tile.split, tile.units, bad)
+                self.kernels("standardise", len(given), given, dim, mean, deviation, *target)
+                logits = self.kernels.product(tile.split, self.weight_split)
+                self.kernels("classify", len(given), logits, tile.units, self.weight_unit, self.bias, found[first:])
+            self._refine(standardised, residual, found, tile, passes)
         return None if bad.item() else codes
+
+    def _refine(self, standardised: Tensor, residual: Tensor, codes: Tensor, tile: "_Tile", passes: int) -> None:
+        """`passes` passes over codes (frames, codebooks), in place.
+
+        Frames that a pass has left as they are would be left so by all others: the later ones go without them.
+        """
+        active = torch.arange(len(codes), dtype=torch.int32, device=codes.device)
+        left = torch.full((len(codes),), passes, dtype=torch.int32, device=codes.device)
+        for _ in range(passes):
+            again = torch.empty(len(active), dtype=torch.bool, device=codes.device)
+            for first in range(0, len(active), ROWS):
+                part = active[first : first + ROWS]
+                given = (standardised, standardised.shape[1], self.offset, self.centers, codes, part)
+                self.kernels("subtract", len(part), *given, residual, tile.split, tile.units)
+                products = self.kernels.product(tile.split, self.center_split)
+                costs = (products, tile.units, self.center_unit, self.half_norms, self.gram)
+                self.kernels("refine", len(part), *costs, part, MOST_UPDATES, codes, left, again[first:])
+            active = active[again]
+            if not len(active):
+                break
+
+
+class _Tile(NamedTuple):
+    """Factors of a product."""
+
+    split: Tensor  # float16 (ROWS, 3 * dim)
+    units: Tensor  # (ROWS,)
 
 
 def _split(numbers: Tensor) -> tuple[Tensor, float]:

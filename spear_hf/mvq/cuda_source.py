@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 
+PREFERRED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+
+
 class CudaUnavailable(RuntimeError):
     """The compiler or the driver is not there, or refused."""
 
@@ -54,16 +57,21 @@ class CudaModule:
 
         Whatever the arguments point to must be on the device.
         """
-        if name not in self._functions:
-            function = ctypes.c_void_p()
-            _check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
-            self._functions[name] = function
         values = [_as_c(argument) for argument in arguments]
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        function = self._functions[name]
         with torch.cuda.device(self._device):
+            function = self._function(name)
             _check(self._driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, places, None), name)
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        if name not in self._functions:
+            function = ctypes.c_void_p()
+            _check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()), name)
+            # As many blocks on a multiprocessor as fit there, at the cost of its cache.
+            _check(self._driver.cuFuncSetAttribute(function, PREFERRED_CARVEOUT, 100), name)
+            self._functions[name] = function
+        return self._functions[name]
 
 
 def _as_c(argument: Tensor | int | float) -> "ctypes.c_void_p | ctypes.c_int | ctypes.c_float":

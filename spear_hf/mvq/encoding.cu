@@ -52,7 +52,8 @@ __device__ constexpr int options_of(int length) { return length < 4 ? 16 : 32; }
 
 struct Shared {
     float table[CELLS];                    // inner products of even entries with odd ones
-    float field[FIELD_CELLS];              // of even entries with odd options, less those of the incoming codes
+    float field[FIELD_CELLS];              // of even entries with odd options
+    float common[COLUMNS];                 // of even entries with the incoming codes of the odd group
     float sums[CODEBOOKS / 2 * SINGLE * SINGLE > 1024 ? CODEBOOKS / 2 * SINGLE * SINGLE : 1024];
     float cost[CODEBOOKS][MOST];           // by group and option
     int start[CODEBOOKS], count[CODEBOOKS];
@@ -64,8 +65,6 @@ struct Shared {
     unsigned char slot[2][CODEBOOKS][MOST];      // by codebook and option of its group
     unsigned char place[CODEBOOKS][MOST];        // entry, likewise
 };
-
-__device__ inline int lanes_before(unsigned votes, int lane) { return __popc(votes & ((1u << lane) - 1)); }
 
 __device__ inline float warp_min(float value) {
     for (int step = 16; step; step /= 2) value = fminf(value, __shfl_xor_sync(ALL, value, step));
@@ -82,41 +81,67 @@ __device__ inline int warp_count(const float (&values)[COUNT], float bound) {
     return __reduce_add_sync(ALL, count);
 }
 
-// `put(n, i)`, n = 0 .. KEEP - 1, for the lowest values of a warp; of equal ones those of lower i, then lane.
+// `put(n, i)`, n = 0 .. KEEP - 1, for the lowest values of a warp; of equal ones at the bound those of lower i, then lane.
 template <int KEEP, int COUNT, typename Put>
 __device__ inline void select(const float (&values)[COUNT], Put put) {
     const int lane = threadIdx.x % LANES;
     float lowest = values[0];
 #pragma unroll
     for (int i = 1; i < COUNT; ++i) lowest = fminf(lowest, values[i]);
-    // At most KEEP are <= cut, at least KEEP are <= high.
-    float cut = warp_min(lowest), high = warp_max(lowest);
-    int count = warp_count(values, cut);
-    if (count > KEEP) {
-        high = cut;
-        cut = -INFINITY;
-        count = 0;
-    }
-    while (count < KEEP && cut > -INFINITY) {
-        const float middle = cut + 0.5f * (high - cut);
-        if (!(middle > cut && middle < high)) break;
-        const int below = warp_count(values, middle);
-        if (below > KEEP) {
-            high = middle;
-        } else {
-            cut = middle;
-            count = below;
+    // At least KEEP values are <= high. The lanes' lowest tell cheaply about where the bound lies.
+    const float low = warp_min(lowest);
+    float high = warp_max(lowest), guess = low;
+    if constexpr (KEEP < LANES) {
+        for (;;) {
+            const float middle = guess + 0.5f * (high - guess);
+            if (!(middle > guess && middle < high)) break;
+            const int lanes = __popc(__ballot_sync(ALL, lowest <= middle));
+            if (lanes >= KEEP) high = middle;
+            else guess = middle;
+            if (lanes == KEEP) break;
         }
     }
-    int taken = 0, tied = count;
+    // `count` values, at most KEEP, are <= cut.
+    float cut = -INFINITY, bottom = low;
+    int count = 0;
+    const auto probe = [&](float bound) {
+        const int below = warp_count(values, bound);
+        if (below > KEEP) {
+            high = bound;
+        } else {
+            cut = bound;
+            count = below;
+        }
+    };
+    float middle = guess > low ? guess : low + 0.5f * (high - low);
+    while (count < KEEP && middle > bottom && middle < high) {
+        probe(middle);
+        bottom = fmaxf(low, cut);
+        middle = bottom + 0.5f * (high - bottom);
+    }
+    if (count < KEEP && cut < low) probe(low);
+
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) own += values[i] <= cut;
+    int n = own;
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) {
+        const int before = __shfl_up_sync(ALL, n, step);
+        if (lane >= step) n += before;
+    }
+    n -= own;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (values[i] <= cut) put(n++, i);
+    if (count == KEEP) return;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        const bool take = values[i] <= cut, tie = count < KEEP && values[i] > cut && values[i] <= high;
-        const unsigned takes = __ballot_sync(ALL, take), ties = __ballot_sync(ALL, tie);
-        const int n = take ? taken + lanes_before(takes, lane) : tied + lanes_before(ties, lane);
-        if (take || (tie && n < KEEP)) put(n, i);
-        taken += __popc(takes);
-        tied += __popc(ties);
+        const bool tie = values[i] > cut && values[i] <= high;
+        const unsigned ties = __ballot_sync(ALL, tie);
+        n = count + __popc(ties & ((1u << lane) - 1));
+        if (tie && n < KEEP) put(n, i);
+        count += __popc(ties);
     }
 }
 
@@ -209,32 +234,42 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                 const float* cells = s.table + (column - origin) * stride;
                 float sum = 0;
 #pragma unroll
-                for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]] - cells[incoming[b]];
+                for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]];
                 s.field[(column - origin) * OPTIONS + option] = sum;
+            }
+            for (int column = left + (threadIdx.x + pair * LANES) % THREADS; column < right; column += THREADS) {
+                const float* cells = s.table + (column - origin) * stride;
+                float sum = 0;
+#pragma unroll
+                for (int b = 0; b < LENGTH; ++b) sum += cells[incoming[b]];
+                s.common[column - origin] = sum;
             }
         }
         __syncthreads();
 #pragma unroll 1
         for (int pair = 0; pair < PAIRS; ++pair) {
             const int even = 2 * pair * LENGTH;
-            const float odd_cost = s.cost[2 * pair + 1][option];
-            float incoming[LENGTH];
+            // With e of an even option, o of an odd one, and the incoming codes e', o', the product of the differences is
+            // e.o - e.o' - e'.o + e'.o': the last two go with the odd cost, `of_even` with the even one.
+            float odd_cost = first ? 0 : s.cost[2 * pair + 1][option], of_even = 0;
             int from[LENGTH];
 #pragma unroll
             for (int a = 0; a < LENGTH; ++a) {
                 const bool present = pair * LENGTH + a >= first && pair * LENGTH + a < end;
                 from[a] = present ? s.start[even + a] - origin : -1;
-                incoming[a] = present ? s.field[from[a] * OPTIONS + option] : 0;
+                if (present) {
+                    odd_cost += s.common[from[a]] - s.field[from[a] * OPTIONS + option];
+                    of_even += s.common[from[a] + s.place[even + a][option]];
+                }
             }
 #pragma unroll 1
             for (int i = team; i < OPTIONS; i += TEAMS) {
                 float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
-                float sum = first ? *target : s.cost[2 * pair][i] + odd_cost;
+                float sum = odd_cost - __shfl_sync(ALL, of_even, i);
 #pragma unroll
                 for (int a = 0; a < LENGTH; ++a)
-                    if (from[a] >= 0)
-                        sum += s.field[(from[a] + s.place[even + a][i]) * OPTIONS + option] - incoming[a];
-                *target = sum;
+                    if (from[a] >= 0) sum += s.field[(from[a] + s.place[even + a][i]) * OPTIONS + option];
+                *target = sum + (first ? *target : s.cost[2 * pair][i]);
             }
         }
         __syncthreads();
@@ -290,47 +325,83 @@ __device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZ
     }
 }
 
-// One pass: codes (frames, CODEBOOKS) -> better codes. `products`: of what the codes leave of the frames with all centres,
-// divided by scale[frame] * centre_scale. `gram`: inner products of all centres with all, (WIDTH, WIDTH). Frames whose
-// codes the pass leaves as they are become `settled`; those that are already are passed over.
+__device__ inline void store_row(const float (&numbers)[SIZE / LANES], int lane, float* row) {
+#pragma unroll
+    for (int i = 0; i < SIZE / LANES; i += 4) {
+        const float4 four = {numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]};
+        *reinterpret_cast<float4*>(row + centre(i, lane)) = four;
+    }
+}
+
+// Passes for frames `active`: codes (frames, CODEBOOKS) -> better codes. `products` (rows of the grid, WIDTH): of what the
+// codes leave of each frame with all centres, divided by its scale and centre_scale; `gram`: of all centres with all.
+// While a pass changes no more than `most` codes, the products are brought up to date for the next one. `left` (frames):
+// passes still to do; `again` (rows of the grid): whether they need new products.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-refine(const float* __restrict__ products, const float* __restrict__ scale, float centre_scale,
-       const float* __restrict__ half_norms, const float* __restrict__ gram, unsigned char* codes, int* settled) {
+refine(float* products, const float* __restrict__ scale, float centre_scale, const float* __restrict__ half_norms,
+       const float* __restrict__ gram, const int* __restrict__ active, int most, unsigned char* codes,
+       int* left, unsigned char* again) {
     __shared__ Shared s;
     constexpr int COUNT = SIZE / LANES;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const long long frame = blockIdx.x;
-    if (settled[frame]) return;
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, frame = active[blockIdx.x];
     codes += frame * CODEBOOKS;
-    products += frame * WIDTH;
+    products += (long long)blockIdx.x * WIDTH;
     if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = codes[threadIdx.x];
-    for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
-        s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
-    __syncthreads();
-    const float unit = scale[frame] * centre_scale;
+    const float unit = scale[blockIdx.x] * centre_scale;
+    int passes = left[frame];
+    unsigned changed;
+    for (;;) {
+        for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
+            s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
+        __syncthreads();
 #pragma unroll 1
-    for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        // Costs of the codebook's centres, given the other codebooks' codes.
-        float costs[COUNT], product[COUNT], own[COUNT];
-        load_row(half_norms + c * SIZE, lane, costs);
-        load_row(products + c * SIZE, lane, product);
-        load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
+        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+            // Costs of the codebook's centres, given the other codebooks' codes.
+            float costs[COUNT], product[COUNT], own[COUNT];
+            load_row(half_norms + c * SIZE, lane, costs);
+            load_row(products + c * SIZE, lane, product);
+            load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
-        select<SINGLE>(costs, [&](int n, int i) {
-            s.kept[c][n] = centre(i, lane);
-            s.cost[c][n] = costs[i];
-        });
+            for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
+            select<SINGLE>(costs, [&](int n, int i) {
+                s.kept[c][n] = centre(i, lane);
+                s.cost[c][n] = costs[i];
+            });
+        }
+        __syncthreads();
+        merge<1>(s, gram, 0);
+        if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
+        if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
+        if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
+
+        changed = __ballot_sync(ALL, lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane]);
+        --passes;
+        if (!changed || !passes || __popc(changed) > most) break;
+#pragma unroll 1
+        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+            float product[COUNT], moved[COUNT] = {};
+#pragma unroll 1
+            for (unsigned rest = changed; rest; rest &= rest - 1) {
+                const int other = __ffs(rest) - 1;
+                float added[COUNT], removed[COUNT];
+                load_row(gram + (other * SIZE + s.outgoing[other]) * WIDTH + c * SIZE, lane, added);
+                load_row(gram + (other * SIZE + s.incoming[other]) * WIDTH + c * SIZE, lane, removed);
+#pragma unroll
+                for (int i = 0; i < COUNT; ++i) moved[i] += added[i] - removed[i];
+            }
+            load_row(products + c * SIZE, lane, product);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] / unit;
+            store_row(product, lane, products + c * SIZE);
+        }
+        __syncthreads();
+        if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = s.outgoing[threadIdx.x];
     }
-    __syncthreads();
-    merge<1>(s, gram, 0);
-    if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
-    if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
-    if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
-    if (warp) return;
-    const bool differs = lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane];
-    if (differs) codes[lane] = s.outgoing[lane];
-    if (!__ballot_sync(ALL, differs) && lane == 0) settled[frame] = 1;
+    if (threadIdx.x < CODEBOOKS) codes[threadIdx.x] = s.outgoing[threadIdx.x];
+    if (threadIdx.x == 0) {
+        left[frame] = passes;
+        again[blockIdx.x] = changed && passes;
+    }
 }
 
 __device__ inline float block_max(float value) {
@@ -366,17 +437,17 @@ __device__ inline void write_split(const float* numbers, float largest, int dim,
     if (threadIdx.x == 0) *scale = ldexpf(1, exponent);
 }
 
-// Frames (count, dim) -> standardised, and their splits; the rest of the grid's are zero. A number that is
-// not finite, or beyond LARGE once standardised, becomes zero too, and `bad` becomes 1.
+// Frames (frames, dim) -> standardised, and their splits. A number that is not finite, or beyond LARGE once standardised,
+// becomes zero, and `bad` becomes 1.
 extern "C" __global__ void __launch_bounds__(THREADS)
-standardise(const float* __restrict__ frames, int count, int dim, const float* __restrict__ mean,
+standardise(const float* __restrict__ frames, int dim, const float* __restrict__ mean,
             const float* __restrict__ deviation, float* standardised, unsigned short* split, float* scale, int* bad) {
     const long long frame = blockIdx.x;
     standardised += frame * dim;
     float largest = 0;
     for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS)
         for (int i = d; i < d + 4; ++i) {
-            float number = frame < count ? (frames[frame * dim + i] - mean[i]) / deviation[i] : 0;
+            float number = (frames[frame * dim + i] - mean[i]) / deviation[i];
             if (!(fabsf(number) < LARGE)) {
                 number = 0;
                 *bad = 1;
@@ -387,37 +458,10 @@ standardise(const float* __restrict__ frames, int count, int dim, const float* _
     write_split(standardised, block_max(largest), dim, split + frame * 3 * dim, scale + frame);
 }
 
-// The split of what the centres of some codes leave of a standardised frame.
-__device__ inline void write_residual(const float* standardised, int dim, const float* offset, const float* centres,
-                                      const int* codes, float* residual, unsigned short* split, float* scale) {
-    float largest = 0;
-    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
-        const float4 given = *reinterpret_cast<const float4*>(standardised + d);
-        const float4 common = *reinterpret_cast<const float4*>(offset + d);
-        float4 sum = {0, 0, 0, 0};
-#pragma unroll
-        for (int c = 0; c < CODEBOOKS; ++c) {
-            const float4 four = *reinterpret_cast<const float4*>(centres + (c * SIZE + codes[c]) * (long long)dim + d);
-            sum.x += four.x;
-            sum.y += four.y;
-            sum.z += four.z;
-            sum.w += four.w;
-        }
-        const float4 left = {given.x - common.x - sum.x, given.y - common.y - sum.y, given.z - common.z - sum.z,
-                             given.w - common.w - sum.w};
-        *reinterpret_cast<float4*>(residual + d) = left;
-        largest = fmaxf(largest, fmaxf(fmaxf(fabsf(left.x), fabsf(left.y)), fmaxf(fabsf(left.z), fabsf(left.w))));
-    }
-    write_split(residual, block_max(largest), dim, split, scale);
-}
-
-// The classifier's codes of each frame, and the split of what their centres leave of it.
+// The classifier's codes of each frame.
 extern "C" __global__ void __launch_bounds__(THREADS)
-classify(const float* __restrict__ logits, float weight_scale, const float* __restrict__ bias,
-         const float* __restrict__ standardised, int dim, const float* __restrict__ offset,
-         const float* __restrict__ centres, unsigned char* codes, int* settled, float* residual, unsigned short* split,
-         float* scale) {
-    __shared__ int chosen[CODEBOOKS];
+classify(const float* __restrict__ logits, const float* __restrict__ scale, float weight_scale,
+         const float* __restrict__ bias, unsigned char* codes) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long frame = blockIdx.x;
     const float unit = scale[frame] * weight_scale;
@@ -436,27 +480,38 @@ classify(const float* __restrict__ logits, float weight_scale, const float* __re
         }
         const float highest = warp_max(best);
         code = __reduce_min_sync(ALL, best == highest ? code : SIZE);
-        if (lane == 0) {
-            chosen[c] = code;
-            codes[frame * CODEBOOKS + c] = code;
-        }
+        if (lane == 0) codes[frame * CODEBOOKS + c] = code;
     }
-    if (threadIdx.x == 0) settled[frame] = 0;
-    __syncthreads();
-    write_residual(standardised + frame * dim, dim, offset, centres, chosen, residual + frame * dim,
-                   split + frame * 3 * dim, scale + frame);
 }
 
-// As the second half of `classify`, for the codes that a pass has left.
+// The splits of what the codes leave of frames `active`. `residual` is room for as many frames.
 extern "C" __global__ void __launch_bounds__(THREADS)
 subtract(const float* __restrict__ standardised, int dim, const float* __restrict__ offset,
-         const float* __restrict__ centres, const unsigned char* __restrict__ codes, const int* __restrict__ settled,
+         const float* __restrict__ centres, const unsigned char* __restrict__ codes, const int* __restrict__ active,
          float* residual, unsigned short* split, float* scale) {
-    __shared__ int chosen[CODEBOOKS];
-    const long long frame = blockIdx.x;
-    if (settled[frame]) return;
-    if (threadIdx.x < CODEBOOKS) chosen[threadIdx.x] = codes[frame * CODEBOOKS + threadIdx.x];
+    __shared__ int places[CODEBOOKS];
+    const long long row = blockIdx.x, frame = active[row];
+    if (threadIdx.x < CODEBOOKS) places[threadIdx.x] = threadIdx.x * SIZE + codes[frame * CODEBOOKS + threadIdx.x];
     __syncthreads();
-    write_residual(standardised + frame * dim, dim, offset, centres, chosen, residual + frame * dim,
-                   split + frame * 3 * dim, scale + frame);
+    standardised += frame * dim;
+    residual += row * dim;
+    float largest = 0;
+    for (int d = 4 * threadIdx.x; d < dim; d += 4 * THREADS) {
+        const float4 given = *reinterpret_cast<const float4*>(standardised + d);
+        const float4 common = *reinterpret_cast<const float4*>(offset + d);
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int c = 0; c < CODEBOOKS; ++c) {
+            const float4 four = *reinterpret_cast<const float4*>(centres + places[c] * (long long)dim + d);
+            sum.x += four.x;
+            sum.y += four.y;
+            sum.z += four.z;
+            sum.w += four.w;
+        }
+        const float4 left = {given.x - common.x - sum.x, given.y - common.y - sum.y, given.z - common.z - sum.z,
+                             given.w - common.w - sum.w};
+        *reinterpret_cast<float4*>(residual + d) = left;
+        largest = fmaxf(largest, fmaxf(fmaxf(fabsf(left.x), fabsf(left.y)), fmaxf(fabsf(left.z), fabsf(left.w))));
+    }
+    write_split(residual, block_max(largest), dim, split + row * 3 * dim, scale + row);
 }

@@ -30,7 +30,7 @@ from spear_hf.mvq.corpus import Decoded, computed, decoded_pieces, display_path
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.quantizer_files import CONFIG_NAME
 from spear_hf.mvq.reservoir import FrameReservoir
-from spear_hf.mvq.store import waveform_checksum, write_atomically
+from spear_hf.mvq.store import write_atomically
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher
 from spear_hf.mvq.tokenizer import quantizer_metadata
 from spear_hf.mvq.training import QuantizerTrainer, QuantizerTrainingConfig
@@ -108,7 +108,7 @@ class _Sampling:
         self.utterances += 1
         self.samples += len(item.waveform)
         # A sum, so that it does not depend on the order, and nothing need be kept.
-        identity = hashlib.sha256(f"{id}\0{waveform_checksum(item.waveform)}".encode()).digest()
+        identity = hashlib.sha256(f"{id}\0{item.checksum}".encode()).digest()
         self.fingerprint = (self.fingerprint + int.from_bytes(identity[:8], "big")) % 2**64
         utterance = (keyed_seed(self.seed, "held out", id) / 2**63, id, parts)
         if self._smallest is None or utterance[:2] < self._smallest[:2]:

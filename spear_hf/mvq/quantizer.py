@@ -471,10 +471,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        reduced = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        stack.callback(setattr, torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", reduced)
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+        matmul = torch.backends.cuda.matmul
+        for setting in ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"):
+            if getattr(matmul, setting, False):
+                setattr(matmul, setting, False)
+                stack.callback(setattr, matmul, setting, True)
+        for backend in (matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
             setting = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
             value = getattr(backend, setting, False)
             if value in (True, "tf32", "bf16"):

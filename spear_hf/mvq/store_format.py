@@ -103,7 +103,7 @@ class Footer:
 
 def waveform_checksum(waveform: np.ndarray) -> int:
     """CRC-32 of the float32 samples."""
-    return zlib.crc32(np.ascontiguousarray(waveform, dtype="<f4").tobytes())
+    return zlib.crc32(np.ascontiguousarray(waveform, dtype="<f4").data)
 
 
 def list_key(items: Iterable[tuple[str, int | None]]) -> str:

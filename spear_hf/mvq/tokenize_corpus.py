@@ -21,7 +21,7 @@ from spear_hf.data.manifest import Utterance
 from spear_hf.data.sources import AudioSource, ListSource, Piece
 from spear_hf.mvq.corpus import DECODERS, Decoded, computed, decoded_pieces, display_path
 from spear_hf.mvq.pipeline import Behind
-from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStoreWriter, waveform_checksum
+from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStoreWriter
 from spear_hf.mvq.teachers import SAMPLING_RATE
 from spear_hf.mvq.tokenize_report import MetricsFile, ShardMetrics
 from spear_hf.mvq.tokenizer import MvqTokenizer
@@ -177,7 +177,7 @@ class _Run:
                 id,
                 codes,
                 len(item.waveform),
-                waveform_checksum(item.waveform),
+                item.checksum,
                 domain=utterance.domain,
                 split=utterance.split,
             )
