@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
     with contextlib.ExitStack() as stack:
         folder = RunFolder(config.output_dir)
         accelerator = make_accelerator(config, folder)
-        stack.callback(accelerator.end_training)
+        stack.callback(leave, accelerator)
         if accelerator.is_main_process:
             folder.check(config, resume)
         accelerator.wait_for_everyone()  # nobody writes into the folder before it is checked
@@ -330,6 +331,15 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
             "configuration (`accelerate env`), or start one process."
         )
     return accelerator
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Ends the trackers and the process group."""
+    if accelerator.num_processes > 1:
+        # gloo's threads free the tensors of the last messages, for which they need Python's lock. Where the group is
+        # freed before, by DDP and under that lock, each waits for the other (seen with torch 2.11).
+        time.sleep(0.1)
+    accelerator.end_training()
 
 
 def train_step(

@@ -48,11 +48,17 @@ def model_config(config: ModelConfig) -> SpearConfig:
         raise ValueError(f"model.config does not go with model.size={config.size}: {error}") from None
 
 
-def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> SpearForPreTraining:
-    """The model to train: initialised from the seed, or from a checkpoint (heads that do not fit start anew)."""
+def planned_architecture(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> SpearConfig:
+    """The architecture, with heads for these tokens."""
     architecture = model_config(config.model)
     frame_rate = SAMPLING_RATE / architecture.inputs_to_logits_ratio
     architecture.pretraining_targets = pretraining_targets(config.targets, tokens, frame_rate)
+    return architecture
+
+
+def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> SpearForPreTraining:
+    """The model to train: initialised from the seed, or from a checkpoint (heads that do not fit start anew)."""
+    architecture = planned_architecture(config, tokens)
     torch.manual_seed(keyed_seed(config.seed, "initialisation"))
     if config.model.init_from is None:
         return SpearForPreTraining(architecture)
