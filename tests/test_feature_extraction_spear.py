@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoFeatureExtractor
 
 import spear_hf.feature_extraction_spear as module
@@ -126,6 +127,33 @@ def test_cuda(extractor, golden):
         # Another Fourier transform: only bins at the floor of loud frames may be further off than the tolerance.
         assert ((found - expected).abs() > TOLERANCE).float().mean() < 1e-3
         assert (found - expected).abs().max() < 5e-3
+
+
+class CopiesToTheHost(TorchDispatchMode):
+    """Counts the values that operations bring from an accelerator to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        stays = isinstance(output, torch.Tensor) and output.device.type != "cpu"
+        if not stays and any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args):
+            self.values += output.numel() if isinstance(output, torch.Tensor) else 1
+        return output
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_stay_on_the_device(extractor):
+    """But for one peak an utterance, which is checked."""
+    waveforms = [waveform.cuda() for waveform in random_waveforms(16000, 48000, 2000)]
+    extractor(waveforms, sampling_rate=16000, return_tensors="pt")
+    with CopiesToTheHost() as copies:
+        batch = extractor(waveforms, sampling_rate=16000, return_tensors="pt")
+    assert batch.input_features.is_cuda
+    assert batch.attention_mask.is_cuda
+    assert copies.values <= len(waveforms)
 
 
 class TestInputs:

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModel
 from transformers.utils import ModelOutput
 
@@ -296,6 +297,20 @@ def test_compiles_without_graph_breaks(model_class):
         for name in ("loss", "logits", "last_hidden_state", "statistics"):
             if name in expected:
                 assert torch.allclose(output[name], expected[name], atol=1e-5), name
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_length():
+    torch.compiler.reset()
+    sizes = {"num_layers_per_stack": [1], "downsampling_factors": [2], "conv_kernel_sizes": [5]}
+    model = SpearModel(tiny_config(**sizes)).eval()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for index in range(10):
+        values = inputs(batch=2, frames=40 + 37 * index)
+        expected = model(**values).last_hidden_state
+        assert torch.allclose(compiled(**values).last_hidden_state, expected, atol=1e-5)
+    assert graphs.frame_count == 1
 
 
 @every_model
