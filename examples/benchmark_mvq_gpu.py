@@ -52,17 +52,18 @@ WAVLM_LARGE = {
     "num_buckets": 320,
     "max_bucket_distance": 800,
 }
-# Of cuda_encoder.py; the first three are compiled in.
-NAMES = ("WARPS", "BLOCKS", "CELLS", "ROWS", "MOST_UPDATES")
+# Of cuda_encoder.py; the first four are compiled in.
+NAMES = ("WARPS", "BLOCKS", "CELLS", "UNROLL", "ROWS", "MOST_UPDATES")
 SETTINGS = [
-    (4, 6, 3072, 2048, 8),
-    (4, 6, 3072, 2048, 0),
-    (4, 6, 3072, 2048, 4),
-    (4, 6, 3072, 2048, 16),
-    (4, 6, 3072, 4096, 8),
-    (4, 6, 3072, 8192, 8),
-    (8, 4, 3072, 2048, 8),
-    (8, 5, 3072, 2048, 8),
+    (4, 6, 3072, 1, 2048, 8),
+    (4, 6, 3072, 1, 2048, 0),
+    (4, 6, 3072, 1, 2048, 4),
+    (4, 6, 3072, 1, 2048, 16),
+    (4, 6, 3072, 1, 8192, 8),
+    (4, 6, 3072, 2, 2048, 8),
+    (8, 4, 3072, 1, 2048, 8),
+    (8, 5, 3072, 1, 2048, 8),
+    (8, 4, 3072, 2, 2048, 8),
 ]
 
 
@@ -235,10 +236,10 @@ def settings(quantizer: MultiCodebookQuantizer, frames: Tensor) -> Iterator[Row]
                 for name, value in zip(NAMES, setting):
                     setattr(cuda_encoder, name, value)
                 started = time.perf_counter()
-                if setting[:3] not in made:
-                    made[setting[:3]] = cuda_encoder.Kernels(CODEBOOKS, frames.device)
+                if setting[:4] not in made:
+                    made[setting[:4]] = cuda_encoder.Kernels(CODEBOOKS, frames.device)
                 compiling = time.perf_counter() - started
-                encoder.kernels = made[setting[:3]]
+                encoder.kernels = made[setting[:4]]
                 spent = milliseconds(lambda: quantizer.encode(frames))
                 watch = encoder.kernels = Stopwatch(encoder.kernels)
                 same = (quantizer.encode(frames) == expected).float().mean().item()
@@ -291,11 +292,18 @@ def trained(steps: int) -> tuple[MultiCodebookQuantizer, float]:
     return quantizer.to("cuda").eval(), time.perf_counter() - started
 
 
+def show(row: Row) -> None:
+    cost = "" if row.microseconds is None else f"{row.microseconds:.4f} us"
+    value = "" if row.value is None else f"{row.value:.6g}"
+    print(f"{row.what:44} {row.setting:64} {cost:>12} {value:>10} {row.error}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=300, help="of a phase of the quantiser's training")
     parser.add_argument("--frames", type=int, default=30_000, help="as in a batch of 600 s")
+    parser.add_argument("--parts", default="checks,precision,stages,settings,teacher,plain")
     parser.add_argument("--batch-seconds", type=float, default=600.0, help="of the teacher's batches")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -303,31 +311,33 @@ def main() -> None:
     rows: list[Row] = []
     quantizer, seconds = trained(arguments.steps)
     rows.append(Row("training of the quantiser, seconds", f"{arguments.steps} steps a phase", value=round(seconds, 1)))
-    print(rows[-1], flush=True)
+    show(rows[-1])
     frames = features(arguments.frames, seed=1)
-    parts: list[Callable[[], Iterator[Row]]] = [
-        lambda: checks(quantizer, frames),
-        lambda: precision(quantizer, frames),
-        lambda: stages(quantizer, frames),
-        lambda: teacher(arguments.batch_seconds),
-        lambda: plain(quantizer, frames),
-        lambda: settings(quantizer, frames),
-    ]
-    for part in parts:
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "checks": lambda: checks(quantizer, frames),
+        "precision": lambda: precision(quantizer, frames),
+        "stages": lambda: stages(quantizer, frames),
+        "settings": lambda: settings(quantizer, frames),
+        "teacher": lambda: teacher(arguments.batch_seconds),
+        "plain": lambda: plain(quantizer, frames),
+    }
+    for name in arguments.parts.split(","):
+        started = time.perf_counter()
         try:
-            for row in part():
+            for row in parts[name]():
                 rows.append(row)
-                print(row, flush=True)
+                show(row)
         except Exception as error:
             traceback.print_exc()
-            rows.append(Row("failed", error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
+            rows.append(Row("failed", name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"))
+        print(f"-- {name} took {time.perf_counter() - started:.1f} s", flush=True)
     times = {(row.what, row.setting): row.microseconds for row in rows}
     encode = times.get(("encode", f"{PASSES} passes"))
     for name in ATTENTIONS:
         spent = times.get(("teacher's forward", f"{name}, all lengths"))
         if encode and spent:
             rows.append(Row("encode, over the teacher's forward", name, value=round(encode / spent, 4)))
-            print(rows[-1])
+            show(rows[-1])
     constants = {
         "machine": torch.cuda.get_device_name(),
         "python": platform.python_version(),
@@ -344,7 +354,7 @@ def main() -> None:
     short = [f"{row.what}: {row.value}" for row in rows if row.what.startswith("equal") and row.value < WANTED_EQUAL]
     short += [f"{row.what} {row.setting}: {row.error}" for row in rows if row.error]
     shares = [row.value for row in rows if row.what.startswith("encode, over")]
-    if not shares or shares[0] > WANTED_SHARE:
+    if shares and max(shares) > WANTED_SHARE:
         short.append(f"encode over the teacher's forward: {shares}, {WANTED_SHARE:.0%} wanted")
     if short:
         sys.exit("falls short: " + "; ".join(short))

@@ -163,7 +163,7 @@ def test_what_the_kernels_cannot_take_is_told(library_of, number):
 
 
 def test_the_source_compiles_for_gpus():
-    definitions = {"WARPS": cuda_encoder_module.WARPS, "BLOCKS": 6, "CELLS": cuda_encoder_module.CELLS}
+    definitions = {"WARPS": cuda_encoder_module.WARPS, "BLOCKS": 6, "CELLS": 3072, "UNROLL": 1}
     try:
         code = compile_source(SOURCE.read_text(), SOURCE.name, (9, 0), definitions | {"CODEBOOKS": 8})
     except CudaUnavailable as error:

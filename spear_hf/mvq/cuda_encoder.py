@@ -27,6 +27,7 @@ TILES = 16  # in work at a time
 WARPS = 4  # of a block
 BLOCKS = 6  # of `refine` on a multiprocessor, at least: limits its registers
 CELLS = 3072  # numbers that a merge looks up at a time
+UNROLL = 1  # of the kernel's inner loops: more work at a time, but more code to fetch
 CODEBOOKS = (2, 4, 8, 16)
 LARGE = 1e15
 MOST_UPDATES = 8  # codes that a pass may change, for the kernel to go on with sums; with more a product costs less
@@ -39,7 +40,7 @@ class Kernels:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             raise CudaUnavailable(f"compute capability 8.0 is needed, this is {capability[0]}.{capability[1]}.")
-        definitions = {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS}
+        definitions = {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS, "UNROLL": UNROLL}
         code = compile_source(SOURCE.read_text(encoding="utf-8"), SOURCE.name, capability, definitions)
         self._module = CudaModule(code, device)
         sample = torch.ones(8, 8, dtype=torch.float16, device=device)

@@ -2,7 +2,7 @@
 //
 // Encoding of the multi-codebook quantiser, the part between and after its two matrix products: one block a frame.
 // Compiled at run time by cuda_encoder.py, which defines CODEBOOKS (2, 4, 8 or 16), WARPS, BLOCKS (a
-// multiprocessor's, at least) and CELLS. tests/cuda_on_cpu.h
+// multiprocessor's, at least), CELLS and UNROLL. tests/cuda_on_cpu.h
 // lets a C++ compiler take the same text.
 //
 // refinement.py says what the search computes. Here a merge looks up only the inner products of those centres in which an
@@ -154,7 +154,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
     const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
 
     // The entries in use of every codebook, and which of them each option has.
-#pragma unroll 1
+#pragma unroll UNROLL
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         unsigned bit = 0;
         int code = 0;
@@ -175,7 +175,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
         }
     }
     __syncthreads();
-#pragma unroll 1
+#pragma unroll UNROLL
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         const bool odd = c / LENGTH % 2;
         const unsigned before = lane < c && lane / LENGTH % 2 == odd ? s.count[lane] : 0;
@@ -208,7 +208,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
             const unsigned short* places = s.flat[1] + s.start[odd];
             const int height = rows(pair);
             // Another warp begins with every pair, as pairs may have few columns.
-#pragma unroll 1
+#pragma unroll UNROLL
             for (int column = left + (warp + pair) % WARPS; column < right; column += WARPS) {
                 const float* products = gram + s.flat[0][column] * WIDTH;
                 float* cells = s.table + (column - origin) * stride;
@@ -229,7 +229,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                 incoming[b] = s.start[odd + b] - s.start[odd];
                 here[b] = incoming[b] + s.place[odd + b][option];
             }
-#pragma unroll 1
+#pragma unroll UNROLL
             for (int column = left + (team + pair) % TEAMS; column < right; column += TEAMS) {
                 const float* cells = s.table + (column - origin) * stride;
                 float sum = 0;
@@ -262,7 +262,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                     of_even += s.common[from[a] + s.place[even + a][option]];
                 }
             }
-#pragma unroll 1
+#pragma unroll UNROLL
             for (int i = team; i < OPTIONS; i += TEAMS) {
                 float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
                 float sum = odd_cost - __shfl_sync(ALL, of_even, i);
