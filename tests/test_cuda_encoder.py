@@ -44,7 +44,7 @@ def library_of(tmp_path_factory):
         key = (num_codebooks, warps, cells)
         if key not in made:
             target = folder / f"{num_codebooks}-{warps}-{cells}.so"
-            definitions = {"CODEBOOKS": num_codebooks, "WARPS": warps, "BLOCKS": 1, "CELLS": cells}
+            definitions = {"CODEBOOKS": num_codebooks, "WARPS": warps, "BLOCKS": 1, "CELLS": cells, "UNROLL": 1}
             options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
             options += [f"-D{name}={value}" for name, value in definitions.items()]
             subprocess.run([compiler, *options, ROOT / "tests" / "encoding_on_cpu.cpp", "-o", target], check=True)

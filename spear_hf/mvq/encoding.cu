@@ -38,6 +38,7 @@ constexpr int SIZE = 256;                  // centres of a codebook
 constexpr int WIDTH = CODEBOOKS * SIZE;
 constexpr int LANES = 32;
 constexpr int THREADS = LANES * WARPS;
+constexpr int UNROLLED = UNROLL;           // a pragma takes no macro
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int SINGLE = 16;                 // options kept of a codebook: refinement.cutoff(256, 1)
 constexpr int MOST = 32;                   // options kept of a group at most
@@ -154,7 +155,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
     const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
 
     // The entries in use of every codebook, and which of them each option has.
-#pragma unroll UNROLL
+#pragma unroll UNROLLED
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         unsigned bit = 0;
         int code = 0;
@@ -175,7 +176,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
         }
     }
     __syncthreads();
-#pragma unroll UNROLL
+#pragma unroll UNROLLED
     for (int c = warp; c < CODEBOOKS; c += WARPS) {
         const bool odd = c / LENGTH % 2;
         const unsigned before = lane < c && lane / LENGTH % 2 == odd ? s.count[lane] : 0;
@@ -208,7 +209,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
             const unsigned short* places = s.flat[1] + s.start[odd];
             const int height = rows(pair);
             // Another warp begins with every pair, as pairs may have few columns.
-#pragma unroll UNROLL
+#pragma unroll UNROLLED
             for (int column = left + (warp + pair) % WARPS; column < right; column += WARPS) {
                 const float* products = gram + s.flat[0][column] * WIDTH;
                 float* cells = s.table + (column - origin) * stride;
@@ -229,7 +230,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                 incoming[b] = s.start[odd + b] - s.start[odd];
                 here[b] = incoming[b] + s.place[odd + b][option];
             }
-#pragma unroll UNROLL
+#pragma unroll UNROLLED
             for (int column = left + (team + pair) % TEAMS; column < right; column += TEAMS) {
                 const float* cells = s.table + (column - origin) * stride;
                 float sum = 0;
@@ -262,7 +263,7 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                     of_even += s.common[from[a] + s.place[even + a][option]];
                 }
             }
-#pragma unroll UNROLL
+#pragma unroll UNROLLED
             for (int i = team; i < OPTIONS; i += TEAMS) {
                 float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
                 float sum = odd_cost - __shfl_sync(ALL, of_even, i);
