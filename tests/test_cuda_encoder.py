@@ -28,8 +28,8 @@ class CpuKernels:
         values = [kinds.get(type(argument), ctypes.c_float)(argument) for argument in arguments]
         getattr(self.library, f"run_{name}")(blocks, ctypes.c_uint(self.seed), *values)
 
-    def product(self, left, right):
-        return left.float() @ right.float().T
+    def product(self, left, right, out):
+        torch.mm(left.float(), right.float().T, out=out)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,8 @@ def few_rows(monkeypatch, request):
     """Little padding, where the CPU has to do it, and several chunks."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(cuda_encoder_module, "ROWS", 32)
-        monkeypatch.setattr(cuda_encoder_module, "TILES", 2)
+        monkeypatch.setattr(cuda_encoder_module, "TILES", 3)
+        monkeypatch.setattr(cuda_encoder_module, "TILES_AT_ONCE", 2)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import functools
 import math
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from spear_hf.mvq.refinement import CodeSearch
 
 SOURCE = Path(__file__).with_name("encoding.cu")
 ROWS = 2048  # of every matrix product, as the order of summation may depend on the shape; the last ones are filled up
-TILES = 16  # in work at a time
+TILES = 16  # of ROWS frames, in work at a time
+TILES_AT_ONCE = 4  # of these in a launch of a kernel, which ends with few blocks for the many multiprocessors
 WARPS = 4  # of a block
 BLOCKS = 6  # of `refine` on a multiprocessor, at least: limits its registers
 CELLS = 3072  # numbers that a merge looks up at a time
@@ -45,16 +46,16 @@ class Kernels:
         self._module = CudaModule(code, device)
         sample = torch.ones(8, 8, dtype=torch.float16, device=device)
         try:
-            self.product(sample, sample)
+            self.product(sample, sample, torch.empty(8, 8, device=device))
         except (TypeError, RuntimeError) as error:
             raise CudaUnavailable(f"products of float16 with sums in float32 need torch 2.8: {error}") from error
 
     def __call__(self, name: str, blocks: int, *arguments: Any) -> None:
         self._module.launch(name, blocks, 32 * WARPS, *arguments)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """float16 (rows, width), (columns, width) -> float32 (rows, columns)."""
-        return torch.mm(left, right.T, out_dtype=torch.float32)
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """float16 (rows, width), (columns, width) -> float32 `out` (rows, columns)."""
+        torch.mm(left, right.T, out_dtype=torch.float32, out=out)
 
 
 class CudaEncoder:
@@ -78,22 +79,20 @@ class CudaEncoder:
         device = self.bias.device
         codes = torch.empty(count, self.num_codebooks, dtype=torch.uint8, device=device)
         standardised = torch.empty(min(count, TILES * ROWS), dim, device=device)
-        residual = torch.empty(ROWS, dim, device=device)
-        # Rows beyond the frames are multiplied too, with what frames before have left there.
-        tile = _Tile(torch.zeros(ROWS, 3 * dim, dtype=torch.float16, device=device), torch.empty(ROWS, device=device))
+        work = _Work(min(TILES_AT_ONCE, math.ceil(count / ROWS)) * ROWS, self.centers)
         bad = torch.zeros(1, dtype=torch.int32, device=device)
         for start in range(0, count, TILES * ROWS):
             chunk, found = frames[start : start + TILES * ROWS], codes[start : start + TILES * ROWS]
-            for first in range(0, len(chunk), ROWS):
-                given = chunk[first : first + ROWS].to(device, torch.float32).contiguous()
-                target = (standardised[first:], tile.split, tile.units, bad)
+            for first in range(0, len(chunk), work.rows):
+                given = chunk[first : first + work.rows].to(device, torch.float32).contiguous()
+                target = (standardised[first:], work.split, work.units, bad)
                 self.kernels("standardise", len(given), given, dim, mean, deviation, *target)
-                logits = self.kernels.product(tile.split, self.weight_split)
-                self.kernels("classify", len(given), logits, tile.units, self.weight_unit, self.bias, found[first:])
-            self._refine(standardised, residual, found, tile, passes)
+                logits = self._product(work, len(given), self.weight_split)
+                self.kernels("classify", len(given), logits, work.units, self.weight_unit, self.bias, found[first:])
+            self._refine(standardised, found, work, passes)
         return None if bad.item() else codes
 
-    def _refine(self, standardised: Tensor, residual: Tensor, codes: Tensor, tile: "_Tile", passes: int) -> None:
+    def _refine(self, standardised: Tensor, codes: Tensor, work: "_Work", passes: int) -> None:
         """`passes` passes over codes (frames, codebooks), in place.
 
         Frames that a pass has left as they are would be left so by all others: the later ones go without them.
@@ -102,23 +101,34 @@ class CudaEncoder:
         left = torch.full((len(codes),), passes, dtype=torch.int32, device=codes.device)
         for _ in range(passes):
             again = torch.empty(len(active), dtype=torch.bool, device=codes.device)
-            for first in range(0, len(active), ROWS):
-                part = active[first : first + ROWS]
+            for first in range(0, len(active), work.rows):
+                part = active[first : first + work.rows]
                 given = (standardised, standardised.shape[1], self.offset, self.centers, codes, part)
-                self.kernels("subtract", len(part), *given, residual, tile.split, tile.units)
-                products = self.kernels.product(tile.split, self.center_split)
-                costs = (products, tile.units, self.center_unit, self.half_norms, self.gram)
+                self.kernels("subtract", len(part), *given, work.residual, work.split, work.units)
+                products = self._product(work, len(part), self.center_split)
+                costs = (products, work.units, self.center_unit, self.half_norms, self.gram)
                 self.kernels("refine", len(part), *costs, part, MOST_UPDATES, codes, left, again[first:])
             active = active[again]
             if not len(active):
                 break
 
+    def _product(self, work: "_Work", rows: int, right: Tensor) -> Tensor:
+        """Of `rows` rows of the splits, ROWS at a time; those beyond hold what frames before have left there."""
+        for first in range(0, rows, ROWS):
+            self.kernels.product(work.split[first : first + ROWS], right, work.products[first : first + ROWS])
+        return work.products
 
-class _Tile(NamedTuple):
-    """Factors of a product."""
 
-    split: Tensor  # float16 (ROWS, 3 * dim)
-    units: Tensor  # (ROWS,)
+class _Work:
+    """Memory for as many frames as a kernel takes at a time."""
+
+    def __init__(self, rows: int, centers: Tensor) -> None:
+        width, dim = centers.shape
+        self.rows = rows
+        self.residual = centers.new_empty(rows, dim)
+        self.split = centers.new_zeros(rows, 3 * dim, dtype=torch.float16)
+        self.units = centers.new_empty(rows)
+        self.products = centers.new_empty(rows, width)
 
 
 def _split(numbers: Tensor) -> tuple[Tensor, float]:
