@@ -53,17 +53,19 @@ WAVLM_LARGE = {
     "max_bucket_distance": 800,
 }
 # Of cuda_encoder.py; the first four are compiled in.
-NAMES = ("WARPS", "BLOCKS", "CELLS", "UNROLL", "ROWS", "MOST_UPDATES")
+NAMES = ("WARPS", "BLOCKS", "CELLS", "UNROLL", "ROWS", "TILES_AT_ONCE", "MOST_UPDATES")
 SETTINGS = [
-    (4, 6, 3072, 1, 2048, 8),
-    (4, 6, 3072, 1, 2048, 0),
-    (4, 6, 3072, 1, 2048, 4),
-    (4, 6, 3072, 1, 2048, 16),
-    (4, 6, 3072, 1, 8192, 8),
-    (4, 6, 3072, 2, 2048, 8),
-    (8, 4, 3072, 1, 2048, 8),
-    (8, 5, 3072, 1, 2048, 8),
-    (8, 4, 3072, 2, 2048, 8),
+    (4, 6, 3072, 1, 2048, 4, 8),
+    (4, 6, 3072, 1, 2048, 4, 0),
+    (4, 6, 3072, 1, 2048, 4, 4),
+    (4, 6, 3072, 1, 2048, 4, 16),
+    (4, 6, 3072, 1, 2048, 1, 8),
+    (4, 6, 3072, 1, 2048, 8, 8),
+    (4, 6, 3072, 1, 8192, 1, 8),
+    (4, 6, 3072, 2, 2048, 4, 8),
+    (8, 4, 3072, 1, 2048, 4, 8),
+    (8, 5, 3072, 1, 2048, 4, 8),
+    (8, 4, 3072, 2, 2048, 4, 8),
 ]
 
 
@@ -125,8 +127,8 @@ class Stopwatch:
     def __call__(self, name: str, blocks: int, *arguments: Any) -> None:
         self._timed(name, lambda: self.kernels(name, blocks, *arguments))
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        return self._timed("products", lambda: self.kernels.product(left, right))
+    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        self._timed("products", lambda: self.kernels.product(left, right, out))
 
     def totals(self) -> dict[str, float]:
         """Milliseconds by stage."""
@@ -194,9 +196,9 @@ def precision(quantizer: MultiCodebookQuantizer, frames: Tensor) -> Iterator[Row
     exact = given.double() @ encoder.centers.T.double()
     high, low = given.half(), (given - given.half().float()).half()
     with full_precision(given.device):
-        split = (
-            encoder.kernels.product(torch.cat([high, low, high], dim=1), encoder.center_split) * encoder.center_unit
-        )
+        split = torch.empty(len(given), len(encoder.centers), device=given.device)
+        encoder.kernels.product(torch.cat([high, low, high], dim=1), encoder.center_split, split)
+        split *= encoder.center_unit
         single = given @ encoder.centers.T
     for name, found in (("float16 splits", split), ("float32", single)):
         error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
