@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spear_hf import __version__
 from spear_hf.data.manifest import Utterance
 from spear_hf.data.seeding import keyed_seed
 from spear_hf.data.sources import AudioSource, ListSource
@@ -255,8 +256,9 @@ def train_on_sample(
 
 
 def _versions() -> dict[str, str]:
-    packages = ("spear_hf", "torch", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("torch", "transformers", "numpy")
+    ours = {"python": platform.python_version(), "spear_hf": __version__}  # which may run without being installed
+    return ours | {name: version(name) for name in packages}
 
 
 def _plot(output: Path, report: dict[str, Any]) -> None:
