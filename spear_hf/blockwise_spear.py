@@ -8,11 +8,15 @@ fit in a budget are kept for the modules that come after; the others are compute
 backward pass, which then needs nothing that grows with the square of the length.
 """
 
+import re
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
@@ -22,6 +26,9 @@ MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 256  # matrix products of fewer rows are sl
 MIN_FRAMES_FOR_BLOCKS = 192
 # The same with gradients, where blocks compute more than once what the plain path keeps.
 MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS = 480
+# Linear layers that are computed as convolutions have so many frames at least, and inputs and outputs so wide.
+MIN_FRAMES_TO_CONVOLVE = 40
+MIN_WIDTH_TO_CONVOLVE = 256
 
 
 def can_run_in_blocks(module: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -55,6 +62,42 @@ def is_watched(*modules: nn.Module) -> bool:
         ):
             return True
     return False
+
+
+@lru_cache(maxsize=1)
+def are_convolutions_faster() -> bool:
+    """Whether this CPU multiplies matrices faster in oneDNN's convolutions than in MKL's products.
+
+    MKL takes an AMD CPU for one without AVX-512. From family 26 (Zen 5) on that is half of what it can do.
+    """
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not is_wide or not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    family = re.search(r"^cpu family\s*:\s*(\d+)", cpu, re.MULTILINE)
+    return "AuthenticAMD" in cpu and family is not None and int(family[1]) >= 26
+
+
+def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`linear(hidden_states)`, `(batch, frames, dim)`, as a convolution of width 1 where that is faster."""
+    if (
+        not can_run_in_blocks(linear, hidden_states)  # first, as a compiled graph must not depend on the length
+        or type(linear) is not nn.Linear
+        or hidden_states.dtype != torch.float32
+        or hidden_states.shape[0] * hidden_states.shape[1] < MIN_FRAMES_TO_CONVOLVE
+        or min(linear.weight.shape) < MIN_WIDTH_TO_CONVOLVE
+        or not are_convolutions_faster()
+        or is_watched(linear)
+    ):
+        return linear(hidden_states)
+    image = hidden_states.transpose(1, 2).unsqueeze(2)  # (batch, dim, 1, frames), with channels last in memory
+    # A stride, here without effect, keeps torch from its own convolution, which it prefers with a single thread.
+    stride = (2, 1) if torch.get_num_threads() == 1 else (1, 1)
+    projected = F.conv2d(image, linear.weight[:, :, None, None], linear.bias, stride=stride)
+    return projected.squeeze(2).transpose(1, 2)
 
 
 class BlockwiseAttention:

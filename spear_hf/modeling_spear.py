@@ -31,6 +31,7 @@ from .blockwise_spear import (
     are_blocks_possible,
     can_run_in_blocks,
     is_watched,
+    project,
 )
 from .configuration_spear import SpearConfig
 
@@ -245,7 +246,7 @@ class SpearFeedForward(nn.Module):
         return torch.cat([self._compute(block) for block in hidden_states.split(at_once, dim=1)], dim=1)
 
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.dropout(swoosh_l(self.in_proj(hidden_states))))
+        return project(self.out_proj, self.dropout(swoosh_l(project(self.in_proj, hidden_states))))
 
 
 class SpearAttentionWeights(nn.Module):
@@ -288,7 +289,7 @@ class SpearAttentionWeights(nn.Module):
         """Queries, keys and queries of positions, `(batch, frames, heads, dim)`, and positions, `(2 * frames, heads,
         dim)`."""
         query_size = self.num_heads * self.query_head_dim
-        query, key, pos_query = self.in_proj(hidden_states).split(
+        query, key, pos_query = project(self.in_proj, hidden_states).split(
             [query_size, query_size, self.num_heads * self.pos_head_dim], dim=-1
         )
         return (
@@ -337,9 +338,9 @@ class SpearNonlinAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_weights: torch.Tensor | BlockwiseAttention
     ) -> torch.Tensor:
-        gate, value, out_gate = self.in_proj(hidden_states).chunk(3, dim=-1)
+        gate, value, out_gate = project(self.in_proj, hidden_states).chunk(3, dim=-1)
         context = weigh(attention_weights, (value * gate.tanh()).unsqueeze(2)).squeeze(2)  # (batch, frames, inner)
-        return self.out_proj(context * out_gate)
+        return project(self.out_proj, context * out_gate)
 
 
 def channels_last(weight: torch.Tensor) -> torch.Tensor:
@@ -393,11 +394,11 @@ class SpearConvolution(nn.Module):
         self.out_proj = with_init_scale(nn.Linear(size, size), 0.05)
 
     def forward(self, hidden_states: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden_states = F.glu(self.in_proj(hidden_states), dim=-1)
+        hidden_states = F.glu(project(self.in_proj, hidden_states), dim=-1)
         if valid_mask is not None:
             hidden_states = hidden_states.masked_fill(~valid_mask[:, :, None], 0.0)
         hidden_states = self.depthwise_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
-        return self.out_proj(swoosh_r(hidden_states))
+        return project(self.out_proj, swoosh_r(hidden_states))
 
 
 class SpearLayer(GradientCheckpointingLayer):
@@ -613,7 +614,7 @@ class SpearStem(nn.Module):
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states.transpose(1, 2).flatten(-2)  # (batch, frames, channels * bins)
-        return self.dropout(self.norm(self.out_proj(hidden_states)))
+        return self.dropout(self.norm(project(self.out_proj, hidden_states)))
 
     def _compute_in_blocks(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None) -> torch.Tensor:
         """As `forward`, from `(batch, 1, m, bins)`, for a few frames at a time and with channels last in memory."""

@@ -308,3 +308,30 @@ def test_two_threads_train_as_one():
         torch.set_num_threads(1)
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=float(1e-4 * one.abs().max()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_layers_as_convolutions(monkeypatch, threads):
+    """Where that is faster; this CPU may be one or not, both give the same."""
+    linear = torch.nn.Linear(300, 280)
+    inputs = torch.randn(2, 30, 300, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(blockwise_spear, "are_convolutions_faster", lambda: True)
+    convolutions = []
+    conv2d = torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        blockwise_spear.F, "conv2d", lambda *args, **kwargs: convolutions.append(1) or conv2d(*args, **kwargs)
+    )
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            actual = blockwise_spear.project(linear.eval(), inputs)
+            assert len(convolutions) == 1
+            assert actual.is_contiguous()
+            torch.testing.assert_close(actual, linear(inputs), rtol=0, atol=1e-5)
+            assert torch.equal(blockwise_spear.project(linear, inputs[:1]), linear(inputs[:1]))  # too few frames
+            linear.register_forward_hook(lambda module, args, output: output + 1.0)
+            assert torch.equal(blockwise_spear.project(linear, inputs), linear(inputs))
+        assert blockwise_spear.project(linear, inputs).requires_grad
+        assert len(convolutions) == 1
+    finally:
+        torch.set_num_threads(1)
