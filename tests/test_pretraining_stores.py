@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -81,6 +82,15 @@ def test_a_store_with_audio_knows_what_a_manifest_knows(runs, stores):
         assert [(u.id, u.domain, u.split, u.num_samples) for u in store.utterances()] == expected
     with pytest.raises(ValueError, match="was made without audio"):
         TokenStore.open(stores["audio"]).utterances()
+
+
+def test_a_store_of_before_domains_were_kept_is_one_of_speech(stores, tmp_path):
+    shutil.copytree(stores["speech"], tmp_path / "store")
+    index = tmp_path / "store" / "index.parquet"
+    pq.write_table(pq.read_table(index).drop_columns(["domain", "split"]), index)
+    found = TokenStore.open(tmp_path / "store").utterances()
+    assert [utterance.id for utterance in found] == TokenStore.open(stores["speech"]).ids
+    assert {(utterance.domain, utterance.split) for utterance in found} == {(None, None)}
 
 
 def test_a_joined_store_trains_as_the_files_do_and_resumes_after_a_kill(runs, stores, from_files):
