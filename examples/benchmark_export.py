@@ -71,11 +71,10 @@ def contenders(model: SpearModel, folder: Path, kinds: tuple[str, ...]) -> dict[
             export_onnx(model, path)
             result[kind] = (in_onnxruntime(path), path)
             continue
-        if kind == "int8":
-            model = quantize_linear_layers(SpearModel.from_pretrained(folder / "torch"))
-        model.save_pretrained(folder / kind)
+        encoder = model if kind == "torch" else quantize_linear_layers(SpearModel.from_pretrained(folder / "torch"))
+        encoder.save_pretrained(folder / kind)
         extractor.save_pretrained(folder / kind)
-        result[kind] = (in_torch(model), folder / kind / "model.safetensors")
+        result[kind] = (in_torch(encoder), folder / kind / "model.safetensors")
     return result
 
 
