@@ -105,9 +105,12 @@ def timings(encoders: dict[str, tuple[Encode, Path]], cases: str, repeats: int, 
 
 
 def losses(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
-    """The main metric of each task, of the model and of it in int8, and what the latter gains, paired."""
+    """The main metric of each task, of the model and of it in int8, and what the latter gains, paired.
+
+    On all layers, as another choice of one would be the larger part of a difference.
+    """
     models = [str(folder / "torch"), str(folder / "int8")]
-    settings = Settings(heads=("linear",), progress=False)
+    settings = Settings(features=("all",), heads=("linear",), progress=False)
     report = evaluate(models, tasks, folder / "evaluation", baselines=(), settings=settings)
     rows = []
     for name, entry in report["representations"].items():
