@@ -2,7 +2,8 @@
 """The encoder in torch, in int8 and under onnxruntime: speed, size, error, and on demand what probes lose by int8.
 
     python examples/benchmark_export.py --threads 2            # writes model_cards/benchmarks/export.csv
-    python examples/benchmark_export.py --skip onnx --model my-spear --tasks 'examples/data#probe=words'
+    python examples/benchmark_export.py --skip onnx --model my-spear --output int8_probes.csv \\
+        --tasks 'examples/data#probe=spoken_words,kind=query'
 
 Without `--model`, random weights of the base size. The contenders encode the same features in turns, without those of
 other layers, and medians are compared; threads of onnxruntime do not spin, so that none slows torch's. The size is
