@@ -2,7 +2,8 @@
 """The encoder in torch, in int8 and under onnxruntime: speed, size, error, and on demand what probes lose by int8.
 
     python examples/benchmark_export.py --threads 2            # writes model_cards/benchmarks/export.csv
-    python examples/benchmark_export.py --skip onnx --model my-spear --tasks 'examples/data#probe=words'
+    python examples/benchmark_export.py --skip onnx --model my-spear --output int8_probes.csv \\
+        --tasks 'examples/data#probe=spoken_words,kind=query'
 
 Without `--model`, random weights of the base size. The contenders encode the same features in turns, without those of
 other layers, and medians are compared; threads of onnxruntime do not spin, so that none slows torch's. The size is
@@ -71,11 +72,10 @@ def contenders(model: SpearModel, folder: Path, kinds: tuple[str, ...]) -> dict[
             export_onnx(model, path)
             result[kind] = (in_onnxruntime(path), path)
             continue
-        if kind == "int8":
-            model = quantize_linear_layers(SpearModel.from_pretrained(folder / "torch"))
-        model.save_pretrained(folder / kind)
+        encoder = model if kind == "torch" else quantize_linear_layers(SpearModel.from_pretrained(folder / "torch"))
+        encoder.save_pretrained(folder / kind)
         extractor.save_pretrained(folder / kind)
-        result[kind] = (in_torch(model), folder / kind / "model.safetensors")
+        result[kind] = (in_torch(encoder), folder / kind / "model.safetensors")
     return result
 
 
@@ -106,9 +106,12 @@ def timings(encoders: dict[str, tuple[Encode, Path]], cases: str, repeats: int, 
 
 
 def losses(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
-    """The main metric of each task, of the model and of it in int8, and what the latter gains, paired."""
+    """The main metric of each task, of the model and of it in int8, and what the latter gains, paired.
+
+    On all layers, as another choice of one would be the larger part of a difference.
+    """
     models = [str(folder / "torch"), str(folder / "int8")]
-    settings = Settings(heads=("linear",), progress=False)
+    settings = Settings(features=("all",), heads=("linear",), progress=False)
     report = evaluate(models, tasks, folder / "evaluation", baselines=(), settings=settings)
     rows = []
     for name, entry in report["representations"].items():

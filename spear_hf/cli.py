@@ -122,7 +122,12 @@ def evaluate(
     feature: Annotated[
         list[str] | None, typer.Option(help="weighted, layers, last or all; may be repeated. Default: by the task.")
     ] = None,
-    head: Annotated[list[str] | None, typer.Option(help="linear or mlp; may be repeated. Default: both.")] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="linear, mlp, or blstm (SUPERB's, for frames and texts); may be repeated. Default: the first 2."
+        ),
+    ] = None,
     grid: Annotated[str, typer.Option(help="Settings of trained heads to try: small, or full (HEAR's).")] = "small",
     pool: Annotated[str, typer.Option(help="Features of a clip: mean+std, or mean (SUPERB's, HEAR's).")] = "mean+std",
     seeds: Annotated[int, typer.Option(help="Runs of trained heads, averaged.")] = 1,

@@ -1,13 +1,27 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Heads on frozen features, and what is made of their outputs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from spear_hf.data.segments import Segment
-from spear_hf.evaluation.heads import Examples, HeadSettings, PooledFeatures, grid, outputs_of, statistics, train_heads
+from spear_hf.evaluation.embedding_cache import EmbeddingCache
+from spear_hf.evaluation.heads import (
+    Examples,
+    Features,
+    Head,
+    HeadSettings,
+    PooledFeatures,
+    grid,
+    outputs_of,
+    statistics,
+    train_heads,
+)
 from spear_hf.evaluation.problems import Classification, Ctc, Events, Frames, Tagging
+from spear_hf.evaluation.protocols import Settings, run_task
 from spear_hf.evaluation.representations import Mfcc
 from spear_hf.evaluation.tasks import Clip, Fold, Task
 
@@ -90,6 +104,81 @@ def test_grids():
     assert len(grid("mlp", "small")) == 2
     with pytest.raises(ValueError, match="grid='huge'"):
         grid("mlp", "huge")
+
+
+class Sequences(Features):
+    """Frames of clips, (frames, layers, dim)."""
+
+    def __init__(self, clips):
+        self.clips, self.lengths = clips, [len(clip) for clip in clips]
+
+    def clip(self, place):
+        return self.clips[place]
+
+
+def reversed_pairs(number, seed):
+    """Clips of 12 to 16 frames with two pulses of one of two kinds, and a text that names the later one first."""
+    rng = np.random.default_rng(seed)
+    features, clips = [], []
+    for index in range(number):
+        frames = torch.from_numpy(0.1 * rng.standard_normal((int(rng.integers(12, 17)), 2, 3)).astype(np.float32))
+        letters = rng.integers(0, 2, 2)
+        for place, letter in zip((3, 8), letters):
+            frames[place : place + 2, :, letter] += 3.0
+        features.append(frames)
+        clips.append(Clip(f"{seed}-{index}", b"", transcript="".join("xy"[letter] for letter in letters[::-1])))
+    return Sequences(features), clips
+
+
+def trained_on_texts(point):
+    """The head, its word error rate on other clips, and their features."""
+    train, valid, test = (reversed_pairs(number, seed) for seed, number in enumerate((64, 24, 24)))
+    problem = Ctc(task_of("asr", train[1], ()), MFCC)
+    parts = [
+        Examples(part[0], part[1], [problem.target(clip, n) for clip, n in zip(part[1], part[0].lengths)])
+        for part in (train, valid)
+    ]
+    found = train_heads(*parts, problem, [point], 0, CPU, progress=False)
+    return found.head, problem.score(outputs_of(found.head, test[0], CPU), test[1])(np.ones(24)), test[0]
+
+
+SMALL_BLSTM = HeadSettings(2, 16, 0.02, dropout=0.1, recurrent=True, batch_rows=200, max_epochs=36)
+
+
+def test_blstm_learns_what_needs_the_whole_clip():
+    head, errors, features = trained_on_texts(SMALL_BLSTM)
+    assert errors < 0.2
+    assert head.projection.in_features == 32
+    # Clips do not know of each other, whatever is computed together.
+    together = outputs_of(head, features, CPU)
+    for place in (0, 7, 23):
+        alone = outputs_of(head, Sequences([features.clip(place)]), CPU)[0]
+        assert together[place] == pytest.approx(alone, abs=1e-5)
+    _, errors, _ = trained_on_texts(HeadSettings(learning_rate=0.02, batch_rows=200, max_epochs=36))
+    assert errors > 0.3
+
+
+def test_blstm_is_repeated_by_its_seed():
+    few = replace(SMALL_BLSTM, max_epochs=3)
+    first, again = trained_on_texts(few)[0], trained_on_texts(few)[0]
+    assert torch.equal(first.recurrent.weight_hh_l0, again.recurrent.weight_hh_l0)
+
+
+def test_blstm_of_superb():
+    (point,) = grid("blstm", "full")
+    problem = Ctc(task_of("asr", reversed_pairs(4, 0)[1], ()), MFCC)
+    head = Head(torch.zeros(13, 768), torch.ones(13, 768), problem.outputs, point)
+    lstm = head.recurrent
+    assert (lstm.hidden_size, lstm.num_layers, lstm.bidirectional, lstm.dropout) == (1024, 2, True, 0.2)
+    assert head.projection.in_features == 2048
+    assert head(torch.randn(7, 13, 768), [3, 4]).shape == (7, 3)
+    assert {point.hidden_dim for point in grid("blstm", "small")} == {256}
+
+
+def test_blstm_is_of_frames(tmp_path):
+    task = task_of("classification", classes(6)[1])
+    with pytest.raises(ValueError, match="the head blstm"):
+        run_task(task, MFCC, EmbeddingCache(tmp_path), Settings(heads=("blstm",)))
 
 
 def test_statistics():

@@ -105,11 +105,11 @@ def test_what_else_is_at_1e4(dtype):
 
 
 @torch.no_grad()
-def test_half_precision_pools_a_minute():
-    """Sums over frames, and their squares, are beyond half precision; means and deviations are not."""
+def test_half_precision_pools_a_recording():
+    """Sums over frames are beyond half precision; means and deviations are not."""
     model = tiny_model(SpearForXVector)
-    model.projector.weight.data *= 400.0
-    values = {"input_features": torch.randn(1, 6000, BINS)}
+    model.tdnn[-1].bias.data += 100.0
+    values = {"input_features": torch.randn(1, 2000, BINS)}
     expected = model(**values).embeddings
     result = model.half()(**{name: value.half() for name, value in values.items()}).embeddings
     assert (result - expected).norm() < 0.05 * expected.norm()

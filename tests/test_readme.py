@@ -28,6 +28,7 @@ def reader(tmp_path_factory, golden_folder):
     """A folder with audio, and a published checkpoint where its Hub id points, which is looked up before the Hub."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(golden_folder, folder / "marcoyang" / "spear-base-speech-audio-v2")
+    (folder / "examples").symlink_to(ROOT / "examples")  # as in a clone
     (folder / "my_audio").mkdir()
     rows = [json.loads(line) for line in (ROOT / "examples/data/manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "pretrain" and 32000 < row["num_samples"] < 64000]

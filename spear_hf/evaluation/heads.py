@@ -11,6 +11,11 @@ the task's own metric on the validation clips, and the settings of a grid that a
             uniform or normal, dropout 0.1, 500 epochs, validated every 3, until 20 validations bring nothing. HEAR
             draws 8 of these 16; here all are tried. Linear: the same without hidden layers.
 
+For frames there is also SUPERB's head of speech recognition (arXiv 2105.01051): a linear layer, two bidirectional LSTM
+layers with dropout 0.2, and the linear layer. `full` has its 1024 units to each direction and its learning rate, 1e-4,
+of 16000 frames a step (SUPERB's are 32 utterances), `small` 256 units and the learning rates 1e-3 and 3.2e-4. SUPERB
+trains for 200,000 steps; here it is epochs and early stopping as above, and no SpecAugment.
+
 Unlike in the benchmarks features are standardised: layers differ in scale, and their weights would tell of that.
 """
 
@@ -24,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from tqdm import tqdm
 
 from ..data.seeding import keyed_generator, keyed_seed
@@ -33,7 +39,8 @@ from .representations import Representation
 from .tasks import Clip
 
 
-HEADS = ("linear", "mlp")
+HEADS = ("linear", "mlp", "blstm")
+DEFAULT_HEADS = ("linear", "mlp")
 GRIDS = ("small", "full")
 _ROWS_AT_ONCE = 4096  # of all layers: 0.2 GB for a base model
 
@@ -48,6 +55,8 @@ class HeadSettings:
     dropout: float = 0.1
     initialization: str = "uniform"
     """Of the weights, after Xavier: uniform or normal."""
+    recurrent: bool = False
+    """Whether the hidden layers are bidirectional LSTMs, `hidden_dim` to each direction."""
     batch_rows: int = 1024
     """Clips, or frames of whole clips, in a step."""
     max_epochs: int = 150
@@ -61,6 +70,9 @@ def grid(head: str, size: str) -> list[HeadSettings]:
     """The settings to try for a head."""
     if head not in HEADS or size not in GRIDS:
         raise ValueError(f"head={head!r} and grid={size!r} must be of {', '.join(HEADS)} and of {', '.join(GRIDS)}")
+    if head == "blstm":
+        dim, rates, rows = (256, (1e-3, 3.2e-4), 4096) if size == "small" else (1024, (1e-4,), 16000)
+        return [HeadSettings(2, dim, rate, dropout=0.2, recurrent=True, batch_rows=rows) for rate in rates]
     if size == "small":
         if head == "linear":
             return [HeadSettings(learning_rate=rate) for rate in (1e-2, 1e-3)]
@@ -136,7 +148,10 @@ class FrameFeatures(Features):
 
 
 class Head(nn.Module):
-    """(rows, layers, dim) -> (rows, outputs). `embed` gives what enters the last layer."""
+    """(rows, layers, dim) of clips, one after the other, and their lengths -> (rows, outputs).
+
+    `embed` gives what enters the last layer.
+    """
 
     mean: Tensor
     scale: Tensor
@@ -149,7 +164,14 @@ class Head(nn.Module):
         self.layer_weights = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
         start = nn.init.xavier_uniform_ if settings.initialization == "uniform" else nn.init.xavier_normal_
         hidden: list[nn.Module] = []
-        for index in range(settings.hidden_layers):
+        self.recurrent: nn.LSTM | None = None
+        if settings.recurrent:
+            hidden.append(nn.Linear(width, settings.hidden_dim))
+            sizes = (settings.hidden_dim, settings.hidden_dim, settings.hidden_layers)
+            self.recurrent = nn.LSTM(*sizes, dropout=settings.dropout, bidirectional=True)
+            self.dropout = nn.Dropout(settings.dropout)
+            width = 2 * settings.hidden_dim
+        for index in range(0 if settings.recurrent else settings.hidden_layers):
             linear = nn.Linear(width, settings.hidden_dim)
             start(linear.weight, gain=nn.init.calculate_gain("linear" if index == 0 else "relu"))
             hidden += [linear, nn.BatchNorm1d(settings.hidden_dim), nn.Dropout(settings.dropout), nn.ReLU()]
@@ -158,15 +180,21 @@ class Head(nn.Module):
         self.projection = nn.Linear(width, outputs)
         start(self.projection.weight, gain=nn.init.calculate_gain("relu" if hidden else "linear"))
 
-    def embed(self, states: Tensor) -> Tensor:
+    def embed(self, states: Tensor, lengths: Sequence[int]) -> Tensor:
         """(rows, layers, dim) -> (rows, width)."""
         states = (states - self.mean) * self.scale
         if self.layer_weights is None:
-            return self.hidden(states[:, 0])
-        return self.hidden(torch.einsum("rld,l->rd", states, self.layer_weights.softmax(dim=0)))
+            states = self.hidden(states[:, 0])
+        else:
+            states = self.hidden(torch.einsum("rld,l->rd", states, self.layer_weights.softmax(dim=0)))
+        if self.recurrent is None:
+            return states
+        clips = pack_sequence(states.split(list(lengths)), enforce_sorted=False)
+        padded, _ = pad_packed_sequence(self.recurrent(clips)[0], batch_first=True)  # (clips, longest, width)
+        return self.dropout(torch.cat([rows[:length] for rows, length in zip(padded, lengths)]))
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.projection(self.embed(states))
+    def forward(self, states: Tensor, lengths: Sequence[int]) -> Tensor:
+        return self.projection(self.embed(states, lengths))
 
 
 def statistics(features: Features) -> tuple[Tensor, Tensor]:
@@ -253,8 +281,8 @@ def _train(
             head.train()
             for places in _batches(train.features.lengths, settings.batch_rows, seed, epoch):
                 optimizer.zero_grad(set_to_none=True)
-                logits = head(train.features.rows(places).to(device))
                 lengths = [train.features.lengths[place] for place in places]
+                logits = head(train.features.rows(places).to(device), lengths)
                 loss = problem.loss(logits, lengths, [train.targets[place].to(device) for place in places])
                 loss.backward()
                 optimizer.step()
@@ -310,7 +338,8 @@ def outputs_of(head: Head, features: Features, device: torch.device, embed: bool
         places.append(place)
         rows += length
         if rows >= _ROWS_AT_ONCE or place == len(features.lengths) - 1:
-            computed = function(features.rows(places).to(device)).float().cpu()
-            outputs += [part.numpy() for part in computed.split([features.lengths[other] for other in places])]
+            lengths = [features.lengths[other] for other in places]
+            computed = function(features.rows(places).to(device), lengths).float().cpu()
+            outputs += [part.numpy() for part in computed.split(lengths)]
             places, rows = [], 0
     return outputs

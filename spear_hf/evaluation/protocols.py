@@ -27,7 +27,18 @@ import torch
 
 from .bootstrap import RESAMPLES, Estimate, Score, estimate, mean_of
 from .embedding_cache import EmbeddingCache
-from .heads import GRIDS, HEADS, Examples, Features, FrameFeatures, PooledFeatures, grid, outputs_of, train_heads
+from .heads import (
+    DEFAULT_HEADS,
+    GRIDS,
+    HEADS,
+    Examples,
+    Features,
+    FrameFeatures,
+    PooledFeatures,
+    grid,
+    outputs_of,
+    train_heads,
+)
 from .probe import fit_linear
 from .problems import PROBLEMS, Problem, accuracy, confusion
 from .representations import Representation
@@ -47,7 +58,7 @@ class Settings:
     """How tasks are run; the features None are all for clips, and `weighted` for frames, texts included."""
 
     features: tuple[str, ...] | None = None
-    heads: tuple[str, ...] = HEADS
+    heads: tuple[str, ...] = DEFAULT_HEADS
     grid: str = "small"
     pool: str = "mean+std"
     seeds: int = 1
@@ -175,6 +186,8 @@ def _trained_results(
 ) -> list[Result]:
     problem = PROBLEMS[task.kind](task, representation)
     wanted = settings.features or (("weighted",) if problem.framewise else FEATURES)
+    if "blstm" in settings.heads and not problem.framewise:
+        raise ValueError(f"the task {task.name} is of clips, not of frames: the head blstm cannot be tried on it")
     features = _frame_features if problem.framewise else _pooled_features
     results = []
     for head in settings.heads:
