@@ -55,7 +55,7 @@ def test_python_and_shell_blocks_run(reader):
         if groups and groups[-1][0] == language:
             body = groups.pop()[1] + "\n" + body
         groups.append((language, body))
-    assert [language for language, _ in groups] == ["python", "bash", "python"]
+    assert [language for language, _ in groups] == ["python", "bash", "python", "bash"]
     outputs = []
     for language, body in groups:
         command = [sys.executable, "-c", body] if language == "python" else ["bash", "-euc", body]
@@ -69,7 +69,11 @@ def test_python_and_shell_blocks_run(reader):
     assert "3 ['chunks', 'text']" in outputs[2]
     assert {path.name for path in (reader / "my-asr").glob("*.json")} >= {"preprocessor_config.json", "vocab.json"}
     assert (reader / "embeddings.safetensors").is_file()
-    for run in ("mine", "mine2"):
+    config = json.loads((reader / "my-spear-int8" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "spear_int8"
+    assert (reader / "my-spear.onnx").is_file()
+    assert (reader / "eval" / "report.md").is_file()
+    for run in ("mine", "mine2", "mine4"):
         assert (reader / "runs" / run / "final" / "model.safetensors").is_file()
         lines = (reader / "runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2]
