@@ -160,7 +160,7 @@ class _FileSource(DatasetSource):
 
 
 class ParquetSource(_FileSource):
-    """Parquet files, each a piece; streamed, a row group in memory (Arrow reads no less; usual are 100 rows)."""
+    """Parquet files, each a piece; streamed, with a row group in memory (usual: 100 rows), or 32 MB of small ones."""
 
     def __init__(self, name: str, files: Sequence[DataFile], columns: Columns, domain: str | None) -> None:
         features = _guarded(lambda: self._dataset(files[0].where).features or {}, files[0].name)
