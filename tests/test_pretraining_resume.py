@@ -6,6 +6,7 @@ Compared are weights, optimiser state, evaluations and the metrics without `TIMI
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -216,6 +217,63 @@ def test_launchers(runs, finished, two_ranks):
     messages = third.communicate(timeout=120)[1]
     assert third.returncode == 0, messages
     assert metrics(alone) == metrics(finished)[:3]
+
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+command = sys.argv[2:]  # after its own option
+tasks = [subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(n), "SLURM_LOCALID": "0"}}) for n in (0, 1)]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+open({ready!r}, "w").write(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+@pytest.mark.slow
+def test_batch_job_on_two_nodes(runs, two_ranks, tmp_path):
+    """Slurm is played by scripts: two nodes, both this machine, told that the time limit is near; queued again."""
+    output, ready, queued = runs.folder / "batch", tmp_path / "ready", tmp_path / "queued"
+    (tmp_path / "bin").mkdir()
+    scripts = {
+        "srun": SRUN.format(python=sys.executable, ready=str(ready)),
+        "scontrol": f'#!/bin/bash\necho "$@" >> {queued}\n',
+        "spear-hf": f'#!/bin/bash\nexec {sys.executable} -m spear_hf.cli "$@"\n',
+    }
+    for name, text in scripts.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CONFIG": "tiny",
+        "OUTPUT": str(output),
+        "SETTINGS": " ".join(item.replace(", ", ",") for item in runs.overrides(output)),
+        "MASTER_ADDR": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "7",
+    }
+
+    def start() -> subprocess.Popen:
+        command = ["bash", str(ROOT / "examples" / "slurm" / "pretrain.sbatch")]
+        port = {"MASTER_PORT": str(free_port())}
+        return subprocess.Popen(command, env=environment | port, stderr=subprocess.PIPE, text=True)
+
+    first, has_two, deadline = start(), has_steps(output, 2), time.monotonic() + 120
+    while not has_two():
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(int(ready.read_text()), signal.SIGUSR1)
+    messages = first.communicate(timeout=120)[1]
+    assert first.returncode == 0, messages
+    assert queued.read_text() == "requeue 7\n"
+    assert metrics(output)[-1]["step"] < STEPS
+    second = start()
+    messages = second.communicate(timeout=120)[1]
+    assert second.returncode == 0, messages
+    assert queued.read_text() == "requeue 7\n"
+    assert_same_run(output, two_ranks)
 
 
 # Without dropout, whose draws depend on the ranks. The large eps keeps AdamW from making steps of full size of the
