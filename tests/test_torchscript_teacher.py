@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from spear_hf.evaluation.representations import load_representation
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.teachers import load_teacher
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
@@ -149,3 +150,11 @@ def test_unusable_settings(file, tmp_path):
         load_teacher(SPEC, options={"frame_rate": 62.5})  # never found by itself
     with pytest.raises(ValueError, match=r"at 50\.0 Hz"):
         load(file, frame_rate=50.0)  # not what the file gives
+
+
+def test_as_a_representation(file):
+    """The options of a word of `spear-hf evaluate` are numbers where they look like it."""
+    spec = f"teacher:{SPEC}#file={file},frame_rate=62.5,resample_to=50"
+    found = load_representation(spec, device="cpu").teacher
+    assert found.frame_rate == 50
+    assert torch.equal(found([noise(16000)])[0], load(file, resample_to=50)([noise(16000)])[0])

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SequenceFeatureExtractor
 
@@ -192,7 +193,7 @@ def load_representation(
             dtype=dtype,
             window=cast(WindowRule | None, options.pop("window", None)),
             window_seconds=float(options.pop("window_seconds")) if "window_seconds" in options else None,
-            options=dict(options),
+            options={name: yaml.safe_load(value) for name, value in options.items()},  # as --teacher-option does
         )
         return TeacherFeatures(name or spec, teacher)
     if spec.startswith(f"{RANDOM}:"):
