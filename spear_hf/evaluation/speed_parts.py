@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from torchaudio.compliance import kaldi
 
 from ..configuration_spear import SpearConfig
 from ..data.decoding import load_utterance
@@ -53,6 +52,8 @@ def benchmark_features(against: Sequence[str], cases: str, repeats: int) -> Iter
 
 def torchaudio_features(waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Kaldi's filter bank with SPEAR's settings by torchaudio, `(frames, 128)` of each waveform `(samples,)`."""
+    from torchaudio.compliance import kaldi  # here, as a torchaudio built for another torch cannot be imported
+
     return [
         kaldi.fbank(
             waveform[None],
