@@ -1,14 +1,13 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """SPEAR as a module of HEAR, the Holistic Evaluation of Audio Representations (arXiv 2203.03022, common API of 2021).
 
-    python -m heareval.embeddings.runner spear_hf.evaluation.hear --model MODEL --tasks-dir tasks
+    python -m heareval.embeddings.runner spear_hf.evaluation.hear --model FOLDER --tasks-dir tasks
+    ... --model-options '{"model_file_path": "OWNER/NAME", "layers": "all"}' in place of --model, which must be a path
 
-MODEL is a folder or a Hub id, with options after a #:
+Options, of `--model-options`, as arguments of `load_model`, or after a # in its first one ("OWNER/NAME#layers=all"):
 
-    MODEL                       the last hidden state
-    MODEL#layers=all            all hidden states, concatenated, the stem's output first
-    MODEL#layers=6              hidden state 6
-    MODEL#scene=mean+std        scene embeddings of means and standard deviations over time
+    layers   last (the default), all (concatenated, the stem's output first), mean, or the number of a hidden state
+    scene    mean (the default), or mean+std: scene embeddings of means and standard deviations over time
 
 Timestamps. Audio of n samples gets n // 320 + 1 frames, frame t at 20 t ms: from 0 to at most the end, which is less
 than 20 ms after the last one. A last hidden state at 25 Hz (`output_downsampling_factor` 2) has a frame every 40 ms.
@@ -93,7 +92,10 @@ def load_model(model_file_path: str = "", layers: int | str | None = None, scene
     """
     name, options = split_options(model_file_path, ("layers", "scene"))
     if not name:
-        raise ValueError("no model is named: pass the folder or Hub id of a SPEAR model (--model of the runner)")
+        raise ValueError(
+            "no model is named: pass the folder of a SPEAR model (--model of the runner) or its Hub id "
+            """(--model-options '{"model_file_path": "OWNER/NAME"}')"""
+        )
     model, feature_extractor = load_encoder(name, device="cpu")
     encoder: Any = model.base_model
     if not isinstance(encoder, SpearPreTrainedModel) or not isinstance(feature_extractor, SpearFeatureExtractor):

@@ -14,9 +14,13 @@ Among the names of `s3prl.hub`, for `s3prl.nn.S3PRLUpstream` and for a script ar
 For the command line of a checkout of s3prl, put `from spear_hf.evaluation.superb_hub.hubconf import *` into its
 s3prl/hub.py. MODEL is a folder or a Hub id.
 
+s3prl 0.4.18 needs torchaudio < 2.9, and its run_downstream two names, HfFolder and Repository, that huggingface_hub 1
+no longer has: set both to None in that module first. tests/test_s3prl.py runs where s3prl is installed.
+
 Hidden states are the stem's output and that of every layer, all at 50 Hz, of which the toolkit learns a weighted sum.
-Audio of n samples gets round(n / 320) frames, the very number the toolkit cuts to (it allows a difference of 4), frame
-t in the middle of the samples from 320 t to 320 t + 320. For that audio is extended by its mirror image, framing.py.
+Audio of n samples gets n / 320 frames, rounded up: all that s3prl.nn.S3PRLUpstream takes for frames of it, and at most
+one more than the Featurizer of run_downstream cuts to (which allows a difference of 4). Frame t lies in the middle of
+the samples from 320 t to 320 t + 320. For that audio is extended by its mirror image, framing.py.
 """
 
 from collections.abc import Sequence
@@ -68,7 +72,7 @@ class UpstreamExpert(nn.Module):
             frames of a shorter one; `hidden_state_K`: each of them; `last_hidden_state`: the last one.
         """
         device = next(self.model.parameters()).device
-        frames = [max(1, round(len(wav) / FRAME_SAMPLES)) for wav in wavs]
+        frames = [-(-len(wav) // FRAME_SAMPLES) for wav in wavs]
         extended = [framed(wav.float(), count, FRAME_SAMPLES // 2) for wav, count in zip(wavs, frames)]
         inputs = self.feature_extractor(extended, sampling_rate=SAMPLING_RATE, return_tensors="pt", device=device)
         states = self.model(**inputs, output_hidden_states=True).hidden_states
