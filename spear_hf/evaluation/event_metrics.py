@@ -9,8 +9,8 @@
 Times are in seconds. Counts are summed over clips and labels before they are divided (micro average).
 
 Events: a predicted event is right if a reference event of its label begins within a collar of it, 200 ms, and, where
-asked, ends within the collar or half of the reference's length. Every event is matched once at most, in the way that
-gives the most matches.
+asked, ends within the collar or a share of the reference's length, one half. Every event is matched once at most, in
+the way that gives the most matches.
 Segments: time is cut into seconds; a label is active in a second in which any event of it is.
 """
 
@@ -51,6 +51,7 @@ def event_counts(
     references: Sequence[Segment],
     collar: float = ONSET_COLLAR,
     with_offset: bool = False,
+    offset_share: float = OFFSET_SHARE,
 ) -> Counts:
     """Counts of the events of one clip."""
     right = 0
@@ -60,7 +61,7 @@ def event_counts(
         near = np.zeros((len(found), len(there)), dtype=np.int8)
         for row, one in enumerate(found):
             for column, other in enumerate(there):
-                reach = max(collar, OFFSET_SHARE * (other.end - other.start))
+                reach = max(collar, offset_share * (other.end - other.start))
                 near[row, column] = _within(one.start, other.start, collar) and (
                     not with_offset or _within(one.end, other.end, reach)
                 )
@@ -115,15 +116,23 @@ def _scores(name: str, counts: Counts) -> dict[str, float]:
 
 
 class EventF1(_EventMetric):
-    """`event_f1`, `event_precision`, `event_recall`. `compute` takes `collar` (seconds) and `with_offset`."""
+    """`event_f1`, `event_precision`, `event_recall`.
+
+    `compute` takes `collar` (seconds), `with_offset`, and `offset_share` (of the length, 0.5; HEAR's for music is 0.2).
+    """
 
     description = "F1 of sound events with an onset collar, as sed_eval has it."
 
     def _compute(
-        self, predictions: Any, references: Any, collar: float = ONSET_COLLAR, with_offset: bool = False
+        self,
+        predictions: Any,
+        references: Any,
+        collar: float = ONSET_COLLAR,
+        with_offset: bool = False,
+        offset_share: float = OFFSET_SHARE,
     ) -> dict[str, float]:
         clips = zip(_segments(predictions), _segments(references))
-        counts = sum((event_counts(*clip, collar, with_offset) for clip in clips), Counts())
+        counts = sum((event_counts(*clip, collar, with_offset, offset_share) for clip in clips), Counts())
         return _scores("event", counts)
 
 

@@ -22,7 +22,6 @@ from .tasks import Clip, Task
 
 
 BACKGROUND = "background"
-THRESHOLD = 0.5  # of the probability of an event
 
 
 class Problem(ABC):
@@ -145,7 +144,10 @@ class Frames(Problem):
 
 
 class Events(Problem):
-    """Any labels a frame. Post-processing as in HEAR: a median filter, a threshold, a shortest duration."""
+    """Any labels a frame. Post-processing is HEAR's: a median filter, a threshold, a shortest duration.
+
+    An event begins and ends in the middle of its first and last frame.
+    """
 
     metric = "event_f1"
     framewise = True
@@ -162,15 +164,14 @@ class Events(Problem):
 
     def events(self, logits: np.ndarray, tuning: Sequence[float]) -> list[Segment]:
         """The events of a clip; `tuning` are the lengths of the filter and of the shortest event, in milliseconds."""
-        step, half = self.representation.frame_seconds, self.representation.frame_seconds / 2
-        width = max(1, round(tuning[0] / 1000 / step) // 2 * 2 + 1)
-        active = median_filter(1 / (1 + np.exp(-logits)), size=(width, 1), mode="nearest") >= THRESHOLD
+        width = max(1, round(tuning[0] / 1000 / self.representation.frame_seconds))
+        active = median_filter(logits, size=(width, 1)) > 0  # a probability over one half
         centres = self.representation.centres(len(logits))
         found = []
         for place, label in enumerate(self.task.labels):
             edges = np.flatnonzero(np.diff(np.concatenate([[0], active[:, place].astype(np.int8), [0]])))
             for first, last in zip(edges[::2], edges[1::2] - 1):
-                start, end = max(0.0, float(centres[first]) - half), float(centres[last]) + half
+                start, end = float(centres[first]), float(centres[last])
                 if end - start >= tuning[1] / 1000 - 1e-9:
                     found.append(Segment(start, end, label))
         return found

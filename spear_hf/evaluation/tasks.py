@@ -237,7 +237,7 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
         raise ValueError(f"{folder}: embedding_type {embedding!r} with prediction_type {prediction!r} is not known")
     with open(folder / HEAR_LABELS, encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: int(row["idx"]))
-    names = metadata.get("splits") or sorted(path.stem for path in folder.glob("fold*.json")) or _HEAR_SPLITS
+    names = sorted(metadata.get("splits") or [path.stem for path in folder.glob("fold*.json")] or _HEAR_SPLITS)
     parts = {name: _hear_clips(folder, name, embedding == "event", options.get("group_regex")) for name in names}
     if set(names) >= set(_HEAR_SPLITS):
         folds = [Fold(*(parts[name] for name in _HEAR_SPLITS))]
