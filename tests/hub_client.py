@@ -13,6 +13,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -177,6 +178,29 @@ def rows(task: dict, folder: Path) -> None:
     write(folder / "results.json", results)
 
 
+def evaluate(task: dict, folder: Path) -> None:
+    """Runs `spear-hf evaluate` with each list of arguments; then what each specification of `tasks` names."""
+    from spear_hf.cli import app
+    from spear_hf.evaluation.tasks import load_task
+
+    results: dict = {"codes": [], "times": [], "tasks": {}}
+    for arguments in task["runs"]:
+        results["times"].append(time.time_ns())
+        try:
+            app(["evaluate", *arguments])
+        except SystemExit as end:
+            results["codes"].append(end.code)
+    for name, spec in task.get("tasks", {}).items():
+        try:
+            found = load_task(spec)
+            segments = [[vars(segment) for segment in clip.segments] for clip in found.test_clips]
+            ids = [clip.id for clip in found.test_clips]
+            results["tasks"][name] = {"ids": ids, "segments": segments, "hub": found.hub}
+        except ValueError as error:
+            results["tasks"][name] = {"error": str(error)}
+    write(folder / "results.json", results)
+
+
 def heads(task: dict, folder: Path) -> None:
     """Logits of each of (Auto class, name) for one audio file, what they say in text, and the names of labels."""
     import transformers
@@ -278,6 +302,7 @@ ROLES = {
     "quantizer": quantizer,
     "stock": stock,
     "rows": rows,
+    "evaluate": evaluate,
     "heads": heads,
     "tokens": tokens,
     "pretrain": pretrain,

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
 from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
-from spear_hf.evaluation.tasks import Clip, load_task
+from spear_hf.evaluation.tasks import Clip, StoredAudio, load_task
 
 from .evaluation_corpus import write_corpus, write_model
 
@@ -52,7 +53,8 @@ def test_features_are_found_by_what_the_file_holds(tmp_path, clips):
     first = cache.pooled(mel, clips[:1])
     copy = shutil.copyfile(clips[0].source, tmp_path / "another name.wav")
     assert np.array_equal(cache.pooled(mel, [Clip("x", copy)]), first)
-    assert np.array_equal(cache.pooled(mel, [Clip("y", copy.read_bytes())]), first)
+    stored = StoredAudio(Dataset.from_list([{"audio": {"bytes": copy.read_bytes()}}]), 0)
+    assert np.array_equal(cache.pooled(mel, [Clip("y", stored)]), first)
     assert mel.clips == 1
     shutil.copyfile(clips[1].source, copy)  # the same name, other audio
     assert not np.array_equal(EmbeddingCache(tmp_path / "cache").pooled(mel, [Clip("x", copy)]), first)
@@ -138,5 +140,6 @@ def test_errors_name_the_clip(tmp_path, clips):
         cache.pooled(LogMel(), clips[:1])
     with pytest.raises(ValueError, match=r"gone.*cannot be read"):
         cache.pooled(LogMel(), [Clip("gone", tmp_path / "gone.wav")])
+    (tmp_path / "noise.wav").write_bytes(b"no audio at all")
     with pytest.raises(ValueError, match=r"noise: .*cannot be"):
-        cache.pooled(LogMel(), [Clip("noise", b"no audio at all")])
+        cache.pooled(LogMel(), [Clip("noise", tmp_path / "noise.wav")])

@@ -52,11 +52,12 @@ def read_segments(path: str) -> dict[str, list[Segment]]:
     for line, row in rows:
         if missing := [name for name in COLUMNS if row.get(name) in (None, "")]:
             raise ValueError(f"{path}, line {line}: no {', '.join(missing)}; the columns are {', '.join(COLUMNS)}")
-        segments[str(row["id"])].append(_segment(row, f"{path}, line {line}"))
+        segments[str(row["id"])].append(parse_segment(row, f"{path}, line {line}"))
     return {name: sorted(items, key=lambda item: item.start) for name, items in segments.items()}
 
 
-def _segment(row: dict[str, Any], place: str) -> Segment:
+def parse_segment(row: dict[str, Any], place: str) -> Segment:
+    """The segment of a row; ValueError names the place of what is wrong."""
     try:
         start, end = float(row["start"]), float(row["end"])
     except (TypeError, ValueError):

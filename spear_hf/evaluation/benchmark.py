@@ -25,7 +25,7 @@ from .. import __version__
 from .bootstrap import Estimate, difference
 from .embedding import pick_device
 from .embedding_cache import EmbeddingCache
-from .protocols import Result, Settings, bootstrap_units, run_task
+from .protocols import VERSION, Result, Settings, bootstrap_units, run_task
 from .representations import LOG_MEL, MFCC, RANDOM, TEACHER, Representation, load_representation, short_name
 from .tasks import Task, load_task
 
@@ -155,7 +155,7 @@ def _key(task: Task, representation: Representation, store: EmbeddingCache, sett
             for clip in getattr(fold, part):
                 facts = [part, store.checksum(clip), clip.id, clip.labels, clip.transcript, clip.speaker, clip.group]
                 digest.update(json.dumps([*facts, clip.language, clip.segments], default=str).encode())
-    facts = [FORMAT_VERSION, task.name, task.kind, task.labels, task.collar, task.postprocessing, shown]
+    facts = [FORMAT_VERSION, VERSION, task.name, task.kind, task.labels, task.collar, task.postprocessing, shown]
     digest.update(json.dumps([*facts, representation.fingerprint], default=str).encode())
     return digest.hexdigest()
 
@@ -182,6 +182,8 @@ def _report(
         described[task.name] = {
             "kind": task.kind,
             "source": short_name(task.source),
+            "split": task.test_split,
+            "hub": task.hub,
             "metric": first["metric"],
             "higher_is_better": first["higher_is_better"],
             "chance": _chance(task),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
 from .representations import Representation
-from .tasks import Clip
+from .tasks import Clip, StoredAudio
 
 
 FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ class EmbeddingCache:
             raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
         self.folder, self.progress = Path(folder), progress
         self.batch_seconds, self.max_seconds = batch_seconds, max_seconds
-        self._checksums: dict[str, str] = {}
+        self._checksums: dict[Path | StoredAudio, str] = {}
 
     def fill(self, representation: Representation, clips: Sequence[Clip], keep: str) -> None:
         """Computes what is missing. ValueError names the clip that is no audio, too long, or has bad features."""
@@ -102,15 +102,12 @@ class EmbeddingCache:
 
     def checksum(self, clip: Clip) -> str:
         """SHA-256 of the encoded audio: what it decodes to follows from that. ValueError if it cannot be read."""
-        if isinstance(clip.source, bytes):
-            return hashlib.sha256(clip.source).hexdigest()
-        name = str(clip.source)
-        if name not in self._checksums:
+        if clip.source not in self._checksums:
             try:
-                self._checksums[name] = hashlib.sha256(clip.source.read_bytes()).hexdigest()
+                self._checksums[clip.source] = hashlib.sha256(clip.source.read_bytes()).hexdigest()
             except OSError as error:
                 raise ValueError(f"{clip.id}: {clip.source} cannot be read: {error.strerror}") from error
-        return self._checksums[name]
+        return self._checksums[clip.source]
 
     def _batches(self, clips: list[tuple[Path, Clip]], batchable: bool) -> Iterator[list[tuple[Path, Clip]]]:
         """Longest first, so that memory runs out at once or never."""
@@ -161,7 +158,7 @@ def _audio(clip: Clip) -> Any:
     """What soundfile opens, with a name for its errors."""
     if isinstance(clip.source, Path):
         return clip.source
-    file = io.BytesIO(clip.source)
+    file = io.BytesIO(clip.source.read_bytes())
     file.name = clip.id
     return file
 

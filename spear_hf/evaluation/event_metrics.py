@@ -118,7 +118,7 @@ def _scores(name: str, counts: Counts) -> dict[str, float]:
 class EventF1(_EventMetric):
     """`event_f1`, `event_precision`, `event_recall`.
 
-    `compute` takes `collar` (seconds), `with_offset`, and `offset_share` (of the length, 0.5; HEAR's for music is 0.2).
+    `compute` takes `collar` (seconds), `with_offset`, and `offset_share` (of the length, 0.5; of HEAR's music 0.2).
     """
 
     description = "F1 of sound events with an onset collar, as sed_eval has it."

@@ -96,7 +96,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         counts = ", ".join(f"{count} {part}" for part, count in task["clips"].items() if count)
         chance = "" if task["chance"] is None else f" Chance: {100 * task['chance']:.1f}."
         metric = METRIC_NAMES[task["metric"]]
-        lines += [f"## {name}", "", f"{task['kind']}; {metric}, {better}; clips: {counts}.{chance}", ""]
+        revision = f" Revision {task['hub']['revision']} of {task['source']}." if task.get("hub") else ""
+        lines += [f"## {name}", "", f"{task['kind']}; {metric}, {better}; clips: {counts}.{chance}{revision}", ""]
         model = report["models"][0] if report["models"] else None
         header = ["representation", metric, "features, head", "other heads"]
         if model:
@@ -186,12 +187,15 @@ def model_index(report: Mapping[str, Any], name: str) -> list[EvalResult]:
     for task, facts in report["tasks"].items():
         headline = report["representations"][name]["tasks"][task]["headline"]
         task_type, metric_type = _HUB_TYPES[facts["kind"]]
+        hub = facts.get("hub") or {}
         results.append(
             EvalResult(
                 task_type=task_type,
-                dataset_type=re.sub(r"[^\w.-]+", "-", facts["source"]),
+                dataset_type=facts["source"] if hub else re.sub(r"[^\w.-]+", "-", facts["source"]),
                 dataset_name=task,
-                dataset_split="test",
+                dataset_config=hub.get("config"),
+                dataset_split=facts.get("split", "test"),
+                dataset_revision=hub.get("revision"),
                 metric_type=metric_type,
                 metric_name=f"{METRIC_NAMES[facts['metric']]} (frozen encoder; {_choice(headline)})",
                 metric_value=round(headline["value"], 4),

@@ -11,11 +11,13 @@ Options:
     name         in the report; default: the probe, or the last part of the source
     probe        rows of this probe of a manifest only, with splits probe_train and probe_test
     train, valid, test    names of splits; default train and test. Without `valid` a part of `train` selects settings
-    label, transcript, speaker    columns; default label, transcript, speaker
+    label, transcript, speaker, language    columns; default label, transcript, speaker; items of a query are
+                 compared within a language
     group_regex  what it finds in an id (its first group, if it has one) keeps clips together: in the selection of
                  settings and in the bootstrap; default: the speaker, where that is not the label
-    segments     a table of segments, as in spear_hf/data/segments.py, for frames and events
-    config, audio    configuration and audio column of a dataset of the Hub
+    segments     for frames and events: a table of segments, as in spear_hf/data/segments.py, or of a dataset of the
+                 Hub its column of lists of {start, end, label}
+    config, revision, audio    of a dataset of the Hub: configuration, branch, tag or commit, and column of audio
 
 Kinds and their main metrics:
 
@@ -31,23 +33,27 @@ Kinds and their main metrics:
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from ..data.seeding import keyed_generator
-from ..data.segments import Segment, read_segments
+from ..data.segments import Segment, parse_segment, read_segments
 from ..finetuning.arguments import DataArguments
-from ..finetuning.datasets import is_local, load_rows
+from ..finetuning.datasets import STRETCH, hub_commit, is_local, load_rows
 from .event_metrics import ONSET_COLLAR
 from .options import split_options
 
 
 KINDS = ("classification", "tagging", "frames", "events", "asr", "pr", "verification", "query")
+HUB_OPTIONS = ("config", "revision", "audio")
 OPTIONS = (
-    *("kind", "name", "probe", "train", "valid", "test", "label", "transcript", "speaker", "group_regex", "segments"),
-    *("config", "audio"),
+    *("kind", "name", "probe", "train", "valid", "test", "label", "transcript", "speaker", "language", "group_regex"),
+    *("segments", *HUB_OPTIONS),
 )
 HEAR_METADATA, HEAR_LABELS = "task_metadata.json", "labelvocabulary.csv"
 HEAR_RATES = (16000, 48000, 44100, 22050)  # of the folders of audio, in the order of preference
@@ -55,13 +61,24 @@ HEAR_POSTPROCESSING = {"median_filter_ms": (250.0,), "min_duration": (125.0, 250
 VALIDATION_SHARE = 0.2
 
 
+class StoredAudio:
+    """An audio file inside a dataset, read when it is needed."""
+
+    def __init__(self, rows: Dataset, place: int) -> None:
+        self._rows, self._place = rows, place
+
+    def read_bytes(self) -> bytes:
+        """The file's content, as of a `Path`."""
+        return self._rows[self._place]["audio"]["bytes"]
+
+
 @dataclass(frozen=True)
 class Clip:
     """One clip and what is known of it."""
 
     id: str
-    source: Path | bytes
-    """The file, or its bytes."""
+    """Unlike that of any other clip of the task."""
+    source: Path | StoredAudio
     labels: tuple[str, ...] = ()
     transcript: str | None = None
     speaker: str | None = None
@@ -92,6 +109,9 @@ class Task:
     """Of the onsets of events, in seconds."""
     postprocessing: tuple[tuple[float, float], ...] = ((250.0, 125.0), (250.0, 250.0))
     """Of events: pairs of the length of the median filter and of the shortest event, in milliseconds, to choose of."""
+    test_split: str = "test"
+    hub: dict[str, str | None] | None = None
+    """Of a dataset of the Hub: `config` and `revision`, its commit."""
 
     @property
     def clips(self) -> list[Clip]:
@@ -156,40 +176,58 @@ def _row_task(source: str, options: dict[str, str]) -> Task:
     if "valid" in options:
         splits["valid"] = options["valid"]
     local = is_local(source)
+    if local and (unused := sorted({*HUB_OPTIONS} & {*options})):
+        raise ValueError(f"{source} is here, and {', '.join(unused)} of a dataset of the Hub")
     columns = {"labels": options.get("label", "label")} if kind in ("classification", "tagging", "query") else {}
     if kind in ("asr", "pr"):
         columns["transcript"] = options.get("transcript", "transcript")
     if local or "speaker" in options or kind == "verification":
         columns["speaker"] = options.get("speaker", "speaker")
-    if local:
-        columns["language"] = "language"
+    if local or "language" in options:
+        columns["language"] = options.get("language", "language")
     arguments = DataArguments(
         dataset_config=options.get("config"),
+        dataset_revision=options.get("revision"),
         audio_column=options.get("audio", "audio"),
         where=[f"probe={probe}"] if probe else [],
     )
-    segments = read_segments(options["segments"]) if "segments" in options else None
+    segments = options.get("segments")
     if (segments is None) == (kind in ("frames", "events")):
-        raise ValueError(f"{source}: kind={kind} {'needs' if segments is None else 'takes no'} segments=TABLE")
-    parts = {"train": (), "valid": (), "test": ()} | {
-        name: _row_clips(source, split, columns, arguments, options.get("group_regex"), segments)
-        for name, split in splits.items()
-    }
-    name = probe or Path(source.rstrip("/")).name
-    return Task(name, kind, source, (Fold(**parts),))
+        raise ValueError(f"{source}: kind={kind} {'needs' if segments is None else 'takes no'} segments=...")
+    column = None if segments is None or local or Path(segments).suffix else segments
+    table = read_segments(segments) if segments is not None and column is None else None
+    parts: dict[str, tuple[Clip, ...]] = {"train": (), "valid": (), "test": ()}
+    for name, split in splits.items():
+        rows = load_rows(source, list(dict.fromkeys(columns.values())), split, arguments, [column] if column else [])
+        clips = _row_clips(source, rows, columns, options.get("group_regex"), table, column)
+        parts[name] = clips if local else _with_own_ids(clips, split)
+    if table is not None and not any(clip.segments for part in parts.values() for clip in part):
+        raise ValueError(
+            f"{source}: none of its clips is in segments={segments}, which has ids such as {next(iter(table), None)!r}, "
+            f"the clips such as {parts['test'][0].id!r}"
+        )
+    return Task(
+        name=probe or Path(source.rstrip("/")).name,
+        kind=kind,
+        source=source,
+        folds=(Fold(**parts),),
+        test_split=splits["test"],
+        hub=None if local else {"config": options.get("config"), "revision": hub_commit(rows)},
+    )
 
 
 def _row_clips(
     source: str,
-    split: str,
+    rows: Dataset,
     columns: dict[str, str],
-    arguments: DataArguments,
     group_regex: str | None,
-    segments: dict[str, list[Segment]] | None,
+    table: dict[str, list[Segment]] | None,
+    segment_column: str | None,
 ) -> tuple[Clip, ...]:
-    rows = load_rows(source, list(dict.fromkeys(columns.values())), split, arguments)
+    if STRETCH in rows.column_names:
+        raise ValueError(f"{source} has rows with a start, which are parts of files: tasks are of whole files")
     clips = []
-    for row in rows:
+    for place, row in enumerate(rows):
         values = {field: row[column] for field, column in columns.items()}
         single = {field: (values.get(field) or [None])[0] for field in ("transcript", "speaker", "language")}
         group = None if columns.get("labels") == columns.get("speaker") else single["speaker"]
@@ -198,18 +236,32 @@ def _row_clips(
             if match is None:
                 raise ValueError(f"{source}: group_regex={group_regex} finds nothing in the id {row['id']!r}")
             group = match.group(match.re.groups and 1)
+        segments = (table or {}).get(row["id"], [])
+        if segment_column is not None:
+            segments = [parse_segment(item, f"{source}, {row['id']}") for item in row[segment_column] or ()]
         audio = row["audio"]
         clips.append(
             Clip(
                 id=row["id"],
-                source=Path(audio["path"]) if audio["bytes"] is None else audio["bytes"],
+                source=Path(audio["path"]) if audio["bytes"] is None else StoredAudio(rows, place),
                 labels=tuple(values.get("labels", ())),
                 group=group,
-                segments=tuple((segments or {}).get(row["id"], ())),
+                segments=tuple(sorted(segments, key=lambda item: item.start)),
                 **single,
             )
         )
     return tuple(clips)
+
+
+def _with_own_ids(clips: Iterable[Clip], split: str) -> tuple[Clip, ...]:
+    """Clips of a split of the Hub, where an id is often of its split only, or of a sentence said several times."""
+    seen: Counter[str] = Counter()
+    named = []
+    for clip in clips:
+        seen[clip.id] += 1
+        number = f", {seen[clip.id]}" if seen[clip.id] > 1 else ""
+        named.append(replace(clip, id=f"{split}/{clip.id}{number}"))
+    return tuple(named)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ class DataArguments:
         metadata={"help": "Folder of audio, manifest (.jsonl, .csv or .tsv), or name of a dataset on the Hub."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a dataset of the Hub."}
+    )
     train_split: str | None = field(
         default=None, metadata={"help": "Default: `train` of the Hub, all rows of a folder or manifest."}
     )

@@ -13,6 +13,7 @@ Audio is decoded row by row when it is needed, with soundfile, so that neither t
 
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ import datasets
 import numpy as np
 from datasets import Audio, Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
@@ -57,7 +59,7 @@ def load_rows(
             In a folder without a manifest, label and speaker are the name of the subfolder a file is in, and its
             transcript is the text file of its name (a.wav, a.txt).
         split: of the source; by default `train` on the Hub, and all rows of a folder or a manifest.
-        arguments: for `dataset_config`, `audio_column` and `where`.
+        arguments: for `dataset_config`, `dataset_revision`, `audio_column` and `where`.
         unchanged: more columns, of values that are not texts.
 
     Raises:
@@ -231,29 +233,50 @@ class EncodedAudio(Audio):
         return {"bytes": value.get("bytes"), "path": value.get("path")}
 
 
-def _hub_dataset(source: str, config: str | None, split: str) -> Dataset:
+def _hub_dataset(source: str, config: str | None, revision: str | None, split: str) -> Dataset:
     """As `datasets.load_dataset`, and without torchcodec also for repositories of loose or archived audio files."""
-    builder = datasets.load_dataset_builder(source, config)
+    builder: Any = datasets.load_dataset_builder(source, config, revision=revision)
+    if isinstance(builder, Cache) and revision not in (None, builder.hash):  # it takes the latest, whatever is wanted
+        known = [path.name for path in Path(builder.cache_dir).parent.iterdir() if path.is_dir()]
+        if revision not in known:
+            raise ValueError(f"without the Hub there is no revision {revision}, only commits {', '.join(known)}")
+        builder = Cache(
+            repo_id=builder.repo_id,
+            dataset_name=builder.dataset_name,
+            config_name=builder.config.name,
+            version=str(builder.config.version),
+            hash=revision,
+        )
     try:
         builder.download_and_prepare()
     except DatasetGenerationError as error:
         found = builder.info.features  # read off the repository before the first row failed
         if not isinstance(error.__cause__, ImportError) or found is None:
             raise
+        builder = datasets.load_dataset_builder(source, config, revision=revision)
         features = {name: EncodedAudio() if isinstance(feature, Audio) else feature for name, feature in found.items()}
-        builder = datasets.load_dataset_builder(source, config, features=datasets.Features(features))
+        builder.info.features = datasets.Features(features)
+        if hasattr(builder, "BASE_FEATURE"):  # of folders of files, which read their features off again
+            builder.BASE_FEATURE = EncodedAudio
         builder.download_and_prepare()
     return builder.as_dataset(split=split)
+
+
+def hub_commit(rows: Dataset) -> str | None:
+    """The commit of the Hub that rows of `load_rows` are from; None for others."""
+    names = [Path(file["filename"]).parent.name for file in rows.cache_files]  # datasets/NAME/CONFIG/VERSION/COMMIT/
+    return names[0] if names and re.fullmatch("[0-9a-f]{40}", names[0]) else None
 
 
 def _hub_rows(source: str, split: str | None, arguments: DataArguments) -> Dataset:
     split = split or "train"
     try:
-        dataset = _hub_dataset(source, arguments.dataset_config, split)
+        dataset = _hub_dataset(source, arguments.dataset_config, arguments.dataset_revision, split)
     except (FileNotFoundError, ConnectionError) as error:
         hint = "; a private one needs the token of an account that may read it: `hf auth login`"
+        revision = f" at revision {arguments.dataset_revision}" if arguments.dataset_revision else ""
         raise ValueError(
-            f"{source} is neither a folder or manifest here nor a dataset that the Hub gives ({error})"
+            f"{source}{revision} is neither a folder or manifest here nor a dataset that the Hub gives ({error})"
             f"{hint if isinstance(error, DatasetNotFoundError) else ''}"
         ) from error
     except (ValueError, DatasetsError, HfHubHTTPError) as error:  # no such configuration or split, a wrong token, ...
@@ -262,7 +285,7 @@ def _hub_rows(source: str, split: str | None, arguments: DataArguments) -> Datas
     column = arguments.audio_column
     if column not in dataset.column_names:
         raise ValueError(
-            f"{source} has no column {column!r} of audio; name it with --audio_column: "
+            f"{source} has no column {column!r} of audio; name the right one (--audio_column; of a task audio=...): "
             f"{', '.join(dataset.column_names)}"
         )
     dataset = dataset.cast_column(column, Audio(decode=False))
