@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..data.seeding import keyed_generator, keyed_seed
@@ -147,6 +147,33 @@ class FrameFeatures(Features):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class BidirectionalLstm(nn.Module):
+    """As `nn.LSTM` on packed sequences, by padded ones, which are several times as fast on a CPU.
+
+    The backward direction reads every sequence from its own end, so that padding comes last for it too. Rows of
+    sequences, one after the other, (rows, inputs) -> (rows, 2 * units); dropout follows every layer.
+    """
+
+    def __init__(self, inputs: int, units: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        widths = [inputs, *[2 * units] * (layers - 1)]
+        self.forwards = nn.ModuleList(nn.LSTM(width, units) for width in widths)
+        self.backwards = nn.ModuleList(nn.LSTM(width, units) for width in widths)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+        padded = pad_sequence(list(rows.split(list(lengths))))  # (longest, sequences, width)
+        frames = torch.arange(len(padded), device=rows.device)[:, None]
+        ends = torch.tensor(list(lengths), device=rows.device)
+        inside = frames < ends  # (longest, sequences)
+        mirror = torch.where(inside, ends - 1 - frames, frames)[:, :, None]
+        for ahead, back in zip(self.forwards, self.backwards):
+            turned = padded.gather(0, mirror.expand_as(padded))
+            found, other = ahead(padded)[0], back(turned)[0]
+            padded = self.dropout(torch.cat([found, other.gather(0, mirror.expand_as(other))], dim=2))
+        return padded.transpose(0, 1)[inside.T]
+
+
 class Head(nn.Module):
     """(rows, layers, dim) of clips, one after the other, and their lengths -> (rows, outputs).
 
@@ -164,12 +191,11 @@ class Head(nn.Module):
         self.layer_weights = nn.Parameter(torch.zeros(layers)) if layers > 1 else None
         start = nn.init.xavier_uniform_ if settings.initialization == "uniform" else nn.init.xavier_normal_
         hidden: list[nn.Module] = []
-        self.recurrent: nn.LSTM | None = None
+        self.recurrent: BidirectionalLstm | None = None
         if settings.recurrent:
             hidden.append(nn.Linear(width, settings.hidden_dim))
             sizes = (settings.hidden_dim, settings.hidden_dim, settings.hidden_layers)
-            self.recurrent = nn.LSTM(*sizes, dropout=settings.dropout, bidirectional=True)
-            self.dropout = nn.Dropout(settings.dropout)
+            self.recurrent = BidirectionalLstm(*sizes, settings.dropout)
             width = 2 * settings.hidden_dim
         for index in range(0 if settings.recurrent else settings.hidden_layers):
             linear = nn.Linear(width, settings.hidden_dim)
@@ -187,11 +213,7 @@ class Head(nn.Module):
             states = self.hidden(states[:, 0])
         else:
             states = self.hidden(torch.einsum("rld,l->rd", states, self.layer_weights.softmax(dim=0)))
-        if self.recurrent is None:
-            return states
-        clips = pack_sequence(states.split(list(lengths)), enforce_sorted=False)
-        padded, _ = pad_packed_sequence(self.recurrent(clips)[0], batch_first=True)  # (clips, longest, width)
-        return self.dropout(torch.cat([rows[:length] for rows, length in zip(padded, lengths)]))
+        return states if self.recurrent is None else self.recurrent(states, lengths)
 
     def forward(self, states: Tensor, lengths: Sequence[int]) -> Tensor:
         return self.projection(self.embed(states, lengths))

@@ -10,6 +10,7 @@ Options:
     kind         one of `KINDS`; for HEAR's folders it is told by them, otherwise classification
     name         in the report; default: the probe, or the last part of the source
     probe        rows of this probe of a manifest only, with splits probe_train and probe_test
+    where        rows with COLUMN=VALUE only, as in where=language=en
     train, valid, test    names of splits; default train and test. Without `valid` a part of `train` selects settings
     label, transcript, speaker, language    columns; default label, transcript, speaker; items of a query are
                  compared within a language
@@ -53,7 +54,7 @@ KINDS = ("classification", "tagging", "frames", "events", "asr", "pr", "verifica
 HUB_OPTIONS = ("config", "revision", "audio")
 OPTIONS = (
     *("kind", "name", "probe", "train", "valid", "test", "label", "transcript", "speaker", "language", "group_regex"),
-    *("segments", *HUB_OPTIONS),
+    *("segments", "where", *HUB_OPTIONS),
 )
 HEAR_METADATA, HEAR_LABELS = "task_metadata.json", "labelvocabulary.csv"
 HEAR_RATES = (16000, 48000, 44100, 22050)  # of the folders of audio, in the order of preference
@@ -189,7 +190,7 @@ def _row_task(source: str, options: dict[str, str]) -> Task:
         dataset_config=options.get("config"),
         dataset_revision=options.get("revision"),
         audio_column=options.get("audio", "audio"),
-        where=[f"probe={probe}"] if probe else [],
+        where=[*([f"probe={probe}"] if probe else []), *([options["where"]] if "where" in options else [])],
     )
     segments = options.get("segments")
     if (segments is None) == (kind in ("frames", "events")):
@@ -203,8 +204,8 @@ def _row_task(source: str, options: dict[str, str]) -> Task:
         parts[name] = clips if local else _with_own_ids(clips, split)
     if table is not None and not any(clip.segments for part in parts.values() for clip in part):
         raise ValueError(
-            f"{source}: none of its clips is in segments={segments}, which has ids such as {next(iter(table), None)!r}, "
-            f"the clips such as {parts['test'][0].id!r}"
+            f"{source}: none of its clips is in segments={segments}, which has ids such as "
+            f"{next(iter(table), None)!r}, the clips such as {parts['test'][0].id!r}"
         )
     return Task(
         name=probe or Path(source.rstrip("/")).name,
