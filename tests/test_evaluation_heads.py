@@ -10,11 +10,14 @@ import torch
 from spear_hf.data.segments import Segment
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
 from spear_hf.evaluation.heads import (
+    BidirectionalLstm,
     Examples,
     Features,
+    FrameFeatures,
     Head,
     HeadSettings,
     PooledFeatures,
+    _batches,
     grid,
     outputs_of,
     statistics,
@@ -23,7 +26,9 @@ from spear_hf.evaluation.heads import (
 from spear_hf.evaluation.problems import Classification, Ctc, Events, Frames, Tagging
 from spear_hf.evaluation.protocols import Settings, run_task
 from spear_hf.evaluation.representations import Mfcc
-from spear_hf.evaluation.tasks import Clip, Fold, Task
+from spear_hf.evaluation.tasks import Clip, Fold, Task, load_task
+
+from .evaluation_corpus import write_corpus
 
 
 MFCC = Mfcc()
@@ -161,15 +166,78 @@ def test_blstm_learns_what_needs_the_whole_clip():
 def test_blstm_is_repeated_by_its_seed():
     few = replace(SMALL_BLSTM, max_epochs=3)
     first, again = trained_on_texts(few)[0], trained_on_texts(few)[0]
-    assert torch.equal(first.recurrent.weight_hh_l0, again.recurrent.weight_hh_l0)
+    assert torch.equal(first.recurrent.backwards[1].weight_hh_l0, again.recurrent.backwards[1].weight_hh_l0)
+
+
+def test_bidirectional_lstm_is_that_of_torch():
+    """On packed sequences, with the same weights: outputs, and gradients of inputs and weights."""
+    torch.manual_seed(0)
+    own, packed = BidirectionalLstm(5, 4, 2, dropout=0.0), torch.nn.LSTM(5, 4, 2, bidirectional=True)
+    names = {}
+    for layer in (0, 1):
+        for modules, suffix in ((own.forwards, ""), (own.backwards, "_reverse")):
+            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                names[f"{kind}_l{layer}{suffix}"] = getattr(modules[layer], f"{kind}_l0")
+    packed.load_state_dict(names)
+    lengths = [3, 7, 1, 5]
+    rows = torch.randn(16, 5)
+    inputs = [rows.clone().requires_grad_() for _ in range(2)]
+    found = own(inputs[0], lengths)
+    padded, _ = torch.nn.utils.rnn.pad_packed_sequence(
+        packed(torch.nn.utils.rnn.pack_sequence(inputs[1].split(lengths), enforce_sorted=False))[0], batch_first=True
+    )
+    expected = torch.cat([item[:length] for item, length in zip(padded, lengths)])
+    torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for name, parameter in packed.named_parameters():
+        torch.testing.assert_close(names[name].grad, parameter.grad)
+
+
+def test_batches_of_recurrent_heads_are_of_like_lengths():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 300, 200).tolist()
+    batches = {}
+    for recurrent in (False, True):
+        settings = HeadSettings(recurrent=recurrent, batch_rows=2000)
+        batches[recurrent] = _batches(lengths, settings, seed=0, epoch=1)
+        assert sorted(place for batch in batches[recurrent] for place in batch) == list(range(200))
+        assert _batches(lengths, settings, seed=0, epoch=2) != batches[recurrent]
+    padded = {
+        recurrent: sum(len(batch) * max(lengths[place] for place in batch) for batch in parts)
+        for recurrent, parts in batches.items()
+    }
+    assert padded[True] < 1.2 * sum(lengths) < padded[False]
+    assert [len(batch) for batch in batches[True]] != sorted(len(batch) for batch in batches[True])
+
+
+def test_frames_are_joined(tmp_path):
+    write_corpus(tmp_path / "tones", train=3, test=3)
+    clips = load_task(str(tmp_path / "tones")).clips
+    cache = EmbeddingCache(tmp_path / "cache", progress=False)
+    cache.fill(MFCC, clips, "frames")
+    single, joined = (FrameFeatures(cache, MFCC, clips, "frames", None, joined=number) for number in (1, 3))
+    frames, rows = single.clip(1), joined.clip(1)
+    assert joined.lengths[1] == len(rows) == len(frames) // 3
+    assert torch.equal(rows[4, 0], frames[12:15, 0].flatten())
+
+
+def test_texts_go_on_while_the_loss_falls():
+    """While nothing but blanks is written every text is wrong, and that is no reason to stop."""
+    _, errors, _ = trained_on_texts(
+        replace(SMALL_BLSTM, learning_rate=0.006, max_epochs=60, check_every=1, patience=5)
+    )
+    assert errors < 0.2
 
 
 def test_blstm_of_superb():
     (point,) = grid("blstm", "full")
     problem = Ctc(task_of("asr", reversed_pairs(4, 0)[1], ()), MFCC)
     head = Head(torch.zeros(13, 768), torch.ones(13, 768), problem.outputs, point)
-    lstm = head.recurrent
-    assert (lstm.hidden_size, lstm.num_layers, lstm.bidirectional, lstm.dropout) == (1024, 2, True, 0.2)
+    directions = [*head.recurrent.forwards, *head.recurrent.backwards]
+    assert [(lstm.input_size, lstm.hidden_size) for lstm in directions] == [(1024, 1024), (2048, 1024)] * 2
+    assert (head.recurrent.dropout.p, point.learning_rate) == (0.2, 1e-4)
     assert head.projection.in_features == 2048
     assert head(torch.randn(7, 13, 768), [3, 4]).shape == (7, 3)
     assert {point.hidden_dim for point in grid("blstm", "small")} == {256}

@@ -1,16 +1,24 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Our upstream inside the real s3prl: its hub, its S3PRLUpstream, and both of its Featurizers. Skipped without it.
+"""Our upstream inside the real s3prl: its hub, its S3PRLUpstream, its Featurizers, its metrics. Skipped without it.
 
 s3prl 0.4.18 imports parts of torchaudio that 2.9 no longer has. In an environment of its own:
 
-    pip install torch==2.8.0 torchaudio==2.8.0 s3prl omegaconf && pip install . pytest
+    pip install torch==2.8.0 torchaudio==2.8.0 s3prl omegaconf editdistance && pip install . pytest
     python -m pytest tests/test_s3prl.py
 """
 
+import numpy as np
 import pytest
 import torch
 
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearModel
+from spear_hf.evaluation.metrics import (
+    CharacterErrorRate,
+    EqualErrorRate,
+    MinimumDetectionCost,
+    PhoneErrorRate,
+    WordErrorRate,
+)
 from spear_hf.evaluation.superb_hub.hubconf import spear
 
 from .test_hear import SIZES, noise
@@ -74,3 +82,19 @@ def test_fine_tuning_reaches_the_encoder(upstream):
     features, _ = Featurizer(upstream)(states, lengths)
     features.sum().backward()
     assert upstream.upstream.model.stem.conv1.weight.grad.abs().sum() > 0
+
+
+def test_metrics_are_those_of_the_toolkit():
+    theirs = pytest.importorskip("s3prl.metric.common")
+    rng = np.random.default_rng(0)
+    truth = (rng.random(300) < 0.2).astype(int)
+    scores = rng.standard_normal(300) + 1.2 * truth
+    trials = {"predictions": scores, "references": truth}
+    assert EqualErrorRate().compute(**trials)["eer"] == pytest.approx(theirs.compute_eer(truth, scores)[0], abs=1e-6)
+    for prior in (0.01, 0.05, 0.3):
+        expected, _ = theirs.compute_minDCF(truth, scores, p_target=prior)
+        assert MinimumDetectionCost().compute(**trials, prior=prior)["min_dcf"] == pytest.approx(expected)
+    texts = [" ".join(rng.choice(["ab", "b", "cab", "d"], size=rng.integers(1, 9))) for _ in range(60)]
+    pairs = {"predictions": texts[:30], "references": texts[30:]}
+    for metric, name in ((WordErrorRate, "wer"), (CharacterErrorRate, "cer"), (PhoneErrorRate, "per")):
+        assert metric().compute(**pairs)[name] == pytest.approx(getattr(theirs, name)(texts[:30], texts[30:]))

@@ -31,6 +31,8 @@ class Problem(ABC):
     higher_is_better = True
     framewise = False
     """Whether rows are frames, not clips."""
+    loss_leads = False
+    """Whether the metric only follows the loss after a while, so that training goes on while the loss falls."""
     outputs: int
     tunings: Sequence[Any] = (None,)
     """Ways to post-process, to choose on the validation clips."""
@@ -207,6 +209,7 @@ class Ctc(Problem):
 
     higher_is_better = False
     framewise = True
+    loss_leads = True  # at first nothing but blanks is written, and every text is wrong
 
     def __init__(self, task: Task, representation: Representation) -> None:
         super().__init__(task, representation)

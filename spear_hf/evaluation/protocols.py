@@ -40,7 +40,7 @@ from .heads import (
     train_heads,
 )
 from .probe import fit_linear
-from .problems import PROBLEMS, Problem, accuracy, confusion
+from .problems import PROBLEMS, Ctc, Problem, accuracy, confusion
 from .representations import Representation
 from .tasks import Clip, Fold, Task, held_out
 
@@ -50,6 +50,8 @@ VERSION = 2
 FEATURES = ("weighted", "layers", "last", "all")
 POOLS = ("mean", "mean+std")
 EXACT_NUMBERS = 5e7
+RECURRENT_STEP = 0.02
+"""Seconds from one row to the next of a recurrent head of texts, at least: SUPERB joins faster frames."""
 CROSS_VALIDATION = "cross-validation"
 MIN_UNITS = 5
 """Groups of test clips from which the bootstrap draws groups; with fewer it draws clips."""
@@ -190,11 +192,15 @@ def _trained_results(
     wanted = settings.features or (("weighted",) if problem.framewise else FEATURES)
     if "blstm" in settings.heads and not problem.framewise:
         raise ValueError(f"the task {task.name} is of clips, not of frames: the head blstm cannot be tried on it")
-    features = _frame_features if problem.framewise else _pooled_features
     results = []
     for head in settings.heads:
         names = feature_sets(representation, wanted, head)
-        make = features(task, representation, cache, settings, names)
+        if problem.framewise:
+            joined = max(1, round(RECURRENT_STEP / representation.frame_seconds)) if head == "blstm" else 1
+            joined = joined if isinstance(problem, Ctc) else 1  # other targets are of the representation's frames
+            make = _frame_features(task, representation, cache, settings, names, joined)
+        else:
+            make = _pooled_features(task, representation, cache, settings)
         for name in names:
             exact = task.kind == "classification" and head == "linear" and name != "weighted"
             if exact and isinstance(sample := make(name, task.folds[0].train), PooledFeatures):
@@ -207,9 +213,7 @@ def _trained_results(
 Maker = Callable[[str, Sequence[Clip]], Features]
 
 
-def _pooled_features(
-    task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings, names: Sequence[str]
-) -> Maker:
+def _pooled_features(task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings) -> Maker:
     clips = task.clips
     features = cache.pooled(representation, clips)
     places = {clip.id: place for place, clip in enumerate(clips)}
@@ -222,7 +226,12 @@ def _pooled_features(
 
 
 def _frame_features(
-    task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings, names: Sequence[str]
+    task: Task,
+    representation: Representation,
+    cache: EmbeddingCache,
+    settings: Settings,
+    names: Sequence[str],
+    joined: int,
 ) -> Maker:
     last = representation.num_layers - 1
     keep = "last" if {layer_of(name) for name in names} == {last} else "frames"
@@ -230,7 +239,7 @@ def _frame_features(
 
     def make(name: str, chosen: Sequence[Clip]) -> Features:
         layer = None if keep == "last" else layer_of(name)
-        return FrameFeatures(cache, representation, chosen, keep, layer, concatenated=name == "all")
+        return FrameFeatures(cache, representation, chosen, keep, layer, concatenated=name == "all", joined=joined)
 
     return make
 
