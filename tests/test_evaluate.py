@@ -160,12 +160,26 @@ def test_verification(single, model, cache, tmp_path):
     assert set(heads) == {"cosine", "mlp"}
     assert heads["mlp"]["value"] <= 0.35
     assert heads["mlp"]["test_speakers"] == 2
+    # With two speakers a resample would have one of them, and no trial, or both, and always the same ones.
+    assert heads["cosine"]["units"] == 12
+    assert heads["cosine"]["low"] < heads["cosine"]["value"] < heads["cosine"]["high"]
+    assert "min_dcf 0." in markdown(report) or "min_dcf 1." in markdown(report)
     assert 0 <= heads["mlp"]["more"]["min_dcf"] <= 1
     own = report["representations"][report["models"][0]]["tasks"]["tones"]["results"]
     assert {(item["features"], item["head"]) for item in own} == {
         *((name, "cosine") for name in ("layer 0", "layer 1", "layer 2", "all")),
         *((name, "mlp") for name in ("weighted", "layer 2", "all")),
     }
+
+
+def test_clips_that_are_trained_on_are_told(single, cache, tmp_path):
+    settings = Settings(**QUICK, heads=("linear",))
+    tasks = [f"{single}#test=train,name=same", f"{single}#group_regex=.*,name=other"]
+    report = evaluate(["log-mel"], tasks, tmp_path, (), cache, settings, device="cpu")
+    assert {name: task["test_clips_in_training"] for name, task in report["tasks"].items()} == {"same": 18, "other": 0}
+    assert markdown(report).count("test clips are trained on too") == 1
+    assert "**18 test clips are trained on too.**" in markdown(report)
+    assert {name: task["bootstrap_units"] for name, task in report["tasks"].items()} == {"same": 18, "other": 12}
 
 
 def test_trials():

@@ -1,6 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Tasks from manifests and from HEAR's folders, and the clips that are held out for validation."""
 
+import json
+
 import pytest
 
 from spear_hf.data.segments import Segment
@@ -33,8 +35,26 @@ def test_manifest(corpus):
     assert load_task(f"{corpus}#kind=asr").folds[0].train[3].transcript == "a b"
 
 
-def test_errors_of_manifests(corpus):
+def test_rows_of_one_kind(corpus):
+    task = load_task(f"{corpus}#where=label=a,label=speaker,train=train,test=train")
+    assert [clip.id for clip in task.folds[0].train] == ["train0", "train3"]
+
+
+def test_parts_of_files_are_refused(corpus, tmp_path):
+    row = {"path": str(corpus / "audio" / "train0.wav"), "label": "a", "start": 800, "num_samples": 3200}
+    rows = [{**row, "id": split, "split": split} for split in ("train", "test")]
+    (tmp_path / "parts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="parts of files"):
+        load_task(str(tmp_path / "parts.jsonl"))
+
+
+def test_errors_of_manifests(corpus, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"id": "zebra", "start": 0, "end": 1, "label": "a"}\n', encoding="utf-8")
     for spec, message in (
+        (f"{corpus}#kind=events,segments={tmp_path}/other.jsonl", "none of its clips.*'zebra'.*'test6'"),
+        (f"{corpus}#config=clean,revision=v1", "config, revision of a dataset of the Hub"),
+        (f"{corpus}#where=label=zebra", r"where label=zebra: no row.*a \(2\)"),
+        (f"{corpus}#where=label", "must read COLUMN=VALUE"),
         (f"{corpus}#kind=singing", "kind='singing'"),
         (f"{corpus}#probe=x", "split|probe"),
         (f"{corpus}#kind=events", "needs segments"),

@@ -25,7 +25,7 @@ from .. import __version__
 from .bootstrap import Estimate, difference
 from .embedding import pick_device
 from .embedding_cache import EmbeddingCache
-from .protocols import VERSION, Result, Settings, bootstrap_units, run_task
+from .protocols import VERSION, Result, Settings, run_task
 from .representations import LOG_MEL, MFCC, RANDOM, TEACHER, Representation, load_representation, short_name
 from .tasks import Task, load_task
 
@@ -82,7 +82,7 @@ def evaluate(
                 samples[name, task.name] = drawn
                 bar.update()
             del representation  # before the next one is loaded
-    report = _report(loaded, entries, samples, list(specs), models, settings)
+    report = _report(loaded, entries, samples, list(specs), models, settings, store)
     write_json(folder / "report.json", report)
     return report
 
@@ -174,11 +174,11 @@ def _report(
     names: Sequence[str],
     models: Sequence[str],
     settings: Settings,
+    store: EmbeddingCache,
 ) -> dict[str, Any]:
     described = {}
     for task in tasks:
         first = entries[names[0]]["tasks"][task.name]["headline"]
-        units = bootstrap_units(task.test_clips)
         described[task.name] = {
             "kind": task.kind,
             "source": short_name(task.source),
@@ -193,7 +193,8 @@ def _report(
                 for part in ("train", "valid", "test")
             },
             "folds": len(task.folds),
-            "bootstrap_units": len(set(units)),
+            "bootstrap_units": first["units"],
+            "test_clips_in_training": _trained_on(task, store),
         }
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -215,6 +216,15 @@ def _report(
     return report
 
 
+def _trained_on(task: Task, store: EmbeddingCache) -> int:
+    """Test clips whose very file is also trained on, or selects settings."""
+    count = 0
+    for fold in task.folds:
+        known = {store.checksum(clip) for clip in (*fold.train, *fold.valid)}
+        count += sum(store.checksum(clip) in known for clip in fold.test)
+    return count
+
+
 def _chance(task: Task) -> float | None:
     """What the main metric is without listening: always the most frequent test label, or guessing; None: unknown."""
     if task.kind == "classification":
@@ -227,7 +237,7 @@ def _estimate(
     entries: dict[str, dict[str, Any]], samples: dict[tuple[str, str], np.ndarray], name: str, task: str
 ) -> Estimate:
     headline = entries[name]["tasks"][task]["headline"]
-    return Estimate(headline["value"], headline["low"], headline["high"], samples[name, task])
+    return Estimate(headline["value"], headline["low"], headline["high"], samples[name, task], headline["units"])
 
 
 def _file_name(name: str) -> str:

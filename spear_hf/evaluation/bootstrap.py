@@ -29,10 +29,12 @@ class Estimate:
     high: float
     samples: np.ndarray
     """(resamples,); NaN where the metric is not defined on a resample."""
+    units: int
+    """What a resample draws so many of: clips, or groups of clips."""
 
     def to_dict(self) -> dict[str, float]:
         """For JSON, without the samples."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+        return {"value": self.value, "low": self.low, "high": self.high, "units": self.units}
 
 
 def estimate(score: Score, units: Sequence[Hashable], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
@@ -44,7 +46,7 @@ def estimate(score: Score, units: Sequence[Hashable], seed: int = 0, resamples: 
         except ValueError:  # no trial of one kind, no clip of any class
             continue
     value = score(np.ones(len(units), dtype=np.int64))
-    return Estimate(value, *interval(samples), samples)
+    return Estimate(value, *interval(samples), samples, len(set(units)))
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard
 from torch import nn
 
 from .benchmark import FORMAT, FORMAT_VERSION
+from .heads import HEADS
 from .plots import plot_confusion, plot_feature_scores, plot_layer_weights, save_figure
 from .representations import weights_fingerprint
 
@@ -65,6 +66,12 @@ def _choice(result: Mapping[str, Any]) -> str:
     return result["features"] if result["head"] == "none" else f"{result['features']}, {result['head']}"
 
 
+def _further(result: Mapping[str, Any]) -> str:
+    """Numbers beside the main one: 'cer 0.412'."""
+    more = result.get("more", {})
+    return "; ".join(f"{name} {value:.3f}" for name, value in more.items() if isinstance(value, (int, float)))
+
+
 def _others(record: Mapping[str, Any]) -> str:
     """The best by validation of every head, and of weighted sums, but for the headline's kind: 'mlp on all 51.3'."""
     kinds: dict[tuple[str, bool], tuple[float, Mapping[str, Any]]] = {}
@@ -97,15 +104,20 @@ def markdown(report: Mapping[str, Any]) -> str:
         chance = "" if task["chance"] is None else f" Chance: {100 * task['chance']:.1f}."
         metric = METRIC_NAMES[task["metric"]]
         revision = f" Revision {task['hub']['revision']} of {task['source']}." if task.get("hub") else ""
-        lines += [f"## {name}", "", f"{task['kind']}; {metric}, {better}; clips: {counts}.{chance}{revision}", ""]
+        shared = task.get("test_clips_in_training")
+        warning = f" **{shared} test clips are trained on too.**" if shared else ""
+        drawn = f"bootstrap of {task['bootstrap_units']} units"
+        lines += [f"## {name}", ""]
+        lines += [f"{task['kind']}; {metric}, {better}; clips: {counts}; {drawn}.{chance}{revision}{warning}", ""]
         model = report["models"][0] if report["models"] else None
-        header = ["representation", metric, "features, head", "other heads"]
+        header = ["representation", metric, "features, head", "further metrics", "other heads"]
         if model:
             header.append(f"{model} minus this")
         lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         for other, entry in report["representations"].items():
             record = entry["tasks"][name]
-            cells = [other, _shown(record["headline"]), _choice(record["headline"]), _others(record)]
+            cells = [other, _shown(record["headline"]), _choice(record["headline"])]
+            cells += [_further(record["headline"]), _others(record)]
             if model:
                 minus = report["representations"][model]["tasks"][name]["minus"]
                 cells.append("" if other == model else _shown(minus[other], "mean", "+"))
@@ -137,7 +149,7 @@ def write_plots(report: Mapping[str, Any], folder: str | os.PathLike) -> list[Pa
 
 def _weights(results: list[Mapping[str, Any]]) -> list[float] | None:
     """Of the linear head, or of any; the mean over seeds and folds."""
-    for head in ("linear", "mlp"):
+    for head in HEADS:
         for result in results:
             if result["features"] == "weighted" and result["head"] == head:
                 rows = [run["layer_weights"] for run in result["heads"]]

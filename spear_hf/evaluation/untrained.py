@@ -24,7 +24,7 @@ from .embedding_cache import EmbeddingCache
 from .heads import Examples, PooledFeatures, grid, outputs_of, train_heads
 from .metrics import equal_error_rate, minimum_detection_cost
 from .problems import Classification
-from .protocols import FEATURES, Result, Settings, chosen_pool, feature_sets
+from .protocols import FEATURES, Result, Settings, bootstrap_units, chosen_pool, feature_sets
 from .representations import Representation
 from .retrieval import match_recordings
 from .tasks import Clip, Task
@@ -116,7 +116,7 @@ def _verified(
 ) -> Result:
     test = parts["test"]
     pairs = [trials(by_part["test"], test, settings.seed) for by_part in vectors]
-    units = [str(clip.speaker) for clip in test]
+    units = bootstrap_units([replace(clip, group=clip.speaker) for clip in test])
     parts_of_mean = [(pair.score, slice(None)) for pair in pairs]
     found = estimate(mean_of(parts_of_mean), units, settings.seed, settings.resamples)
     costs = [minimum_detection_cost(pair.cosines, pair.same) for pair in pairs]
@@ -128,7 +128,7 @@ def _verified(
             validation = -float(np.mean(rates))
         except ValueError:  # no speaker has two clips
             validation = None
-    details = {"test_speakers": len(set(units)), "more": {"min_dcf": float(np.mean(costs))}}
+    details = {"test_speakers": len({clip.speaker for clip in test}), "more": {"min_dcf": float(np.mean(costs))}}
     return Result(name, head, "eer", False, found, validation, details)
 
 
