@@ -335,5 +335,8 @@ def test_wrong_settings(single, model, tmp_path):
             Settings(**settings)
     with pytest.raises(ValueError, match="two tasks are called tones"):
         evaluate([str(model)], [str(single), str(single)], tmp_path)
+    with pytest.raises(OSError, match="there is no model nobody/nothing"):
+        evaluate([str(model), "random:nobody/nothing"], [str(single)], tmp_path)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="name at least one"):
         evaluate([], [str(single)], tmp_path, ())

@@ -26,7 +26,16 @@ from .bootstrap import Estimate, difference
 from .embedding import pick_device
 from .embedding_cache import EmbeddingCache
 from .protocols import VERSION, Result, Settings, run_task
-from .representations import LOG_MEL, MFCC, RANDOM, TEACHER, Representation, load_representation, short_name
+from .representations import (
+    LOG_MEL,
+    MFCC,
+    RANDOM,
+    TEACHER,
+    Representation,
+    check_model,
+    load_representation,
+    short_name,
+)
 from .tasks import Task, load_task
 
 
@@ -68,6 +77,8 @@ def evaluate(
     if not specs or not loaded:
         raise ValueError("name at least one model or baseline, and one task")
     _unique([task.name for task in loaded], "tasks", "give one of them another with #name=...")
+    for spec in specs.values():
+        check_model(spec)  # before the first one has been run for hours
     folder = Path(output)
     store = EmbeddingCache(cache or folder / "cache", batch_seconds, max_seconds, settings.progress)
     entries: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,8 @@ the task's own metric on the validation clips, and the settings of a grid that a
             At most 150 epochs, validated every 3, until 10 validations bring nothing. The default.
     full    HEAR's: 1 or 2 hidden layers of 1024, learning rates 3.2e-3, 1e-3, 3.2e-4, 1e-4, Xavier initialisation
             uniform or normal, dropout 0.1, 500 epochs, validated every 3, until 20 validations bring nothing. HEAR
-            draws 8 of these 16; here all are tried. Linear: the same without hidden layers.
+            draws 8 of these 16; here all are tried, and in every fold, where HEAR keeps what the first one chose.
+            Linear: the same without hidden layers.
 
 For frames there is also SUPERB's head of speech recognition (arXiv 2105.01051): a linear layer, two bidirectional LSTM
 layers with dropout 0.2, and the linear layer, for texts at 50 Hz at most (frames of faster features are joined, as in

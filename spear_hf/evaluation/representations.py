@@ -202,6 +202,17 @@ def load_representation(
     return EncoderStates(name or spec, *load_encoder(spec, device, dtype))
 
 
+def check_model(spec: str) -> None:
+    """OSError naming the model of a specification if it is not there; teachers are not looked for."""
+    source = spec.removeprefix(f"{RANDOM}:")
+    if source in (LOG_MEL, MFCC) or source.startswith(TEACHER) or Path(source).is_file():
+        return
+    try:
+        AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise OSError(f"there is no model {source} here, and the Hub gives none: {error}") from error
+
+
 def _random_encoder(
     source: str, device: str, dtype: str, seed: int
 ) -> tuple[PreTrainedModel, SequenceFeatureExtractor]:
