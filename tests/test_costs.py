@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spear_hf import SpearConfig, SpearForCTC, SpearModel
+from spear_hf import SpearConfig, SpearForCTC
 from spear_hf.conversion.convert import convert
 
 
@@ -74,7 +74,7 @@ def costs_of(golden_folder: Path, *loads: tuple[Path, str]) -> dict:
 
 
 def write_checkpoints(config: SpearConfig, folder: Path) -> list[tuple[Path, str]]:
-    """What `AutoModel` loads, and to which dtype: ours, the published format, of a head, in shards, and in bfloat16."""
+    """What `AutoModel` loads, and to which dtype: ours, of a head, in shards, published, and in bfloat16."""
     model = SpearForCTC(config)
     model.save_pretrained(folder / "head")
     model.spear.save_pretrained(folder / "ours")
