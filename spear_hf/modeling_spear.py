@@ -275,6 +275,8 @@ class SpearAttentionWeights(nn.Module):
         positions = positions.permute(1, 2, 0)  # (heads, p, 2 * frames)
 
         scores = query @ key + relative_scores(pos_query @ positions)  # (batch, heads, frames, frames)
+        if scores.dtype == torch.float16:  # what overflowed stays the largest, or larger than what is masked
+            scores = scores.nan_to_num(0.0, neginf=-6e4)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1)
@@ -340,6 +342,12 @@ class SpearNonlinAttention(nn.Module):
     ) -> torch.Tensor:
         gate, value, out_gate = project(self.in_proj, hidden_states).chunk(3, dim=-1)
         context = weigh(attention_weights, (value * gate.tanh()).unsqueeze(2)).squeeze(2)  # (batch, frames, inner)
+        if context.dtype == torch.float16:
+            # A product of two activations, which overflows long before its projection: the scale goes around that.
+            scale = out_gate.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1.0)  # (batch, frames, 1)
+            projected = self.out_proj(context * (out_gate / scale))
+            bias = self.out_proj.bias.to(projected.dtype)
+            return (projected - bias) * scale + bias
         return project(self.out_proj, context * out_gate)
 
 
