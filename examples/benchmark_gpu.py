@@ -137,7 +137,7 @@ def measure(row: Row, prepare: Callable[[], Callable[[], Any]], budget: float) -
         milliseconds, first, peak = timed(prepare(), budget)
         row.milliseconds, row.peak_mb = round(milliseconds, 3), round(peak)
         row.audio_per_second = round(1e3 * row.batch * SECONDS / milliseconds, 1)
-        if row.mode == "compiled":
+        if row.mode in ("compiled", "layers"):
             row.compile_seconds = round(first, 1)
     except Exception as error:
         row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
@@ -145,7 +145,11 @@ def measure(row: Row, prepare: Callable[[], Callable[[], Any]], budget: float) -
 
 
 def prepared(call: Callable[..., Any], mode: str, inputs: dict[str, Any]) -> Callable[..., Any]:
-    """`mode`: eager, compiled (shapes fixed), or cuda-graph: the kernels of one eager call, recorded and replayed."""
+    """`mode`: eager, compiled (shapes fixed), layers (each compiled, for any length), or cuda-graph: the kernels of
+    one eager call, recorded and replayed."""
+    if mode == "layers":
+        call.compile_layers()  # type: ignore[attr-defined]
+        return call
     if mode == "compiled":
         return torch.compile(call, dynamic=False)
     if mode == "eager":
@@ -295,7 +299,8 @@ def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) 
     if "compiled-inference" in parts:
         yield from inference(f"spear-{sizes[0]}", batches[-1:], ["compiled"], budget, "bfloat16")
     if "compiled-training" in parts:
-        yield training(f"pretrain-{sizes[0]}", 32, "compiled", budget)
+        for mode in ("eager", "layers", "compiled"):
+            yield training(f"pretrain-{sizes[0]}", 32, mode, budget)
 
 
 @styled

@@ -2,6 +2,7 @@
 """SPEAR: a Zipformer encoder for speech and audio (arXiv 2510.25955), and its heads."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -275,6 +276,8 @@ class SpearAttentionWeights(nn.Module):
         positions = positions.permute(1, 2, 0)  # (heads, p, 2 * frames)
 
         scores = query @ key + relative_scores(pos_query @ positions)  # (batch, heads, frames, frames)
+        if scores.dtype == torch.float16:  # what overflowed stays the largest, or larger than what is masked
+            scores = scores.nan_to_num(0.0, neginf=-6e4)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1)
@@ -340,6 +343,12 @@ class SpearNonlinAttention(nn.Module):
     ) -> torch.Tensor:
         gate, value, out_gate = project(self.in_proj, hidden_states).chunk(3, dim=-1)
         context = weigh(attention_weights, (value * gate.tanh()).unsqueeze(2)).squeeze(2)  # (batch, frames, inner)
+        if context.dtype == torch.float16:
+            # A product of two activations, which overflows long before its projection: the scale goes around that.
+            scale = out_gate.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1.0)  # (batch, frames, 1)
+            projected = self.out_proj(context * (out_gate / scale))
+            bias = self.out_proj.bias.to(projected.dtype)
+            return (projected - bias) * scale + bias
         return project(self.out_proj, context * out_gate)
 
 
@@ -449,6 +458,9 @@ class SpearLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor | BlockwiseAttention:
         """Of the layer: a tensor for few frames, and where somebody looks at it."""
         module = self.self_attn_weights
+        if not is_recorded and torch.compiler.is_compiling() and not is_watched(module):
+            # Past the recorder's hook, which breaks the graph of a layer that is compiled by itself.
+            return module.forward(hidden_states, position_table, valid_mask)
         if not is_recorded and are_blocks_possible(hidden_states) and not is_watched(module):
             enough = MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS if torch.is_grad_enabled() else MIN_FRAMES_FOR_BLOCKS
             if hidden_states.shape[1] >= enough:
@@ -477,7 +489,7 @@ class SpearDownsample(nn.Module):
             index = torch.minimum(index, last)[:, :, None].expand(-1, -1, hidden_states.shape[-1])
             hidden_states = hidden_states.gather(1, index)
         weights = self.bias.softmax(dim=0)
-        return torch.einsum("bgfd,f->bgd", hidden_states.unflatten(1, (groups, self.factor)), weights)
+        return (hidden_states.unflatten(1, (groups, self.factor)) * weights[:, None]).sum(dim=2)
 
 
 class SpearUpsample(nn.Module):
@@ -703,6 +715,18 @@ class SpearPreTrainedModel(PreTrainedModel):
         """
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compile every layer where it is, for any batch and length.
+
+        Layers of one kernel size share a graph. `torch.compile` of the model makes one of all layers, one after the
+        other, and takes several times as long. For GPUs: on a CPU nothing is faster than the model as it is.
+        """
+        # Memory formats that the compiler chooses for convolutions would fix the length, on a CPU.
+        options = {"layout_optimization": False} if backend == "inductor" else None
+        for module in self.modules():
+            if isinstance(module, SpearLayer):
+                module.compile(backend=backend, dynamic=True, options=options)
+
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
         """Encoder frames of so many frames of the 100 Hz filter bank; works on integers and on tensors of them."""
         lengths = (input_lengths - 7) // 2
@@ -819,6 +843,7 @@ class SpearModel(SpearPreTrainedModel):
             valid_mask = torch.arange(frames, device=input_features.device) < lengths[:, None]  # (batch, frames)
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
+        kwargs.pop("output_hidden_states", None)  # layers do the same either way, compiled ones in the same graph
         hidden_states = self.stem(input_features, valid_mask)
         position_table = relative_position_table(
             frames, self.config.pos_dim, hidden_states.device, hidden_states.dtype

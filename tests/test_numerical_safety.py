@@ -9,9 +9,17 @@ import torch
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from spear_hf import SpearForXVector, SpearModel
+from spear_hf import SpearConfig, SpearForXVector, SpearModel
 from spear_hf.blockwise_spear import MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS
-from spear_hf.modeling_spear import SpearBiasNorm, SpearBypass, SpearDownsample, masked_mean, swoosh_l, swoosh_r
+from spear_hf.modeling_spear import (
+    SpearBiasNorm,
+    SpearBypass,
+    SpearDownsample,
+    masked_mean,
+    relative_position_table,
+    swoosh_l,
+    swoosh_r,
+)
 
 from .test_transformers_contract import BINS, inputs, tiny_model
 
@@ -113,6 +121,55 @@ def test_half_precision_pools_a_recording():
     expected = model(**values).embeddings
     result = model.half()(**{name: value.half() for name, value in values.items()}).embeddings
     assert (result - expected).norm() < 0.05 * expected.norm()
+
+
+def first_layer():
+    """Of a new model, with the inputs of its forward pass but the first; the second of two utterances is padded."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_layers_per_stack": [1]}
+    layer = (
+        SpearModel(SpearConfig(**sizes, downsampling_factors=[1], conv_kernel_sizes=[31])).eval().stacks[0].layers[0]
+    )
+    mask = torch.arange(40) < torch.tensor([40, 13])[:, None]
+    return layer, relative_position_table(40, 48, torch.device("cpu"), torch.float32), mask
+
+
+@torch.no_grad()
+@halves
+@pytest.mark.parametrize("position_scale", [1.0, 1e5])
+def test_attention_at_1e4(dtype, position_scale):
+    """Scores of 1e9, with positions of as much, have the weights of a softmax, and padding has none."""
+    layer, table, mask = first_layer()
+    module, states = layer.self_attn_weights, LARGE * (2 * torch.rand(2, 40, 64) - 1)
+    module.linear_pos.weight *= position_scale
+    module.in_proj.bias.zero_()
+    for sign in (1.0, -1.0):  # of the scores, all beyond half precision where the frames are alike
+        module.in_proj.weight[256:512] = sign * module.in_proj.weight[:256]  # keys are queries
+        for values in (states, states[:1, :1].expand(2, 40, 64)):
+            weights = module.to(dtype)(values.to(dtype), table.to(dtype), mask).float()
+            assert weights.isfinite().all()
+            assert (weights.sum(dim=-1) - 1).abs().max() < 40 * torch.finfo(dtype).eps
+            assert (weights[1, :, :, 13:] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 3e3), (torch.bfloat16, 1e4)])
+def test_layer_at_1e4(dtype, largest):
+    """Forward and backward; inside the layer float32 has values of up to 5e4 at 3e3, and beyond float16 at 1e4."""
+    layer, table, mask = first_layer()
+    parameters = list(layer.parameters())
+    weights = 1e-4 * torch.linspace(-1.0, 1.0, 64)  # as a scaler of the loss would have them
+    for size in (1.0, 30.0, 1e3, largest):
+        states = size * (2 * torch.rand(2, 40, 64) - 1)
+        results = []
+        for each in (torch.float32, dtype):
+            leaf = states.to(each).requires_grad_()
+            output = layer.to(each)(leaf, table.to(each), mask)
+            results.append([output, *torch.autograd.grad((output.float() * weights).sum(), [leaf, *parameters])])
+        layer.float()
+        assert all(actual.isfinite().all() for actual in results[1])
+        # Scores of 1e4 and more are rounded to ties, which leaves the output as it is, but not its gradient.
+        for actual, expected in zip(results[1][: 2 if size <= 30.0 else 1], results[0]):
+            assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("swoosh", SWOOSHES)

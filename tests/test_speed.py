@@ -91,6 +91,8 @@ def test_table_and_chart(tiny, tmp_path):
         (["--against", "whisper"], "unknown encoder whisper"),
         (["--cases", "fast"], "'fast' is not a case"),
         (["--repeats", "0"], "repeats=0"),
+        (["--threads", "0"], "threads=0"),
+        (["--output", "speed.png"], "ends in .csv"),
     ],
 )
 def test_bad_options(tiny, tmp_path, options, message):

@@ -313,6 +313,31 @@ def test_one_graph_serves_every_length():
     assert graphs.frame_count == 1
 
 
+def test_compiled_layers_share_graphs_at_every_length():
+    """Two kernel sizes, in training and in evaluation."""
+    torch.compiler.reset()
+    model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0)
+    graphs = CompileCounter()
+    compiled = copy.deepcopy(model)
+    compiled.compile_layers(backend=graphs)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    for index in range(5):
+        values = inputs(SpearForPreTraining, labels=True, batch=2 + index % 2, frames=50 + 37 * index)
+        losses = []
+        for each in (model, compiled):
+            each.zero_grad()
+            losses.append(each.train()(**values).loss)
+            losses[-1].backward()
+        assert torch.allclose(*losses, rtol=1e-5)
+        for one, other in zip(model.parameters(), compiled.parameters()):
+            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            states = [each.eval()(**values, output_hidden_states=True).hidden_states for each in (model, compiled)]
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*states))
+    assert graphs.frame_count == 4
+    torch.compiler.reset()
+
+
 @every_model
 @torch.no_grad()
 def test_exports_with_dynamic_batch_and_time(model_class):

@@ -29,12 +29,16 @@ def run_benchmark(
     measure: str, against: str, output: Path | None, cases: str | None, repeats: int, threads: int | None
 ) -> int:
     """Prints rows as they come; returns the exit code."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     timings = []
     try:
         if measure not in MEASURES:
             raise ValueError(f"measure={measure!r} must be one of {', '.join(MEASURES)}.")
+        if output is not None and output.suffix != ".csv":
+            raise ValueError(f"--output {output}: a table is written, to a name that ends in .csv.")
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads={threads} must be 1 or more.")
+            torch.set_num_threads(threads)
         compute, usual = MEASURES[measure]
         names = [name.strip() for name in against.split(",") if name.strip()]
         for timing in compute(names, usual if cases is None else cases, repeats):

@@ -166,7 +166,12 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         if saved:
             regularizers.load(saved)
         if config.execution.compile:
-            bare_model.compile(dynamic=True)
+            if config.regularizers.enabled:
+                logger.warning(
+                    "execution.compile=true with regularizers.enabled=true: these come between the operations of a "
+                    "layer, and hardly anything of it is compiled. Leave one of them out."
+                )
+            bare_model.compile_layers()
         if config.execution.sharding == "fsdp":
             shard(bare_model, optimizer, accelerator)
             model = bare_model
