@@ -215,11 +215,14 @@ class Head(nn.Module):
 
     def embed(self, states: Tensor, lengths: Sequence[int]) -> Tensor:
         """(rows, layers, dim) -> (rows, width)."""
-        states = (states - self.mean) * self.scale
-        if self.layer_weights is None:
-            states = self.hidden(states[:, 0])
-        else:
-            states = self.hidden(torch.einsum("rld,l->rd", states, self.layer_weights.softmax(dim=0)))
+        scales = self.scale
+        if self.layer_weights is not None:
+            scales = scales * self.layer_weights.softmax(dim=0)[:, None]
+        # The weighted sum of (states - mean) * scale, layer by layer: copies of all layers would take most of the time.
+        summed = -(self.mean * scales).sum(dim=0).expand(len(states), -1)
+        for layer, scale in enumerate(scales):
+            summed = torch.addcmul(summed, states[:, layer], scale)
+        states = self.hidden(summed)
         return states if self.recurrent is None else self.recurrent(states, lengths)
 
     def forward(self, states: Tensor, lengths: Sequence[int]) -> Tensor:
