@@ -323,8 +323,8 @@ def _train(
                 continue
             outputs = outputs_of(head, valid.features, device)
             value, chosen = best_tuning(problem, outputs, valid.clips)
-            loss = _loss(problem, outputs, valid) if problem.loss_leads else np.inf
-            least, waited = (loss, 0) if loss < least else (least, waited + 1)
+            reached = _loss(problem, outputs, valid) if problem.loss_leads else np.inf
+            least, waited = (reached, 0) if reached < least else (least, waited + 1)
             if value > best:
                 best, tuning, best_epoch, waited = value, chosen, epoch, 0
                 best_state = copy.deepcopy(head.state_dict())
