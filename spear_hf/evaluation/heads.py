@@ -218,7 +218,7 @@ class Head(nn.Module):
         scales = self.scale
         if self.layer_weights is not None:
             scales = scales * self.layer_weights.softmax(dim=0)[:, None]
-        # The weighted sum of (states - mean) * scale, layer by layer: copies of all layers would take most of the time.
+        # The weighted sum of (states - mean) * scale, layer by layer: to copy all layers would take most of the time.
         summed = -(self.mean * scales).sum(dim=0).expand(len(states), -1)
         for layer, scale in enumerate(scales):
             summed = torch.addcmul(summed, states[:, layer], scale)
