@@ -7,6 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from spear_hf.evaluation.plots import (
+    plot_feature_scores,
     plot_losses,
     plot_masked_accuracy,
     plot_probe_layers,
@@ -153,3 +154,17 @@ def test_settings_of_matplotlib_are_left_alone():
 def test_nothing_to_plot(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_long_names_leave_the_axes_their_room():
+    names = [f"teacher:package.module:factory#file=weights.pt,frame_rate=62.5,layer={layer}" for layer in (3, 4)]
+    result = {"features": "features", "head": "linear", "value": 0.5, "low": 0.4, "high": 0.6}
+    figure = plot_feature_scores({name: [result] for name in names}, "scores")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert axes.get_position().width > 0.8
+    legend = axes.get_legend().get_window_extent()
+    assert figure.bbox.x0 <= legend.x0
+    assert legend.x1 <= figure.bbox.x1
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [text[-8:] for text in shown] == [",layer=3", ",layer=4"]

@@ -291,8 +291,16 @@ def plot_feature_scores(results: Mapping[str, Sequence[Mapping[str, Any]]], titl
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Layer (0: what enters the first one)")
     axes.set_ylabel("Test score (%)")
-    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=9)
+    handles, names = axes.get_legend_handles_labels()
+    shown = [_shortened(name) for name in names]
+    axes.legend(handles, shown, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=9)
     return figure
+
+
+def _shortened(name: str, longest: int = 36) -> str:
+    """With its end: of a teacher's options that is where two of one kind differ."""
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
 
 
 _ENDS = ("value", "low", "high")
@@ -303,7 +311,8 @@ def plot_layer_weights(weights: Mapping[str, Sequence[float]], title: str) -> "F
     """Learned weights of the layers of one representation or more, as lines."""
     figure, axes = new_figure()
     for place, (name, values) in enumerate(weights.items()):
-        axes.plot(range(len(values)), values, color=COLOURS[place % len(COLOURS)], marker="o", mec="white", label=name)
+        colour, label = COLOURS[place % len(COLOURS)], _shortened(name)
+        axes.plot(range(len(values)), values, color=colour, marker="o", mec="white", label=label)
     axes.set_title(title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Layer (0: what enters the first one)")
