@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from typer.testing import CliRunner
 
 from spear_hf import SpearForCTC, SpearModel
 from spear_hf.cli import app
+from spear_hf.evaluation import protocols
 from spear_hf.evaluation.benchmark import evaluate, representation_specs
 from spear_hf.evaluation.card import REPORT_NAME
+from spear_hf.evaluation.heads import grid
 from spear_hf.evaluation.metrics import equal_error_rate
 from spear_hf.evaluation.protocols import Settings, feature_sets
 from spear_hf.evaluation.report import (
@@ -151,6 +154,19 @@ def test_kinds(corpus, model, cache, tmp_path, options, metric, best):
     assert 0 <= own["low"] <= own["high"]
     assert markdown(report)
     json.dumps(report, allow_nan=False)
+
+
+def test_texts_by_recurrent_heads(corpus, model, cache, tmp_path, monkeypatch):
+    """Smaller than the grid's and for a few epochs; its weights of the layers are drawn as those of other heads."""
+    point = replace(*grid("blstm", "small"), hidden_dim=16, max_epochs=6)
+    monkeypatch.setattr(protocols, "grid", lambda head, size: [point])
+    report = run(model, f"{corpus}#kind=asr", tmp_path, cache, heads=("blstm",))
+    (record,) = report["representations"]["log-mel"]["tasks"]["tones"]["results"]
+    assert (record["head"], record["heads"][0]["settings"]["recurrent"]) == ("blstm", True)
+    assert 0 <= record["low"] <= record["value"] <= record["high"]
+    assert len(headline(report, report["models"][0])["heads"][0]["layer_weights"]) == 3
+    write_report(report, tmp_path)
+    assert (tmp_path / "tones-weights.png").is_file()
 
 
 def test_verification(single, model, cache, tmp_path):
