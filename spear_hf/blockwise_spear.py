@@ -28,6 +28,7 @@ MIN_FRAMES_FOR_BLOCKS = 192
 MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS = 480
 # Linear layers that are computed as convolutions have so many frames at least, and inputs and outputs so wide.
 MIN_FRAMES_TO_CONVOLVE = 40
+MIN_FRAMES_TO_CONVOLVE_GRADIENTS = 256  # whose convolutions put transposed weights into an order of their own first
 MIN_WIDTH_TO_CONVOLVE = 256
 
 
@@ -84,7 +85,7 @@ def are_convolutions_faster() -> bool:
 def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`linear(hidden_states)`, `(batch, frames, dim)`, as a convolution of width 1 where that is faster."""
     if (
-        not can_run_in_blocks(linear, hidden_states)  # first, as a compiled graph must not depend on the length
+        not are_blocks_possible(hidden_states)  # first, as a compiled graph must not depend on the length
         or type(linear) is not nn.Linear
         or hidden_states.dtype != torch.float32
         or hidden_states.shape[0] * hidden_states.shape[1] < MIN_FRAMES_TO_CONVOLVE
@@ -93,11 +94,50 @@ def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         or is_watched(linear)
     ):
         return linear(hidden_states)
+    arguments = hidden_states, linear.weight, linear.bias
+    if not torch.is_grad_enabled() or not any(each is not None and each.requires_grad for each in arguments):
+        return _convolve(*arguments)
+    if hidden_states.shape[0] * hidden_states.shape[1] < MIN_FRAMES_TO_CONVOLVE_GRADIENTS:
+        return linear(hidden_states)
+    return _ConvolvedLinear.apply(*arguments)
+
+
+def _convolve(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Rows `(batch, frames, dim)` times the transpose of `weight` `(out, dim)`."""
     image = hidden_states.transpose(1, 2).unsqueeze(2)  # (batch, dim, 1, frames), with channels last in memory
-    # A stride, here without effect, keeps torch from its own convolution, which it prefers with a single thread.
-    stride = (2, 1) if torch.get_num_threads() == 1 else (1, 1)
-    projected = F.conv2d(image, linear.weight[:, :, None, None], linear.bias, stride=stride)
+    projected = F.conv2d(image, weight[:, :, None, None], bias, stride=_stride_to_onednn())
     return projected.squeeze(2).transpose(1, 2)
+
+
+def _stride_to_onednn() -> tuple[int, int]:
+    """Of images of height 1, where it is without effect, but for it torch prefers its own convolution with a single
+    thread."""
+    return (2, 1) if torch.get_num_threads() == 1 else (1, 1)
+
+
+class _ConvolvedLinear(torch.autograd.Function):
+    """`_convolve`, whose gradients are convolutions too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight)
+        return _convolve(hidden_states, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_states, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _convolve(grad, weight.t(), None)
+        if ctx.needs_input_grad[1]:
+            rows, weights = hidden_states.flatten(0, 1), grad.flatten(0, 1).t()  # (n, dim), (out, n): n are channels
+            grad_weight = F.conv2d(rows[None, :, None], weights[:, :, None, None], stride=_stride_to_onednn())[0, :, 0]
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(dim=(0, 1))
+        return grad_input, grad_weight, grad_bias
 
 
 class BlockwiseAttention:

@@ -331,7 +331,34 @@ def test_linear_layers_as_convolutions(monkeypatch, threads):
             assert torch.equal(blockwise_spear.project(linear, inputs[:1]), linear(inputs[:1]))  # too few frames
             linear.register_forward_hook(lambda module, args, output: output + 1.0)
             assert torch.equal(blockwise_spear.project(linear, inputs), linear(inputs))
-        assert blockwise_spear.project(linear, inputs).requires_grad
         assert len(convolutions) == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("inputs",)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_linear_layers_as_convolutions(monkeypatch, threads, frozen):
+    """Of whatever has one, also if what comes back is not contiguous, and gradients of gradients."""
+    monkeypatch.setattr(blockwise_spear, "are_convolutions_faster", lambda: True)
+    torch.manual_seed(0)
+    linear, inputs = torch.nn.Linear(300, 280), torch.randn(2, 150, 300)
+    leaves = {"inputs": inputs, "weight": linear.weight, "bias": linear.bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    needed = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for output in (linear(inputs), blockwise_spear.project(linear, inputs)):
+            assert torch.equal(output, linear(inputs)) == (not results)  # the second is rounded differently
+            gradients = torch.autograd.grad(output.transpose(1, 2).tanh().square().sum(), needed, create_graph=True)
+            assert all(gradient.shape == leaf.shape for gradient, leaf in zip(gradients, needed))
+            again = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), needed)
+            results.append([output, *gradients, *again])
+        for one, other in zip(*results):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=float(1e-5 * one.abs().max()))
+        short = inputs[:, :100]  # too few frames for gradients
+        assert torch.equal(blockwise_spear.project(linear, short), linear(short))
     finally:
         torch.set_num_threads(1)

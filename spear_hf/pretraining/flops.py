@@ -49,16 +49,10 @@ def forward_flops(config: SpearConfig, frames: int, with_heads: bool = True) -> 
     for layers, factor, kernel in zip(
         config.num_layers_per_stack, config.downsampling_factors, config.conv_kernel_sizes
     ):
-        stack_length = -(-length // factor)
-        total += layers * _layer_flops(config, stack_length, kernel)
-        if factor > 1:  # the weighted mean of groups of frames
-            total += 2 * stack_length * factor * config.hidden_size
-    output_length = encoder_frames(frames, config)
-    if config.output_downsampling_factor > 1:
-        total += 2 * output_length * config.output_downsampling_factor * config.hidden_size
+        total += layers * _layer_flops(config, -(-length // factor), kernel)
     if with_heads:
         classes = sum(target["num_codebooks"] * target["codebook_size"] for target in _targets(config))
-        total += 2 * output_length * config.hidden_size * classes
+        total += 2 * encoder_frames(frames, config) * config.hidden_size * classes
     return total
 
 
