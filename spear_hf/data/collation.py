@@ -20,7 +20,7 @@ from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..mvq.alignment import IGNORED, align_labels, label_ratio
 from .audio import SAMPLING_RATE
-from .bucketing import BucketingSampler, crop_window, split_batch
+from .bucketing import GlobalBatches, crop_window, split_batch
 from .decoding import load_utterance
 from .manifest import DOMAINS, Utterance
 from .masking import MaskingConfig, sample_masks
@@ -381,7 +381,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
     def __init__(
         self,
         dataset: PreTrainingDataset,
-        sampler: BucketingSampler,
+        sampler: GlobalBatches,
         rank: int = 0,
         num_ranks: int = 1,
         max_part_seconds: float | None = None,

@@ -61,7 +61,7 @@ from spear_hf.mvq.store_format import (
     shard_files,
     waveform_checksum,
 )
-from spear_hf.mvq.store_location import HubFolder, LocalFolder, find_store, named_teacher
+from spear_hf.mvq.store_location import CachedFolder, HubFolder, LocalFolder, find_store, named_teacher
 from spear_hf.mvq.store_writer import TokenStoreWriter
 
 
@@ -80,6 +80,7 @@ __all__ = [
 ]
 
 CACHED_ROW_GROUPS = 32
+OPEN_FILES = 128  # of the many thousands of a large store; opening one takes about 1.5 ms
 _CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache is for one at a time
 
 
@@ -92,7 +93,7 @@ class TokenStore:
 
     def __init__(
         self,
-        location: LocalFolder | HubFolder,
+        location: LocalFolder | HubFolder | CachedFolder,
         infos: Infos,
         teacher: str,
         shards: list[dict[str, Any]],
@@ -114,7 +115,7 @@ class TokenStore:
         self._first_row = np.cumsum([0, *(shard["num_utterances"] for shard in shards)])
         self._hashes, self._order = hash_order(table, str(location))
         self._cache: OrderedDict[tuple[int, int, str], pa.Table] = OrderedDict()
-        self._files: dict[int, tuple[Path, pq.ParquetFile]] = {}
+        self._files: OrderedDict[int, tuple[Path, pq.ParquetFile]] = OrderedDict()
 
     @classmethod
     def open(
@@ -177,7 +178,7 @@ class TokenStore:
         frames = int(self._frames[row])
         if len(codes) != frames * self.num_codebooks or zlib.crc32(codes) != table[1][place].as_py():
             raise ValueError(
-                f"{self._files[shard][0]}: the codes of {id} are damaged; delete the shard and run tokenize again"
+                f"{self._shard(shard)[0]}: the codes of {id} are damaged; delete the shard and run tokenize again"
             )
         return np.frombuffer(codes, dtype=np.uint8).reshape(frames, self.num_codebooks).copy()
 
@@ -243,6 +244,15 @@ class TokenStore:
         """Places of utterances in the order of this store, int64; -1 where it has them not."""
         found = (self._find(id) for id in ids)
         return np.array([-1 if row is None else row for row in found], dtype=np.int64)
+
+    def shards_of(self, ids: Iterable[str]) -> np.ndarray:
+        """Numbers of the shards that utterances of this store are in, int64; -1 where it has them not."""
+        return np.searchsorted(self._first_row, self.rows_of(ids), side="right") - 1
+
+    @property
+    def shard_entries(self) -> list[dict[str, Any]]:
+        """What is known of each shard: `file`, its name, and of a complete store `bytes`."""
+        return self._shards
 
     @property
     def lengths(self) -> np.ndarray:
@@ -339,17 +349,24 @@ class TokenStore:
 
     def _shard(self, shard: int) -> tuple[Path, pq.ParquetFile]:
         """An open shard that has been found to be of this store."""
-        if shard not in self._files:
-            entry = self._shards[shard]
-            path = self.location.fetch(entry["file"])
-            # Codes have checksums of their own, audio has those of its pages.
-            file = open_shard(path, verify=self.with_audio)
-            _check_footer(file, path, self._infos, entry)
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        entry = self._shards[shard]
+        path = self.location.fetch(entry["file"])
+        # Codes have checksums of their own, audio has those of its pages. A file that is open or mapped takes room on
+        # the disk even when it is removed, so those of a cache are neither for longer than a read.
+        passing = isinstance(self.location, CachedFolder)
+        file = open_shard(path, verify=self.with_audio, memory_map=not passing)
+        _check_footer(file, path, self._infos, entry)
+        if not passing:
             self._files[shard] = path, file
-        return self._files[shard]
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        return path, file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_files": {}}
+        return {**self.__dict__, "_cache": OrderedDict(), "_files": OrderedDict()}
 
 
 def _chosen(infos: Infos, teacher: str | None, where: str) -> str:

@@ -14,6 +14,7 @@ from ..data.collation import domain_of
 from ..data.decoding import utterance_seconds
 from ..data.manifest import DOMAINS, Utterance, read_manifest
 from ..data.seeding import keyed_generator
+from ..data.windows import draw_windows
 from ..mvq.store import TokenStore
 from .config import DataConfig
 
@@ -32,11 +33,15 @@ class Corpus:
     training_lengths: np.ndarray
     validation: list[Utterance]
     validation_lengths: np.ndarray
+    windows: np.ndarray | None = None
+    """Of each training utterance the window that it is heard in, where data.window_shards asks for windows."""
+    store: TokenStore | None = None
+    """Where the audio is, unless it is in files."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the training ids, domains and lengths in their order: equal fingerprints give equal batches."""
-        digest = hashlib.blake2b(digest_size=16)
+        """Of the training ids, domains, lengths and windows in their order: equal ones give equal batches."""
+        digest = hashlib.blake2b(b"" if self.windows is None else self.windows.tobytes(), digest_size=16)
         for utterance, length in zip(self.training, self.training_lengths):
             digest.update(f"{utterance.id}\0{domain_of(utterance)}\0{length}\n".encode())
         return digest.hexdigest()
@@ -71,23 +76,23 @@ def manifest_source(manifest: str, key: str = "data.manifest") -> Path:
     )
 
 
-def read_utterances(config: DataConfig) -> tuple[list[Utterance], str]:
+def read_utterances(config: DataConfig) -> tuple[list[Utterance], str, TokenStore | None]:
     """What there is to hear, and where it comes from: a token store with audio, a manifest or a folder of audio."""
     if config.store is not None:
         store = TokenStore.open(config.store, any_teacher=True)
-        return store.utterances(), str(store.location)
+        return store.utterances(), str(store.location), store
     if config.manifest is None:
         raise ValueError(
             "There is nothing to hear: name a manifest or a folder of audio with --set data.manifest=PATH, or a token "
             "store that has its audio (`spear-hf tokenize --with-audio`) with --set data.store=STORE."
         )
     source = manifest_source(config.manifest)
-    return read_manifest(source), str(source)
+    return read_manifest(source), str(source), None
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Selects training and validation utterances, and leaves out the ones that are too short."""
-    utterances, source = read_utterances(config)
+    utterances, source, store = read_utterances(config)
     training, validation = _divide(utterances, config, seed, source)
     kept = []
     for group, name in ((training, "training"), (validation, "validation")):
@@ -107,11 +112,32 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         logger.warning("No training utterance has the domain %s of data.domain_weights.", " or ".join(unheard))
     if not training:
         raise ValueError(f"No utterance of {source} is left to train on: all are shorter than data.min_seconds.")
-    if len(validation) > config.validation_utterances:
-        rng = keyed_generator(seed, "validation utterances")
-        chosen = np.sort(rng.choice(len(validation), config.validation_utterances, replace=False))
-        validation, validation_lengths = [validation[place] for place in chosen], validation_lengths[chosen]
-    return Corpus(training, training_lengths, validation, validation_lengths)
+    if config.window_shards is not None and store is None:
+        raise ValueError(f"data.window_shards={config.window_shards} is of token stores: {source} has no shards.")
+    if config.window_shards is None or store is None:
+        chosen, windows = _some(len(validation), config, seed), None
+    else:
+        chosen = _of_few_shards(store.shards_of(utt.id for utt in validation), config, seed)
+        windows = draw_windows(store.shards_of(utt.id for utt in training), config.window_shards, seed)
+    validation, validation_lengths = [validation[place] for place in chosen], validation_lengths[chosen]
+    return Corpus(training, training_lengths, validation, validation_lengths, windows, store)
+
+
+def _some(number: int, config: DataConfig, seed: int) -> np.ndarray:
+    """Places of the held-out utterances to validate on, drawn at random."""
+    if number <= config.validation_utterances:
+        return np.arange(number)
+    rng = keyed_generator(seed, "validation utterances")
+    return np.sort(rng.choice(number, config.validation_utterances, replace=False))
+
+
+def _of_few_shards(shards: np.ndarray, config: DataConfig, seed: int) -> np.ndarray:
+    """The same from the `shards` of the held-out utterances: all of one shard, of another, until there are enough.
+
+    Those shards are at hand throughout the run.
+    """
+    order = keyed_generator(seed, "validation shards").permutation(int(shards.max(initial=0)) + 1)
+    return np.sort(np.argsort(order[shards], kind="stable")[: config.validation_utterances])
 
 
 def _divide(

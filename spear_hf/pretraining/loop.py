@@ -48,8 +48,9 @@ from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, load_from_main, parameter_norm, reduce_whole_gradients, shard
 from .signals import StopRequest, ignore_stop_signals
 from .sources import record_sources, settle_sources
+from .streaming import open_stream
 from .targets import prepare_stores
-from .validation import Unigram, Validator
+from .validation import Validator, load_unigrams
 
 
 logger = logging.getLogger(__name__)
@@ -124,26 +125,20 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         bare_model = build_model(config, stores)
         sampler = build_sampler(config, corpus)
         steps = StepDataset(
-            build_dataset(config, corpus.training, stores, bare_model.config, extractor, corpus.training_lengths),
+            build_dataset(
+                config,
+                corpus.training,
+                stores,
+                bare_model.config,
+                extractor,
+                corpus.training_lengths,
+                corpus.windows,
+            ),
             sampler,
             accelerator.process_index,
             accelerator.num_processes,
             config.execution.batch_seconds_per_device,
         )
-        validator = None
-        if config.logging.validate_every and corpus.validation:
-            unigrams = {
-                name: Unigram.of_tokens(store, [utt.id for utt in corpus.training if utt.id in store])
-                for name, store in stores.items()
-            }
-            validator = Validator(
-                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
-                cropped(corpus.validation_lengths, config),
-                unigrams,
-                config.execution.batch_seconds_per_device or config.data.batch_seconds,
-                accelerator,
-            )
-
         optimizer = build_optimizer(bare_model, config.optimizer, accelerator.distributed_type)
         first_averaged = config.max_steps - round(config.max_steps * config.averaging.last_fraction)
         average = None
@@ -159,6 +154,22 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 progress.num_ranks,
             )
         progress.num_ranks = accelerator.num_processes
+        with accelerator.local_main_process_first():  # the others of a node read what the first has fetched
+            stream = open_stream(config, corpus, stores, sampler, accelerator.is_local_main_process)
+            if stream is not None:
+                stack.enter_context(stream).start(progress.step)
+        validator = None
+        if config.logging.validate_every and corpus.validation:
+            with accelerator.main_process_first():
+                unigrams = load_unigrams(config, stores, corpus, sampler.at_hand(progress.step), folder)
+            validator = Validator(
+                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
+                cropped(corpus.validation_lengths, config),
+                unigrams,
+                config.execution.batch_seconds_per_device or config.data.batch_seconds,
+                accelerator,
+            )
+
         if average is not None:
             first_averaged = average.start  # that of the checkpoint, where it goes on with its samples
         first_averaged = broadcast_object_list([first_averaged])[0]
@@ -276,6 +287,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 record["batch"] = sampler.digest(progress.step - 1)
                 files["metrics"].write(record)
                 accelerator.log(numbers(record, "training"), step=progress.step)
+            if stream is not None:
+                stream.advance(progress.step)
             bar.update()
             bar.set_postfix_str(summary(record), refresh=False)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -312,6 +325,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
+        if stream is not None:
+            stream.discard()
         return Outcome(progress.step, final=folder.final)
 
 

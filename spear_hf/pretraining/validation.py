@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Masked prediction on held-out audio, against always guessing each codebook's most frequent token (the unigram)."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,11 @@ from ..data.collation import MicroBatch, PreTrainingDataset, StepDataset, Tokens
 from ..data.manifest import DOMAINS
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import IGNORED
+from ..mvq.atomic_files import write_atomically
+from .config import PreTrainingConfig
+from .corpus import Corpus
 from .metrics import StepSums, codebooks_of, ratio
+from .run_folder import RunFolder
 
 
 # So many utterances are enough for the distribution of the tokens: 2,000 of 10 s are a million frames.
@@ -29,6 +34,7 @@ class Unigram:
     """
 
     def __init__(self, counts: np.ndarray) -> None:
+        self.counts = counts
         self.most_frequent = torch.from_numpy(counts.argmax(axis=1))  # (codebooks,)
         smoothed = counts + 1.0  # a token that never occurred in training must not cost infinitely much
         self.log_probabilities = torch.from_numpy(np.log(smoothed / smoothed.sum(axis=1, keepdims=True)))
@@ -59,6 +65,26 @@ class Unigram:
         correct = ((rows == most_frequent) & known).sum(dim=1) / per_frame
         cost = (losses * known).sum(dim=1) / per_frame
         return torch.stack([cost.sum(), correct.sum().double(), torch.tensor(float(len(rows)), dtype=torch.float64)])
+
+
+def load_unigrams(
+    config: PreTrainingConfig, stores: Mapping[str, Tokens], corpus: Corpus, at_hand: np.ndarray, folder: RunFolder
+) -> dict[str, Unigram]:
+    """Of each teacher, counted over the training utterances `at_hand` at the run's first start, and read from then on.
+
+    So a resumed run compares with what the run began with, whichever shards are there now.
+    """
+    if folder.unigrams.is_file():
+        stored = json.loads(folder.unigrams.read_text(encoding="utf-8"))
+        return {name: Unigram(np.array(stored[name])) for name in stores}
+    unigrams = {}
+    for name, store in stores.items():
+        ids = [corpus.training[index].id for index in at_hand]
+        unigrams[name] = Unigram.of_tokens(store, [id for id in ids if id in store])
+    folder.create(config)
+    counts = {name: unigram.counts.tolist() for name, unigram in unigrams.items()}
+    write_atomically(folder.unigrams, json.dumps(counts).encode())
+    return unigrams
 
 
 class Validator:
