@@ -38,7 +38,7 @@ COMMAND = (
 )
 DOWNLOADS = 4  # at a time
 PAUSE = 0.05  # seconds between two looks
-LOCK_SECONDS = 10.0  # what a process that was just killed may take to be gone
+LOCK_SECONDS = 4.0  # what a process that was just killed may take to be gone
 LONGEST_DELAY = 30.0  # seconds between two attempts
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

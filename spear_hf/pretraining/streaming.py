@@ -8,6 +8,7 @@ any more. The order of the run follows from `data.window_shards` alone: it is th
 copy of the store in a folder.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -85,11 +86,9 @@ class ShardStream:
     def _send(self, line: str) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # who waits for a shard tells why
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # who waits for a shard tells why
-            pass
 
     def _check_disk(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +112,8 @@ class ShardStream:
             self._process.wait()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process = None
 
