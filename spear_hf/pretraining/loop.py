@@ -124,6 +124,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         bare_model = build_model(config, stores)
         sampler = build_sampler(config, corpus)
+        stream = open_stream(config, corpus, stores, sampler, accelerator.is_local_main_process)
         steps = StepDataset(
             build_dataset(
                 config,
@@ -154,22 +155,6 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 progress.num_ranks,
             )
         progress.num_ranks = accelerator.num_processes
-        with accelerator.local_main_process_first():  # the others of a node read what the first has fetched
-            stream = open_stream(config, corpus, stores, sampler, accelerator.is_local_main_process)
-            if stream is not None:
-                stack.enter_context(stream).start(progress.step)
-        validator = None
-        if config.logging.validate_every and corpus.validation:
-            with accelerator.main_process_first():
-                unigrams = load_unigrams(config, stores, corpus, sampler.at_hand(progress.step), folder)
-            validator = Validator(
-                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
-                cropped(corpus.validation_lengths, config),
-                unigrams,
-                config.execution.batch_seconds_per_device or config.data.batch_seconds,
-                accelerator,
-            )
-
         if average is not None:
             first_averaged = average.start  # that of the checkpoint, where it goes on with its samples
         first_averaged = broadcast_object_list([first_averaged])[0]
@@ -197,7 +182,20 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 files[path.stem] = stack.enter_context(JsonLines(path, progress.step))
             files["averaged"] = stack.enter_context(JsonLines(folder.averaged))  # of the end, which is still to come
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
-        accelerator.wait_for_everyone()
+        if stream is not None:
+            stack.enter_context(stream).start(progress.step)
+        accelerator.wait_for_everyone()  # the other ranks of a node read what the first one's process fetches
+        validator = None
+        if config.logging.validate_every and corpus.validation:
+            with accelerator.main_process_first():
+                unigrams = load_unigrams(stores, corpus, sampler.at_hand(progress.step), folder)
+            validator = Validator(
+                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
+                cropped(corpus.validation_lengths, config),
+                unigrams,
+                config.execution.batch_seconds_per_device or config.data.batch_seconds,
+                accelerator,
+            )
 
         def validate() -> None:
             if validator is not None:

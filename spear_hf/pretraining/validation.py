@@ -16,7 +16,6 @@ from ..data.manifest import DOMAINS
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import IGNORED
 from ..mvq.atomic_files import write_atomically
-from .config import PreTrainingConfig
 from .corpus import Corpus
 from .metrics import StepSums, codebooks_of, ratio
 from .run_folder import RunFolder
@@ -68,7 +67,7 @@ class Unigram:
 
 
 def load_unigrams(
-    config: PreTrainingConfig, stores: Mapping[str, Tokens], corpus: Corpus, at_hand: np.ndarray, folder: RunFolder
+    stores: Mapping[str, Tokens], corpus: Corpus, at_hand: np.ndarray, folder: RunFolder
 ) -> dict[str, Unigram]:
     """Of each teacher, counted over the training utterances `at_hand` at the run's first start, and read from then on.
 
@@ -81,7 +80,6 @@ def load_unigrams(
     for name, store in stores.items():
         ids = [corpus.training[index].id for index in at_hand]
         unigrams[name] = Unigram.of_tokens(store, [id for id in ids if id in store])
-    folder.create(config)
     counts = {name: unigram.counts.tolist() for name, unigram in unigrams.items()}
     write_atomically(folder.unigrams, json.dumps(counts).encode())
     return unigrams
