@@ -97,14 +97,23 @@ class Disk:
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
-        while not self._ended.wait(0.003):
-            total = 0
-            for folder, _, names in os.walk(self.folder):
-                for name in names:
-                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                        size = os.stat(os.path.join(folder, name)).st_size
-                        total += size if size > 2000 else 0  # smaller are notes of the client, no shards
-            self.most, self.looks = max(self.most, total), self.looks + (total > 0)
+        before: dict[int, int] = {}
+        while not self._ended.wait(0.002):
+            now = self._sizes()
+            if now.keys() == before.keys():  # else a file that came or went meanwhile may be counted with another
+                self.most, self.looks = max(self.most, sum(now.values())), self.looks + 1
+            before = now
+
+    def _sizes(self) -> dict[int, int]:
+        """Of the files by their inodes, as they are moved."""
+        sizes = {}
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found = os.stat(os.path.join(folder, name))
+                    if found.st_size > 2000:  # smaller are notes of the client, no shards
+                        sizes[found.st_ino] = found.st_size
+        return sizes
 
     def __enter__(self) -> "Disk":
         self._thread.start()
