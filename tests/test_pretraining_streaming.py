@@ -159,8 +159,8 @@ def bounds(runs: Runs, store: Path) -> tuple[int, int, int]:
     config = load_config("tiny", [*runs.overrides(Path("run"), "data.manifest=null"), f"data.store={store}"])
     corpus = load_corpus(config.data, config.seed)
     entries = corpus.store.shard_entries
-    held = set(corpus.store.shards_of(utterance.id for utterance in corpus.validation))
-    shards = corpus.store.shards_of(utterance.id for utterance in corpus.training)
+    held = set(corpus.store.shards_of(corpus.validation.ids))
+    shards = corpus.store.shards_of(corpus.training.ids)
     windows = [set(shards[corpus.windows == window]) for window in range(corpus.windows.max() + 1)]
     sizes = sorted(sum(entries[shard]["bytes"] for shard in window) for window in windows)
     assert not held & set.union(*windows)
@@ -174,8 +174,8 @@ def expected_downloads(runs: Runs, store: Path, room: int) -> int:
     corpus = load_corpus(config.data, config.seed)
     sampler = build_sampler(config, corpus)
     sizes = [entry["bytes"] for entry in corpus.store.shard_entries]
-    held = set(corpus.store.shards_of(utterance.id for utterance in corpus.validation))
-    shards = corpus.store.shards_of(utterance.id for utterance in corpus.training)
+    held = set(corpus.store.shards_of(corpus.validation.ids))
+    shards = corpus.store.shards_of(corpus.training.ids)
     step, there, fetched = 0, set(), 0
     while step < config.max_steps:
         needed, upcoming = set(held), []

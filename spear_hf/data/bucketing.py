@@ -170,14 +170,15 @@ class BucketingSampler(GlobalBatches):
         return batches
 
 
-def visiting_rates(domains: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+def visiting_rates(domains: Sequence[str] | np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
     """The share of epochs in which each utterance is heard, so that domains are heard in proportion to `weights`.
 
     The domain of the largest weight is heard whole in every epoch, one of a third of that weight in every third. An
     epoch is thus one pass over the domain that is repeated most, no utterance comes twice in it, and every repetition
     has its own crop and masks, which are drawn by epoch. A domain without a weight has 1.
     """
-    values = np.array([weights.get(domain, 1.0) for domain in domains], dtype=np.float64)
+    present, place = np.unique(np.asarray(domains, dtype=str), return_inverse=True)
+    values = np.array([weights.get(str(domain), 1.0) for domain in present], dtype=np.float64)[place]
     return values / values.max()
 
 

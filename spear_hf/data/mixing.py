@@ -25,6 +25,7 @@ from ..mvq.alignment import IGNORED
 from .audio import SAMPLING_RATE
 from .manifest import Utterance
 from .seeding import keyed_generator
+from .utterances import known_domains, listed
 from .windows import members
 
 
@@ -193,7 +194,7 @@ class Mixer:
         windows: np.ndarray | None = None,
     ) -> None:
         self.config = config
-        self.utterances = utterances
+        self.utterances = listed(utterances)
         self.seed = seed
         self.grid = grid
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -201,10 +202,10 @@ class Mixer:
             raise ValueError(f"{len(utterances)} utterances to mix, but {len(self.lengths)} lengths.")
         self.windows = np.zeros(len(utterances), dtype=np.int64) if windows is None else windows
         groups = members(self.windows)
-        audio = np.array([utterance.domain == "audio" for utterance in utterances], dtype=bool)
-        self.noise = [[utterances[index] for index in group[audio[group]]] for group in groups]
+        audio = known_domains(self.utterances) == "audio"
+        self.noise = [self.utterances.take(group[audio[group]]) for group in groups]
         if noise is not None:
-            self.noise = [list(noise)] * len(groups)
+            self.noise = [listed(noise)] * len(groups)
         where = "" if windows is None else " of one of the windows (data.window_shards)"
         if config.noise_probability and not all(self.noise):
             raise ValueError(

@@ -1,7 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What a configuration stands for: the model, and the datasets with their batches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler, GlobalBatches, visiting_rates
-from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape, domain_of
+from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape
 from ..data.manifest import Utterance, read_manifest
 from ..data.mixing import Mixer
 from ..data.seeding import keyed_seed
+from ..data.utterances import known_domains
 from ..data.windows import WindowedSampler
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
@@ -79,7 +80,7 @@ def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> GlobalBatches:
     """The order of the training utterances."""
     lengths = cropped(corpus.training_lengths, config)
     cap = round(config.data.batch_seconds * SAMPLING_RATE)
-    rates = visiting_rates([domain_of(utterance) for utterance in corpus.training], config.data.domain_weights)
+    rates = visiting_rates(known_domains(corpus.training), config.data.domain_weights)
     jitter, seed = config.data.length_jitter, config.seed
     if corpus.windows is None:
         return BucketingSampler(lengths, cap, jitter=jitter, seed=seed, rates=rates)
@@ -93,7 +94,7 @@ def cropped(lengths: np.ndarray, config: PreTrainingConfig) -> np.ndarray:
 
 def build_dataset(
     config: PreTrainingConfig,
-    utterances: list[Utterance],
+    utterances: Sequence[Utterance],
     stores: Mapping[str, Tokens],
     architecture: SpearConfig,
     feature_extractor: SpearFeatureExtractor,
@@ -120,7 +121,7 @@ def build_dataset(
 
 
 def build_mixer(
-    config: PreTrainingConfig, utterances: list[Utterance], lengths: np.ndarray, windows: np.ndarray | None
+    config: PreTrainingConfig, utterances: Sequence[Utterance], lengths: np.ndarray, windows: np.ndarray | None
 ) -> Mixer | None:
     """What is added to the training utterances; None where the configuration adds nothing."""
     mixing = config.mixing

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ..data.manifest import Utterance
+from ..data.utterances import UtteranceList
 from ..data.windows import WindowedSampler
 from ..mvq.shard_fetcher import COMMAND, SHARDS, ShardFile, Task
 from ..mvq.store import TokenStore
@@ -183,9 +183,9 @@ def plan_shards(config: PreTrainingConfig, corpus: Corpus, stores: list[TokenSto
     return task
 
 
-def _pairs(windows: np.ndarray, store: TokenStore, utterances: list[Utterance]) -> np.ndarray:
+def _pairs(windows: np.ndarray, store: TokenStore, utterances: UtteranceList) -> np.ndarray:
     """(window, shard) of all utterances that the store has, each once."""
-    shards = store.shards_of(utterance.id for utterance in utterances)
+    shards = store.shards_of(utterances.ids)
     return np.unique(np.stack([windows, shards], axis=1)[shards >= 0], axis=0)
 
 

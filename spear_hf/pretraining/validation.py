@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler
-from ..data.collation import MicroBatch, PreTrainingDataset, StepDataset, Tokens, domain_of
+from ..data.collation import MicroBatch, PreTrainingDataset, StepDataset, Tokens
 from ..data.manifest import DOMAINS
+from ..data.utterances import known_domains
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import IGNORED
 from ..mvq.atomic_files import write_atomically
@@ -78,7 +79,7 @@ def load_unigrams(
         return {name: Unigram(np.array(stored[name])) for name in stores}
     unigrams = {}
     for name, store in stores.items():
-        ids = [corpus.training[index].id for index in at_hand]
+        ids = corpus.training.take(at_hand).ids
         unigrams[name] = Unigram.of_tokens(store, [id for id in ids if id in store])
     counts = {name: unigram.counts.tolist() for name, unigram in unigrams.items()}
     write_atomically(folder.unigrams, json.dumps(counts).encode())
@@ -104,7 +105,7 @@ class Validator:
         accelerator: Accelerator,
     ) -> None:
         self.unigrams = dict(unigrams)
-        present = {domain_of(utterance) for utterance in dataset.utterances}
+        present = set(known_domains(dataset.utterances))
         self.domains = [domain for domain in DOMAINS if domain in present]
         self.accelerator = accelerator
         samples = round(batch_seconds * SAMPLING_RATE)
