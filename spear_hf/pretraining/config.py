@@ -389,12 +389,21 @@ class ExecutionConfig:
     cache_folder: str | None = None
     """Where, on a disk of the node, in a folder of its own for each node and run; null: `spear_hf` in HF_HOME."""
 
-    fetch_minutes: float = 8.0
-    """For so long a shard that cannot be had is tried again, then the run ends. Process groups wait 10 minutes."""
+    fetch_minutes: float = 30.0
+    """For so long a shard that cannot be had is tried again, then the run ends."""
+
+    timeout_minutes: float = 60.0
+    """For so long a rank waits for the others, then the run ends. The first one alone saves, probes, and makes tokens
+    where there are none: for a large corpus make them before, with `spear-hf tokenize`."""
 
     def __post_init__(self) -> None:
-        if (self.cache_gigabytes or 1) <= 0 or self.fetch_minutes <= 0:
-            raise ValueError("cache_gigabytes and fetch_minutes must be positive.")
+        if min(self.cache_gigabytes or 1, self.fetch_minutes, self.timeout_minutes) <= 0 or self.cache_gigabytes == 0:
+            raise ValueError("cache_gigabytes, fetch_minutes and timeout_minutes must be positive.")
+        if self.fetch_minutes >= self.timeout_minutes:
+            raise ValueError(
+                f"fetch_minutes={self.fetch_minutes:g} must be less than timeout_minutes={self.timeout_minutes:g}, "
+                "for which the other ranks wait."
+            )
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, not {self.num_workers}.")
         if self.compile and self.sharding == "fsdp":

@@ -10,6 +10,7 @@ frames over all of them.
 """
 
 import contextlib
+import datetime
 import json
 import logging
 import math
@@ -22,7 +23,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -337,6 +344,7 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
         mixed_precision="bf16" if uses_bf16(config.execution) else "no",
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.execution.timeout_minutes))],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
