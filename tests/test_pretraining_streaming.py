@@ -242,6 +242,7 @@ def test_with_room_for_all_each_shard_is_fetched_once(runs, store, hub, from_fol
     assert len(shards) == len(set(shards)) == expected_downloads(runs, store, 10**9)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_gone_ends_the_run_with_its_name(runs, store, hub):
     run = Streamed(runs, hub, runs.folder / "gone", gigabytes=1.0)
     commit = hub.repos[f"datasets/{REPO}"].at("main")
