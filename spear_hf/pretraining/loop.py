@@ -265,6 +265,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         peak = peak_flops(accelerator.device, uses_bf16(config.execution))
         clock = StepClock(peak * accelerator.num_processes)
         step_flops = FlopCounter(bare_model.config)
+        target_domains = {name: target.domains for name, target in config.targets.items()}
         parameters = list(bare_model.parameters())
         for batches in loader:
             clock.data_arrived()
@@ -277,7 +278,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 regularizers,
                 batches,
                 progress,
-                StepSums(codebooks_of(bare_model), corpus.domains, accelerator.device),
+                StepSums(codebooks_of(bare_model), corpus.domains, accelerator.device, target_domains),
                 step_flops,
                 stop.received is not None,
             )

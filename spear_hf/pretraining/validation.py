@@ -107,6 +107,7 @@ class Validator:
         self.unigrams = dict(unigrams)
         present = set(known_domains(dataset.utterances))
         self.domains = [domain for domain in DOMAINS if domain in present]
+        self.target_domains = dataset.domains
         self.accelerator = accelerator
         samples = round(batch_seconds * SAMPLING_RATE)
         sampler = BucketingSampler(lengths, samples, shuffle=False)
@@ -120,7 +121,7 @@ class Validator:
         """Losses and accuracies on masked and unmasked frames and, on the same masked frames, the unigram's."""
         teachers = list(model.prediction_heads)
         device = self.accelerator.device
-        sums = StepSums(codebooks_of(model), self.domains, device)
+        sums = StepSums(codebooks_of(model), self.domains, device, self.target_domains)
         baseline = torch.zeros(len(teachers), 3, dtype=torch.float64)
         was_training = model.training
         model.eval()
