@@ -285,11 +285,11 @@ def test_a_configuration_makes_the_mixer(prepared, tmp_path):
     lengths = prepared.corpus.training_lengths
     made = build_dataset(config, *arguments, lengths)
     assert made.mixer.lengths.max() == 19200  # after cropping
-    assert {clip.domain for clip in made.mixer.noise} == {"audio"}
+    assert {clip.domain for clip in made.mixer.noise[0]} == {"audio"}
     assert build_dataset(config, *arguments).mixer is None  # held-out audio
     assert build_dataset(small_config(folder), *arguments, lengths).mixer is None
     named = small_config(folder, *overrides, f"mixing.noise_manifest={folder}")
-    assert {clip.path.parent for clip in build_dataset(named, *arguments, lengths).mixer.noise} == {folder}
+    assert {clip.path.parent for clip in build_dataset(named, *arguments, lengths).mixer.noise[0]} == {folder}
 
 
 def test_mistakes_are_named(prepared):

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import warnings
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,12 @@ from spear_hf.data.manifest import read_manifest
 from spear_hf.hub_card import is_generated
 from spear_hf.hub_checks import check_card
 from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
+from spear_hf.pretraining.config import load_config
+from spear_hf.pretraining.loop import make_accelerator
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
+from spear_hf.pretraining.run_folder import RunFolder
 
-from .pretraining_runs import Runs, assert_same_run, has_steps, metrics, wait_for
+from .pretraining_runs import Runs, assert_same_run, free_port, has_steps, metrics, wait_for
 
 
 STEPS = 12
@@ -413,6 +417,26 @@ def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
     code, output = call(runs, tmp_path, flags=("--resume",))
     assert code == 1
     assert "is not the folder of a run" in output
+
+
+def group_timeout(answer: Queue) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(free_port())
+    settings = ["execution.timeout_minutes=77", "logging.trackers=[]"]
+    accelerator = make_accelerator(load_config("tiny", settings), RunFolder("run"))
+    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    answer.put(backend.options._timeout.total_seconds())
+    accelerator.end_training()
+
+
+def test_ranks_wait_for_each_other_as_long_as_configured(runs):
+    answer = runs.context.Queue()
+    process = runs.context.Process(target=group_timeout, args=(answer,))
+    process.start()
+    assert answer.get(timeout=60) == 77 * 60
+    process.join(60)
+    with pytest.raises(ValueError, match="fetch_minutes=30 must be less than timeout_minutes=20"):
+        load_config("tiny", ["execution.timeout_minutes=20"])
 
 
 @pytest.mark.parametrize(

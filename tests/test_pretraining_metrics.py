@@ -97,6 +97,18 @@ def test_sums_of_parts_are_those_of_the_whole(model):
 
 
 @torch.no_grad()
+def test_domains_are_those_that_the_configuration_gives_a_teacher(model):
+    """Disjoint targets: the audio of a corpus does not predict the speech teacher's tokens."""
+    part = batch(["speech", "audio"], 1)
+    chosen = {"speech": ["speech"], "audio": ["speech", "audio"]}
+    sums = StepSums(codebooks_of(model), ["speech", "audio"], torch.device("cpu"), chosen)
+    sums.add(part, model(**part.inputs))
+    sums.reduce(Accelerator())
+    found = {name for name in sums.metrics(sums.read()[0]) if "_loss_on_" in name}
+    assert found == {"speech_loss_on_speech", "audio_loss_on_speech", "audio_loss_on_audio"}
+
+
+@torch.no_grad()
 def test_a_corpus_of_one_domain_is_not_divided(model):
     sums = StepSums(codebooks_of(model), ["speech"], torch.device("cpu"))
     part = batch(["speech"], 1)

@@ -1,120 +1,123 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Long audio in windows: what it differs by from the whole, where the windows meet, and how memory grows."""
+"""Epochs by windows of shards: a function of (seed, epoch), nothing lost, little padding, company of one window."""
+
+import itertools
 
 import numpy as np
 import pytest
-import soundfile
-import torch
 
-from spear_hf import SpearFeatureExtractor, SpearModel
-from spear_hf.evaluation.embedding import embed_files
-from spear_hf.evaluation.windows import encode_in_windows
+from spear_hf.data.bucketing import BucketingSampler
+from spear_hf.data.collation import CROP_GRID
+from spear_hf.data.manifest import Utterance
+from spear_hf.data.mixing import Mixer, MixingConfig
+from spear_hf.data.windows import WindowedSampler, draw_windows
 
-from .long_audio import run_and_measure
+
+SECOND = 16000
+SHARDS = np.repeat(np.arange(40), 300)  # 12,000 utterances
 
 
 @pytest.fixture(scope="module")
-def features(golden):
-    """All utterances of the golden file, one after the other: about 11 s at 100 Hz, of an odd number of frames."""
-    return torch.cat([golden[f"{i}.input_features"] for i in range(5)] * 3)[None, :1107]
-
-
-@pytest.fixture(params=["tiny", "tiny_ds2"])
-def encoder(request, golden_folder, golden_ds2_folder):
-    return SpearModel.from_pretrained(golden_folder if request.param == "tiny" else golden_ds2_folder).eval()
-
-
-def relative_error(ours, theirs):
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@torch.no_grad()
-def test_one_window_is_the_whole(encoder, features):
-    whole = encoder(features, output_hidden_states=True)
-    one = encode_in_windows(encoder, features, window_seconds=60, output_hidden_states=True)
-    assert torch.equal(one.last_hidden_state, whole.last_hidden_state)
-    assert all(map(torch.equal, one.hidden_states, whole.hidden_states))
-    assert encode_in_windows(encoder, features, window_seconds=60).hidden_states is None
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("length", [1107, 810])
-def test_deviation(encoder, features, length, capsys):
-    """Of windows of 3 s: all that misses is what attention sees beyond the context."""
-    features = features[:, :length]
-    whole = encoder(features, output_hidden_states=True)
-    errors = {}
-    for context in (0.0, 1.0, 2.0):
-        parts = encode_in_windows(encoder, features, 3.0, context, output_hidden_states=True)
-        assert len(parts.hidden_states) == len(whole.hidden_states)
-        states = zip(parts.hidden_states, whole.hidden_states)
-        errors[context] = [relative_error(part, state) for part, state in states]
-        errors[context].append(relative_error(parts.last_hidden_state, whole.last_hidden_state))
-    with capsys.disabled():
-        print(f"\ndeviation of the last hidden state by context: { {c: f'{e[-1]:.1e}' for c, e in errors.items()} }")
-    assert max(errors[2.0]) < max(errors[0.0])
-    assert errors[1.0][0] < 1e-6  # the stem sees three frames
-    assert errors[2.0][-1] < 0.05
-
-
-@torch.no_grad()
-def test_without_attention_windows_are_exact(encoder, features):
-    """Convolutions, downsampling and the filling of the last group see the same: frames are in their places."""
-    for module in encoder.modules():
-        if type(module).__name__ in ("SpearSelfAttention", "SpearNonlinAttention"):
-            module.out_proj.weight.zero_()
-    whole = encoder(features, output_hidden_states=True)
-    parts = encode_in_windows(encoder, features, 2.0, 4.0, output_hidden_states=True)
-    for part, state in zip([*parts.hidden_states, parts.last_hidden_state], [*whole.hidden_states, whole[0]]):
-        assert torch.allclose(part, state, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_refused(encoder, features):
-    with pytest.raises(ValueError, match=r"window_seconds=0\.1"):
-        encode_in_windows(encoder, features, 0.1)
-    with pytest.raises(ValueError, match="context_seconds=-1"):
-        encode_in_windows(encoder, features, 3.0, -1)
-    with pytest.raises(ValueError, match="2 utterances"):
-        encode_in_windows(encoder, features.expand(2, -1, -1), 3.0)
-    with pytest.raises(ValueError, match="at least 9"):
-        encode_in_windows(encoder, features[:, :8], 3.0)
-
-
-def test_embedding_in_windows(encoder, tmp_path):
-    """Only files longer than a window; each has as many frames as before."""
+def lengths() -> np.ndarray:
     rng = np.random.default_rng(0)
-    for name, seconds in (("long", 7.1), ("short", 2.0)):
-        soundfile.write(tmp_path / f"{name}.wav", rng.normal(0, 0.1, round(seconds * 16000)), 16000)
-    extractor = SpearFeatureExtractor()
-    for layer in ("last", "all", 2):
-        settings = {"layer": layer, "batch_seconds": 3.0}
-        whole = {file.id: file for file in embed_files([tmp_path], encoder, extractor, **settings)}
-        parts = {file.id: file for file in embed_files([tmp_path], encoder, extractor, window_seconds=3.0, **settings)}
-        assert parts.keys() == whole.keys() == {"long.wav", "short.wav"}
-        assert np.array_equal(parts["short.wav"].embedding, whole["short.wav"].embedding)
-        assert parts["long.wav"].embedding.shape == whole["long.wav"].embedding.shape
-        assert parts["long.wav"].frame_rate == whole["long.wav"].frame_rate
-    with pytest.raises(ValueError, match="window_seconds=2"):
-        embed_files([tmp_path], encoder, extractor, batch_seconds=3.0, window_seconds=2.0)
+    return np.minimum(rng.lognormal(2, 0.6, len(SHARDS)).clip(1, 10), 10) * SECOND // 1
 
 
-MINUTES = """
-import torch
-from spear_hf import SpearConfig, SpearModel
-from spear_hf.evaluation.windows import encode_in_windows
-torch.set_num_threads(1)
-sizes = {"num_attention_heads": 4, "stem_channels": [4, 4, 8], "conv_kernel_sizes": [7]}
-config = SpearConfig(hidden_size=64, intermediate_size=64, num_layers_per_stack=[1], downsampling_factors=[4], **sizes)
-model = SpearModel(config).eval()
-features = torch.randn(1, int(sys.argv[1]) * 6000, 128)
-with torch.no_grad():
-    encode_in_windows(model, features[:, :6000], 20.0)
-    begin()
-    print(encode_in_windows(model, features, 20.0).last_hidden_state.numel() * 4 / 2**20)
-"""
+@pytest.fixture(scope="module")
+def windows() -> np.ndarray:
+    return draw_windows(SHARDS, 6, seed=3)
 
 
-def test_memory_is_that_of_a_window_and_of_the_result():
-    (result,), growth = run_and_measure(MINUTES, 10)
-    assert growth < float(result) + 25  # MB; the features alone are 30
+def make(lengths, windows, **arguments) -> WindowedSampler:
+    return WindowedSampler(lengths, 200 * SECOND, windows, seed=3, **arguments)
+
+
+def test_windows_are_whole_shards_drawn_at_random(windows):
+    assert all(len(np.unique(windows[shard == SHARDS])) == 1 for shard in range(40))
+    shards_of = [np.unique(SHARDS[windows == window]) for window in range(7)]
+    assert sorted(map(len, shards_of)) == [5, 5, 6, 6, 6, 6, 6]
+    assert any(np.ptp(shards) > 20 for shards in shards_of)
+    assert not np.array_equal(windows, draw_windows(SHARDS, 6, seed=4))
+    missing = SHARDS[SHARDS != 7]  # a shard that nothing is left of
+    assert len(np.unique(draw_windows(missing, 6, seed=3))) == 7
+
+
+def test_an_epoch_hears_all_once_and_one_window_after_another(lengths, windows):
+    sampler = make(lengths, windows)
+    orders = []
+    for epoch in range(3):
+        batches = sampler.plan(epoch)
+        assert len(batches) == sampler.batches_per_epoch
+        assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+        assert all(len(batch) * lengths[batch].max() <= 200 * SECOND for batch in batches)
+        of_batch = [set(windows[batch].tolist()) for batch in batches]
+        assert all(len(there) == 1 for there in of_batch)
+        order = [there.pop() for there in of_batch]
+        orders.append(list(dict.fromkeys(order)))
+        assert sorted(orders[-1]) == list(range(7))
+        assert sum(one != other for one, other in itertools.pairwise(order)) == 6  # each is heard to its end
+    assert orders[0] != orders[1]
+
+
+def test_padding_stays_within_five_percent(lengths, windows):
+    sampler = make(lengths, windows)
+    assert 0 < sampler.padding_share(0) <= 0.05
+    assert sampler.padding_share(0) < BucketingSampler(lengths, 200 * SECOND, seed=3).padding_share(0) + 0.01
+
+
+def test_the_position_is_the_only_state(lengths, windows):
+    straight, resumed = make(lengths, windows), make(lengths, windows)
+    per_epoch = straight.batches_per_epoch
+    whole = [batch for epoch in range(2) for batch in straight.plan(epoch)]
+    for position in (2 * per_epoch - 1, per_epoch, per_epoch - 1, 5, 0):
+        epoch, batch = resumed.batch(position)
+        assert epoch == position // per_epoch
+        assert np.array_equal(batch, whole[position])
+        turn = resumed.turn(position)
+        assert turn.start <= position < turn.stop
+        assert set(windows[batch].tolist()) == {turn.window}
+        assert set(batch.tolist()) <= set(resumed.at_hand(position).tolist())
+
+
+def test_what_is_upcoming_is_what_will_be_heard(lengths, windows):
+    sampler = make(lengths, windows)
+    per_epoch = sampler.batches_per_epoch
+    for position in (0, 10, per_epoch - 3, per_epoch + 50):
+        heard = [int(windows[sampler.batch(later)[1][0]]) for later in range(position, 3 * per_epoch)]
+        assert sampler.upcoming(position, 3 * per_epoch) == list(dict.fromkeys(heard))
+    assert sampler.upcoming(0, 1) == [sampler.turn(0).window]
+    assert sampler.upcoming(7, 7) == []
+
+
+def test_domains_are_heard_by_their_weights(lengths, windows):
+    rates = np.where(np.arange(len(lengths)) % 3 == 0, 1.0, 0.5)
+    sampler = make(lengths, windows, rates=rates)
+    first, second = sampler.heard(0), sampler.heard(1)
+    often = np.flatnonzero(rates == 1)
+    assert np.isin(often, first).all()
+    assert np.intersect1d(first, second).size <= len(often) + len(np.unique(windows))
+    assert abs(len(first) - len(often) - (len(lengths) - len(often)) / 2) <= len(np.unique(windows))
+
+
+def test_what_is_mixed_is_of_the_same_window(lengths, windows, tmp_path):
+    utterances = [
+        Utterance(str(number), tmp_path / str(number), domain="audio" if number % 4 == 0 else "speech")
+        for number in range(len(lengths))
+    ]
+    config = MixingConfig(noise_probability=1.0, token_probability=1.0, token_second="any")
+    mixer = Mixer(config, utterances, lengths, None, 3, CROP_GRID, windows)
+    seconds = 0
+    for index in range(1, 4000, 7):
+        noise, mix = mixer.noise_mix(index, 0), mixer.token_mix(index, 0)
+        assert noise is not None or index % 4 == 0  # never its own
+        assert noise is None or windows[int(noise.clip.id)] == windows[index]
+        if mix is not None:
+            seconds += mix.second != index
+            assert windows[mix.second] == windows[index]
+    assert seconds > 300
+    few = [
+        utterance if windows[int(utterance.id)] else Utterance(utterance.id, utterance.path)
+        for utterance in utterances
+    ]
+    with pytest.raises(ValueError, match=r"of one of the windows \(data.window_shards\) is of domain audio"):
+        Mixer(config, few, lengths, None, 3, CROP_GRID, windows)

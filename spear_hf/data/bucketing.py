@@ -12,6 +12,7 @@ is a bucket of its own, and the padding is what `jitter` adds on purpose, where 
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,7 +20,47 @@ import numpy as np
 from .seeding import keyed_generator
 
 
-class BucketingSampler:
+class GlobalBatches(ABC):
+    """The batches of a run, each the work of one optimiser step: a pure function of (seed, epoch)."""
+
+    lengths: np.ndarray
+    """Samples of each utterance, after cropping."""
+
+    @property
+    @abstractmethod
+    def batches_per_epoch(self) -> int:
+        """The same in every epoch."""
+
+    @abstractmethod
+    def heard(self, epoch: int) -> np.ndarray:
+        """The utterances of an epoch, in ascending order."""
+
+    @abstractmethod
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """All batches of an epoch in their order, each an array of utterance indices."""
+
+    def batch(self, position: int) -> tuple[int, np.ndarray]:
+        """The batch after `position` earlier ones since the start of training: (epoch, utterance indices)."""
+        if position < 0:
+            raise ValueError(f"position must not be negative, not {position}.")
+        epoch, place = divmod(position, self.batches_per_epoch)
+        return epoch, self.plan(epoch)[place]
+
+    def at_hand(self, position: int) -> np.ndarray:
+        """The utterances whose shards are there while the batch at `position` is made: here all, ascending."""
+        return np.arange(len(self.lengths))
+
+    def digest(self, position: int) -> str:
+        """Eight hexadecimal digits for the utterances of a batch and their order, to compare runs with."""
+        return hashlib.blake2b(self.batch(position)[1].astype("<i8").tobytes(), digest_size=4).hexdigest()
+
+    def padding_share(self, epoch: int = 0) -> float:
+        """Share of padding in the samples of an epoch's batches, when each batch is padded to its longest row."""
+        padded = sum(len(batch) * int(self.lengths[batch].max()) for batch in self.plan(epoch))
+        return 1.0 - int(self.lengths[self.heard(epoch)].sum()) / padded
+
+
+class BucketingSampler(GlobalBatches):
     """Cuts utterances into batches whose rows x longest row stays within `max_batch_samples`.
 
     Every epoch sorts the utterances by their length times a random factor from 1 - jitter to 1 + jitter, cuts the
@@ -84,7 +125,7 @@ class BucketingSampler:
         return groups
 
     def heard(self, epoch: int) -> np.ndarray:
-        """The utterances of an epoch, in no particular order: of a group of n, m evenly spaced along the lengths.
+        """The utterances of an epoch, in ascending order: of a group of n, m evenly spaced along the lengths.
 
         The place i of the group is heard when (i + epoch) * m / n passes a whole number: exactly m an epoch, each of
         them in every n/m-th epoch (rounded down or up), and none twice in one.
@@ -128,31 +169,16 @@ class BucketingSampler:
         self._planned = (epoch, batches)
         return batches
 
-    def batch(self, position: int) -> tuple[int, np.ndarray]:
-        """The batch after `position` earlier ones since the start of training: (epoch, utterance indices)."""
-        if position < 0:
-            raise ValueError(f"position must not be negative, not {position}.")
-        epoch, place = divmod(position, self.batches_per_epoch)
-        return epoch, self.plan(epoch)[place]
 
-    def digest(self, position: int) -> str:
-        """Eight hexadecimal digits for the utterances of a batch and their order, to compare runs with."""
-        return hashlib.blake2b(self.batch(position)[1].astype("<i8").tobytes(), digest_size=4).hexdigest()
-
-    def padding_share(self, epoch: int = 0) -> float:
-        """Share of padding in the samples of an epoch's batches, when each batch is padded to its longest row."""
-        padded = sum(len(batch) * int(self.lengths[batch].max()) for batch in self.plan(epoch))
-        return 1.0 - int(self.lengths[self.heard(epoch)].sum()) / padded
-
-
-def visiting_rates(domains: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+def visiting_rates(domains: Sequence[str] | np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
     """The share of epochs in which each utterance is heard, so that domains are heard in proportion to `weights`.
 
     The domain of the largest weight is heard whole in every epoch, one of a third of that weight in every third. An
     epoch is thus one pass over the domain that is repeated most, no utterance comes twice in it, and every repetition
     has its own crop and masks, which are drawn by epoch. A domain without a weight has 1.
     """
-    values = np.array([weights.get(domain, 1.0) for domain in domains], dtype=np.float64)
+    present, place = np.unique(np.asarray(domains, dtype=str), return_inverse=True)
+    values = np.array([weights.get(str(domain), 1.0) for domain in present], dtype=np.float64)[place]
     return values / values.max()
 
 

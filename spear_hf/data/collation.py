@@ -20,12 +20,13 @@ from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..mvq.alignment import IGNORED, align_labels, label_ratio
 from .audio import SAMPLING_RATE
-from .bucketing import BucketingSampler, crop_window, split_batch
+from .bucketing import GlobalBatches, crop_window, split_batch
 from .decoding import load_utterance
 from .manifest import DOMAINS, Utterance
 from .masking import MaskingConfig, sample_masks
 from .mixing import Mixer, TokenMix, add_noise, mix_waveforms
 from .segments import FrameGrid
+from .utterances import UtteranceList, known_domains, listed
 
 
 CROP_GRID = 640  # samples: 40 ms, a token of a 25 Hz teacher and two of a 50 Hz teacher
@@ -125,9 +126,7 @@ def check_tokens(
                 f"The {name} tokens have {have[0]} codebooks of {have[1]} entries at the encoder's frame rate, but "
                 f"the config's target has {want[0]} of {want[1]}: use the other tokens or change the target."
             )
-        missing = [
-            utt.id for utt in utterances if needs_target(name, utt.domain, domains.get(name)) and utt.id not in store
-        ]
+        missing = [id for id in needing_target(name, utterances, domains.get(name)).ids if id not in store]
         if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             cut = any(id.startswith(f"{missing[0]}@") for id in store)
@@ -154,6 +153,13 @@ def needs_target(name: str, domain: str | None, domains: Sequence[str] | None = 
     """
     chosen = DEFAULT_DOMAINS.get(name, DOMAINS) if domains is None else domains
     return (domain or "speech") in chosen
+
+
+def needing_target(name: str, utterances: Sequence[Utterance], domains: Sequence[str] | None = None) -> UtteranceList:
+    """Those of `utterances` for which `needs_target` holds."""
+    present = known_domains(utterances)
+    chosen = [domain for domain in DOMAINS if needs_target(name, domain, domains)]
+    return listed(utterances).take(np.flatnonzero(np.isin(present.astype(str), chosen)))
 
 
 class PreTrainingDataset:
@@ -188,7 +194,7 @@ class PreTrainingDataset:
         mixer: Mixer | None = None,
     ) -> None:
         check_tokens(utterances, stores, config, domains)
-        self.utterances = list(utterances)
+        self.utterances = listed(utterances)
         self.stores = dict(stores)
         self.config = config
         self.feature_extractor = feature_extractor
@@ -381,7 +387,7 @@ class StepDataset(Dataset[list[MicroBatch]]):
     def __init__(
         self,
         dataset: PreTrainingDataset,
-        sampler: BucketingSampler,
+        sampler: GlobalBatches,
         rank: int = 0,
         num_ranks: int = 1,
         max_part_seconds: float | None = None,

@@ -7,8 +7,8 @@ enhancement improve, recognition stays as it was).
 
 What is drawn is a function of (seed, epoch, utterance id) and of the training utterances with their lengths, never of
 the batch that an utterance comes in. The paper takes the second "from the batch"; here it is drawn from the whole
-corpus among the utterances of like length, of which a batch of the sampler consists anyway, so that an example can be
-made again alone, on any rank, in any worker and after a resume.
+corpus, or window of it, among the utterances of like length, of which a batch of the sampler consists anyway, so that
+an example can be made again alone, on any rank, in any worker and after a resume.
 
 A mixture never gets longer than its first utterance, which is what the sampler has counted: the second is not
 truncated, but the row is a window, drawn at random, of as many samples as the first has. So batches keep their caps of
@@ -25,6 +25,8 @@ from ..mvq.alignment import IGNORED
 from .audio import SAMPLING_RATE
 from .manifest import Utterance
 from .seeding import keyed_generator
+from .utterances import known_domains, listed
+from .windows import members
 
 
 # By what share of the first's length that of the second may differ: the least with which there is a second. In a batch
@@ -175,9 +177,10 @@ class Mixer:
         noise: clips of noise; None: the utterances of domain audio.
         seed: of all draws.
         grid: samples; the second utterance begins at a multiple of it, so that tokens stay aligned.
+        windows: of each utterance, from 0 on: what is mixed is of one window (windows.py). None: all are of one.
 
     Raises:
-        ValueError: there is no noise, or no utterance to add to another.
+        ValueError: there is no noise, or no utterance to add to another, in some window.
     """
 
     def __init__(
@@ -188,29 +191,37 @@ class Mixer:
         noise: Sequence[Utterance] | None,
         seed: int,
         grid: int,
+        windows: np.ndarray | None = None,
     ) -> None:
         self.config = config
-        self.utterances = utterances
+        self.utterances = listed(utterances)
         self.seed = seed
         self.grid = grid
         self.lengths = np.asarray(lengths, dtype=np.int64)
         if len(self.lengths) != len(utterances):
             raise ValueError(f"{len(utterances)} utterances to mix, but {len(self.lengths)} lengths.")
-        self.noise = [utt for utt in utterances if utt.domain == "audio"] if noise is None else list(noise)
-        if config.noise_probability and not self.noise:
+        self.windows = np.zeros(len(utterances), dtype=np.int64) if windows is None else windows
+        groups = members(self.windows)
+        audio = known_domains(self.utterances) == "audio"
+        self.noise = [self.utterances.take(group[audio[group]]) for group in groups]
+        if noise is not None:
+            self.noise = [listed(noise)] * len(groups)
+        where = "" if windows is None else " of one of the windows (data.window_shards)"
+        if config.noise_probability and not all(self.noise):
             raise ValueError(
-                "There is no noise to mix in, as no training utterance is of domain audio: name a folder or manifest "
-                "of noise with mixing.noise_manifest, or set mixing.noise_probability=0."
+                f"There is no noise to mix in, as no training utterance{where} is of domain audio: name a folder or "
+                "manifest of noise with mixing.noise_manifest, or set mixing.noise_probability=0."
             )
-        speech = np.array([utterance.domain != "audio" for utterance in utterances], dtype=bool)
-        eligible = np.flatnonzero(speech | (config.token_second == "any"))
-        if config.token_probability and speech.any() and len(eligible) < 2:
-            raise ValueError(
-                f"Token mixing needs two utterances of {config.token_second}, and there is one: set "
-                "mixing.token_probability=0."
-            )
-        self._by_length = eligible[np.argsort(self.lengths[eligible], kind="stable")]
-        self._sorted_lengths = self.lengths[self._by_length]
+        self._by_length = []
+        for group in groups:
+            eligible = group if config.token_second == "any" else group[~audio[group]]
+            if config.token_probability and not audio[group].all() and len(eligible) < 2:
+                raise ValueError(
+                    f"Token mixing needs two utterances{where} of {config.token_second}, and there is one: set "
+                    "mixing.token_probability=0."
+                )
+            self._by_length.append(eligible[np.argsort(self.lengths[eligible], kind="stable")])
+        self._sorted_lengths = [self.lengths[by_length] for by_length in self._by_length]
 
     def token_mix(self, index: int, epoch: int) -> TokenMix | None:
         """The second utterance for `index` in `epoch`; None for most, and for all of domain audio."""
@@ -231,16 +242,17 @@ class Mixer:
 
     def _draw_second(self, index: int, length: int, rng: np.random.Generator) -> int:
         """Uniformly one of the eligible utterances of like length, but not `index`."""
+        by_length, lengths = (values[self.windows[index]] for values in (self._by_length, self._sorted_lengths))
         for tolerance in LENGTH_TOLERANCES:
-            low = int(np.searchsorted(self._sorted_lengths, length * (1 - tolerance), side="left"))
-            high = int(np.searchsorted(self._sorted_lengths, length * (1 + tolerance), side="right"))
+            low = int(np.searchsorted(lengths, length * (1 - tolerance), side="left"))
+            high = int(np.searchsorted(lengths, length * (1 + tolerance), side="right"))
             if high - low >= 2:  # one of them is `index`, which is speech
                 break
         else:
-            low, high = 0, len(self._by_length)
+            low, high = 0, len(by_length)
         # The one drawn too many stands for `index` itself, wherever it is.
-        drawn = int(self._by_length[rng.integers(low, high - 1)])
-        return int(self._by_length[high - 1]) if drawn == index else drawn
+        drawn = int(by_length[rng.integers(low, high - 1)])
+        return int(by_length[high - 1]) if drawn == index else drawn
 
     def tokens(
         self, index: int, epoch: int, target: str, main: np.ndarray, second: np.ndarray, mix: TokenMix, offset: int
@@ -257,7 +269,8 @@ class Mixer:
         rng = keyed_generator(self.seed, epoch, utterance.id, "noise mixing")
         if rng.random() >= self.config.noise_probability:
             return None
-        clip = self.noise[int(rng.integers(len(self.noise)))]
+        clips = self.noise[self.windows[index]]
+        clip = clips[int(rng.integers(len(clips)))]
         mix = NoiseMix(clip, snr=_uniform(rng, self.config.noise_snr), start=rng.random())
         return None if clip.path == utterance.path else mix
 

@@ -20,11 +20,11 @@ Writing is in store_writer.py, the files in store_format.py, and what is public 
 """
 
 import io
+import itertools
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear_hf.data.audio import load_audio
-from spear_hf.data.manifest import Utterance
 from spear_hf.mvq.atomic_files import write_atomically
 from spear_hf.mvq.store_format import (
     FORMAT_VERSION,
@@ -61,7 +60,8 @@ from spear_hf.mvq.store_format import (
     shard_files,
     waveform_checksum,
 )
-from spear_hf.mvq.store_location import HubFolder, LocalFolder, find_store, named_teacher
+from spear_hf.mvq.store_location import CachedFolder, HubFolder, LocalFolder, find_store, named_teacher
+from spear_hf.mvq.store_utterances import StoreUtterances
 from spear_hf.mvq.store_writer import TokenStoreWriter
 
 
@@ -80,6 +80,7 @@ __all__ = [
 ]
 
 CACHED_ROW_GROUPS = 32
+OPEN_FILES = 128  # of the many thousands of a large store; opening one takes about 1.5 ms
 _CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache is for one at a time
 
 
@@ -92,7 +93,7 @@ class TokenStore:
 
     def __init__(
         self,
-        location: LocalFolder | HubFolder,
+        location: LocalFolder | HubFolder | CachedFolder,
         infos: Infos,
         teacher: str,
         shards: list[dict[str, Any]],
@@ -110,11 +111,11 @@ class TokenStore:
         self._frames = table[f"{self._prefix}num_frames"].to_numpy()
         self._samples = table["num_samples"].to_numpy()
         known = [name for name in MANIFEST_COLUMNS if name in table.column_names]
-        self._manifest = {name: table[name].dictionary_encode() for name in known}
+        self._manifest = {name: table[name].combine_chunks().dictionary_encode() for name in known}
         self._first_row = np.cumsum([0, *(shard["num_utterances"] for shard in shards)])
         self._hashes, self._order = hash_order(table, str(location))
         self._cache: OrderedDict[tuple[int, int, str], pa.Table] = OrderedDict()
-        self._files: dict[int, tuple[Path, pq.ParquetFile]] = {}
+        self._files: OrderedDict[int, tuple[Path, pq.ParquetFile]] = OrderedDict()
 
     @classmethod
     def open(
@@ -177,7 +178,7 @@ class TokenStore:
         frames = int(self._frames[row])
         if len(codes) != frames * self.num_codebooks or zlib.crc32(codes) != table[1][place].as_py():
             raise ValueError(
-                f"{self._files[shard][0]}: the codes of {id} are damaged; delete the shard and run tokenize again"
+                f"{self._shard(shard)[0]}: the codes of {id} are damaged; delete the shard and run tokenize again"
             )
         return np.frombuffer(codes, dtype=np.uint8).reshape(frames, self.num_codebooks).copy()
 
@@ -198,28 +199,29 @@ class TokenStore:
         cell = table[0][place].as_py()
         return cell["bytes"], Path(cell["path"]).suffix
 
-    def utterances(self) -> list[Utterance]:
+    def utterances(self) -> StoreUtterances:
         """All of a store with audio, as a manifest would list them; the audio is read where it is decoded."""
         if not self.with_audio:
             raise ValueError(f"{self.location} was made without audio; `spear-hf tokenize --with-audio` joins it")
-        return [
-            Utterance(
-                id,
-                Path(str(self.location)) / id,
-                domain=domain,
-                split=split,
-                num_samples=int(samples),
-                content=partial(self._content, id),
-            )
-            for id, samples, domain, split in zip(self, self._samples, *self.manifest_columns())
-        ]
+        return StoreUtterances(self, np.arange(len(self)))
 
     def manifest_columns(self) -> list[list[str | None]]:
         """The `MANIFEST_COLUMNS`, in the store's order; None where they are not known."""
         unknown: list[str | None] = [None] * len(self)
         return [self._manifest[name].to_pylist() if name in self._manifest else unknown for name in MANIFEST_COLUMNS]
 
-    def _content(self, id: str) -> bytes:
+    def column_at(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """One of the `MANIFEST_COLUMNS` in some rows, objects; None where it is not known."""
+        if name not in self._manifest:
+            return np.full(len(rows), None, dtype=object)
+        return self._manifest[name].take(pa.array(rows)).to_numpy(zero_copy_only=False)
+
+    def ids_at(self, rows: np.ndarray) -> list[str]:
+        """The ids of some rows."""
+        return self._ids.take(pa.array(rows)).to_pylist()
+
+    def audio_content(self, id: str) -> bytes:
+        """The audio file of an utterance; for several threads."""
         with _CONTENT_LOCK:
             return self.audio_file(id)[0]
 
@@ -241,8 +243,30 @@ class TokenStore:
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
         """Places of utterances in the order of this store, int64; -1 where it has them not."""
-        found = (self._find(id) for id in ids)
-        return np.array([-1 if row is None else row for row in found], dtype=np.int64)
+        parts = [np.empty(0, np.int64)]
+        wanted = iter(ids)
+        while chunk := list(itertools.islice(wanted, 10_000)):
+            if not len(self):
+                parts.append(np.full(len(chunk), -1))
+                continue
+            hashes = np.fromiter((id_hash(id) for id in chunk), np.uint64, len(chunk))
+            places = np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)
+            rows = self._order[places].astype(np.int64)
+            other = [place for place, (id, there) in enumerate(zip(chunk, self.ids_at(rows))) if id != there]
+            for place in other:  # not here, or of equal hashes not the first
+                row = self._find(chunk[place])
+                rows[place] = -1 if row is None else row
+            parts.append(rows)
+        return np.concatenate(parts)
+
+    def shards_of(self, ids: Iterable[str]) -> np.ndarray:
+        """Numbers of the shards that utterances of this store are in, int64; -1 where it has them not."""
+        return np.searchsorted(self._first_row, self.rows_of(ids), side="right") - 1
+
+    @property
+    def shard_entries(self) -> list[dict[str, Any]]:
+        """What is known of each shard: `file`, its name, and of a complete store `bytes`."""
+        return self._shards
 
     @property
     def lengths(self) -> np.ndarray:
@@ -339,17 +363,24 @@ class TokenStore:
 
     def _shard(self, shard: int) -> tuple[Path, pq.ParquetFile]:
         """An open shard that has been found to be of this store."""
-        if shard not in self._files:
-            entry = self._shards[shard]
-            path = self.location.fetch(entry["file"])
-            # Codes have checksums of their own, audio has those of its pages.
-            file = open_shard(path, verify=self.with_audio)
-            _check_footer(file, path, self._infos, entry)
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        entry = self._shards[shard]
+        path = self.location.fetch(entry["file"])
+        # Codes have checksums of their own, audio has those of its pages. A file that is open or mapped takes room on
+        # the disk even when it is removed, so those of a cache are neither for longer than a read.
+        passing = isinstance(self.location, CachedFolder)
+        file = open_shard(path, verify=self.with_audio, memory_map=not passing)
+        _check_footer(file, path, self._infos, entry)
+        if not passing:
             self._files[shard] = path, file
-        return self._files[shard]
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        return path, file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_files": {}}
+        return {**self.__dict__, "_cache": OrderedDict(), "_files": OrderedDict()}
 
 
 def _chosen(infos: Infos, teacher: str | None, where: str) -> str:

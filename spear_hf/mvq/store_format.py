@@ -216,10 +216,10 @@ def shard_content(
     return memoryview(sink.getvalue())
 
 
-def open_shard(path: Path, verify: bool = False) -> pq.ParquetFile:
+def open_shard(path: Path, verify: bool = False, memory_map: bool = True) -> pq.ParquetFile:
     """`verify`: check every page that is read against its checksum."""
     try:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=verify)
+        return pq.ParquetFile(path, memory_map=memory_map, page_checksum_verification=verify)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: restore it, or run tokenize again to make it anew") from None
     except (pa.ArrowException, OSError) as error:

@@ -1,11 +1,19 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where the files of a token store are: in a folder, or in a dataset on the Hub, downloaded one by one when used."""
+"""Where the files of a token store are: in a folder, or in a dataset on the Hub, downloaded one by one when used.
 
+Or in a folder to which another process brings them from the Hub before they are used (shard_fetcher.py).
+"""
+
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spear_hf.mvq.shard_fetcher import FAILURE, PAUSE, SHARDS, is_served
 from spear_hf.mvq.store_format import METADATA, read_metadata
+
+
+LONGEST_WAIT = 3600.0  # seconds; shards are there before they are needed, or their process says why not
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,40 @@ class HubFolder:
 
     def __str__(self) -> str:
         return f"{self.repo_id} ({self.commit[:12]})"
+
+
+@dataclass(frozen=True)
+class CachedFolder:
+    """The shards of `hub` as far as they are in a folder that a `Fetcher` serves."""
+
+    hub: HubFolder
+    cache: Path
+
+    @property
+    def name(self) -> str:
+        """Of the store's folder in the cache."""
+        return f"{self.hub.repo_id.replace('/', '--')}@{self.hub.commit}"
+
+    def fetch(self, name: str) -> Path:
+        """Waits until the file is there. ValueError when it will not come."""
+        path = self.cache / SHARDS / self.name / name
+        deadline = time.monotonic() + LONGEST_WAIT
+        while not path.exists():
+            if not is_served(self.cache) and not path.exists():
+                raise ValueError(self._failure())
+            if time.monotonic() > deadline:
+                raise ValueError(f"{path} did not come within {LONGEST_WAIT / 60:g} minutes: resume the run.")
+            time.sleep(PAUSE)
+        return path
+
+    def _failure(self) -> str:
+        try:
+            return (self.cache / FAILURE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return f"the process that fetches shards into {self.cache} has ended unexpectedly: resume the run."
+
+    def __str__(self) -> str:
+        return str(self.hub)
 
 
 def find_store(source: str | Path, revision: str | None = None) -> LocalFolder | HubFolder:

@@ -149,6 +149,10 @@ class DataConfig:
     length_jitter: float = 0.05
     """Batches hold utterances of like length, which is blurred by this share so that they differ between epochs."""
 
+    window_shards: int | None = None
+    """Of a store: an epoch hears it window by window, each of so many shards drawn at random, so that no more need be
+    at hand (see `execution.cache_gigabytes`). Batches and mixtures are of one window. null: of the whole store."""
+
     def __post_init__(self) -> None:
         if self.manifest is not None and self.store is not None:
             raise ValueError("manifest and store are both set: set one, null the other.")
@@ -165,6 +169,11 @@ class DataConfig:
                 raise ValueError(f"domain_weights.{domain}={weight}: weights of speech and audio must be positive.")
         if self.validation_utterances < 0 or not 0 <= self.length_jitter < 1:
             raise ValueError("validation_utterances must not be negative, and length_jitter must lie in [0, 1).")
+        if self.window_shards is not None and (self.window_shards < 1 or self.manifest is not None):
+            raise ValueError(
+                f"window_shards={self.window_shards} must be at least 1, and is of token stores with their audio: set "
+                "manifest to null, or leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -372,7 +381,29 @@ class ExecutionConfig:
     cache_audio: bool = False
     """Keep decoded audio in memory: 230 MB an hour and worker. For small corpora."""
 
+    cache_gigabytes: float | None = None
+    """So much of the stores on the Hub is on the disk of a node at a time, 10^9 bytes: shards are fetched a window
+    (`data.window_shards`) ahead and removed when the room is needed. Two windows must fit. null: what was used stays
+    in huggingface_hub's cache."""
+
+    cache_folder: str | None = None
+    """Where, on a disk of the node, in a folder of its own for each node and run; null: `spear_hf` in HF_HOME."""
+
+    fetch_minutes: float = 30.0
+    """For so long a shard that cannot be had is tried again, then the run ends."""
+
+    timeout_minutes: float = 60.0
+    """For so long a rank waits for the others, then the run ends. The first one alone saves, probes, and makes tokens
+    where there are none: for a large corpus make them before, with `spear-hf tokenize`."""
+
     def __post_init__(self) -> None:
+        if min(self.cache_gigabytes or 1, self.fetch_minutes, self.timeout_minutes) <= 0 or self.cache_gigabytes == 0:
+            raise ValueError("cache_gigabytes, fetch_minutes and timeout_minutes must be positive.")
+        if self.fetch_minutes >= self.timeout_minutes:
+            raise ValueError(
+                f"fetch_minutes={self.fetch_minutes:g} must be less than timeout_minutes={self.timeout_minutes:g}, "
+                "for which the other ranks wait."
+            )
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, not {self.num_workers}.")
         if self.compile and self.sharding == "fsdp":
@@ -426,6 +457,18 @@ class PreTrainingConfig:
                 f"execution.sharding=fsdp does not go with optimizer.name={self.optimizer.name}, whose steps depend "
                 "on whole tensors: set execution.sharding=none, or optimizer.name=adamw."
             )
+        if self.execution.cache_gigabytes is not None and self.data.window_shards is None:
+            raise ValueError(
+                f"execution.cache_gigabytes={self.execution.cache_gigabytes} needs data.window_shards, such that two "
+                "windows of so many shards fit."
+            )
+        if self.execution.cache_gigabytes is not None:
+            for name, target in self.targets.items():
+                if target.store is None:
+                    raise ValueError(
+                        f"execution.cache_gigabytes is for tokens that are there already: name a store as "
+                        f"targets.{name}.store, made with `spear-hf tokenize`."
+                    )
         device = self.execution.batch_seconds_per_device
         if device is not None and device < self.data.max_seconds:
             raise ValueError(

@@ -3,17 +3,16 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..data.audio import SAMPLING_RATE
-from ..data.collation import domain_of
-from ..data.decoding import utterance_seconds
-from ..data.manifest import DOMAINS, Utterance, read_manifest
+from ..data.manifest import DOMAINS, read_manifest
 from ..data.seeding import keyed_generator
+from ..data.utterances import UtteranceList, known_domains, listed
+from ..data.windows import draw_windows
 from ..mvq.store import TokenStore
 from .config import DataConfig
 
@@ -28,23 +27,28 @@ BUNDLED_MANIFEST = Path("examples") / "data" / "manifest.jsonl"
 class Corpus:
     """Utterances and their lengths in samples (whole, before cropping)."""
 
-    training: list[Utterance]
+    training: UtteranceList
     training_lengths: np.ndarray
-    validation: list[Utterance]
+    validation: UtteranceList
     validation_lengths: np.ndarray
+    windows: np.ndarray | None = None
+    """Of each training utterance the window that it is heard in, where data.window_shards asks for windows."""
+    store: TokenStore | None = None
+    """Where the audio is, unless it is in files."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the training ids, domains and lengths in their order: equal fingerprints give equal batches."""
-        digest = hashlib.blake2b(digest_size=16)
-        for utterance, length in zip(self.training, self.training_lengths):
-            digest.update(f"{utterance.id}\0{domain_of(utterance)}\0{length}\n".encode())
+        """Of the training ids, domains, lengths and windows in their order: equal ones give equal batches."""
+        digest = hashlib.blake2b(b"" if self.windows is None else self.windows.tobytes(), digest_size=16)
+        columns = self.training.ids, known_domains(self.training), self.training_lengths
+        for id, domain, length in zip(*columns):
+            digest.update(f"{id}\0{domain}\0{length}\n".encode())
         return digest.hexdigest()
 
     @property
     def domains(self) -> list[str]:
         """Domains of the training utterances, speech first."""
-        present = {domain_of(utterance) for utterance in self.training}
+        present = set(known_domains(self.training))
         return [domain for domain in DOMAINS if domain in present]
 
     @property
@@ -71,27 +75,27 @@ def manifest_source(manifest: str, key: str = "data.manifest") -> Path:
     )
 
 
-def read_utterances(config: DataConfig) -> tuple[list[Utterance], str]:
+def read_utterances(config: DataConfig) -> tuple[UtteranceList, str, TokenStore | None]:
     """What there is to hear, and where it comes from: a token store with audio, a manifest or a folder of audio."""
     if config.store is not None:
         store = TokenStore.open(config.store, any_teacher=True)
-        return store.utterances(), str(store.location)
+        return store.utterances(), str(store.location), store
     if config.manifest is None:
         raise ValueError(
             "There is nothing to hear: name a manifest or a folder of audio with --set data.manifest=PATH, or a token "
             "store that has its audio (`spear-hf tokenize --with-audio`) with --set data.store=STORE."
         )
     source = manifest_source(config.manifest)
-    return read_manifest(source), str(source)
+    return listed(read_manifest(source)), str(source), None
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """Selects training and validation utterances, and leaves out the ones that are too short."""
-    utterances, source = read_utterances(config)
+    utterances, source, store = read_utterances(config)
     training, validation = _divide(utterances, config, seed, source)
     kept = []
     for group, name in ((training, "training"), (validation, "validation")):
-        lengths = _lengths(group)
+        lengths = group.lengths
         long_enough = lengths >= config.min_seconds * SAMPLING_RATE
         if dropped := int((~long_enough).sum()):
             logger.info(
@@ -101,47 +105,61 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
                 name,
                 config.min_seconds,
             )
-        kept.append(([utt for utt, keep in zip(group, long_enough) if keep], lengths[long_enough]))
+        kept.append((group.take(np.flatnonzero(long_enough)), lengths[long_enough]))
     (training, training_lengths), (validation, validation_lengths) = kept
-    if unheard := sorted(set(config.domain_weights) - {domain_of(utterance) for utterance in training}):
+    if unheard := sorted(set(config.domain_weights) - set(known_domains(training))):
         logger.warning("No training utterance has the domain %s of data.domain_weights.", " or ".join(unheard))
-    if not training:
+    if not len(training):
         raise ValueError(f"No utterance of {source} is left to train on: all are shorter than data.min_seconds.")
-    if len(validation) > config.validation_utterances:
-        rng = keyed_generator(seed, "validation utterances")
-        chosen = np.sort(rng.choice(len(validation), config.validation_utterances, replace=False))
-        validation, validation_lengths = [validation[place] for place in chosen], validation_lengths[chosen]
-    return Corpus(training, training_lengths, validation, validation_lengths)
+    if config.window_shards is not None and store is None:
+        raise ValueError(f"data.window_shards={config.window_shards} is of token stores: {source} has no shards.")
+    if config.window_shards is None or store is None:
+        chosen, windows = _some(len(validation), config, seed), None
+    else:
+        chosen = _of_few_shards(store.shards_of(validation.ids), config, seed)
+        windows = draw_windows(store.shards_of(training.ids), config.window_shards, seed)
+    return Corpus(training, training_lengths, validation.take(chosen), validation_lengths[chosen], windows, store)
+
+
+def _some(number: int, config: DataConfig, seed: int) -> np.ndarray:
+    """Places of the held-out utterances to validate on, drawn at random."""
+    if number <= config.validation_utterances:
+        return np.arange(number)
+    rng = keyed_generator(seed, "validation utterances")
+    return np.sort(rng.choice(number, config.validation_utterances, replace=False))
+
+
+def _of_few_shards(shards: np.ndarray, config: DataConfig, seed: int) -> np.ndarray:
+    """The same from the `shards` of the held-out utterances: all of one shard, of another, until there are enough.
+
+    Those shards are at hand throughout the run.
+    """
+    order = keyed_generator(seed, "validation shards").permutation(int(shards.max(initial=0)) + 1)
+    return np.sort(np.argsort(order[shards], kind="stable")[: config.validation_utterances])
 
 
 def _divide(
-    utterances: list[Utterance], config: DataConfig, seed: int, source: str
-) -> tuple[list[Utterance], list[Utterance]]:
+    utterances: UtteranceList, config: DataConfig, seed: int, source: str
+) -> tuple[UtteranceList, UtteranceList]:
     """Training and validation utterances, by split or by a hash of the id."""
-    splits = sorted({utterance.split for utterance in utterances if utterance.split is not None})
+    split_of = utterances.splits
+    splits = sorted({split for split in split_of if split is not None})
     if not splits and (config.split or config.validation_split):
         logger.info("%s has no splits: data.split and data.validation_split are not used.", source)
-    chosen = utterances
+    chosen = np.ones(len(utterances), dtype=bool)
     if splits and config.split is not None:
         wanted = config.split.split("+")
         if unknown := [split for split in wanted if split not in splits]:
             raise ValueError(f"data.split={'+'.join(unknown)} is not in {source}, which has {', '.join(splits)}.")
-        chosen = [utterance for utterance in utterances if utterance.split in wanted]
+        chosen = np.isin(split_of.astype(str), wanted)
     if splits and config.validation_split is not None:
-        held_out = [utterance for utterance in utterances if utterance.split == config.validation_split]
-        if not held_out:
+        if config.validation_split not in splits:
             raise ValueError(
                 f"data.validation_split={config.validation_split} is not in {source}, which has {', '.join(splits)}."
             )
-        ids = {utterance.id for utterance in held_out}
-        return [utterance for utterance in chosen if utterance.id not in ids], held_out
-    draws = [keyed_generator(seed, utterance.id, "held out").random() for utterance in chosen]
-    return (
-        [utterance for utterance, draw in zip(chosen, draws) if draw >= config.validation_fraction],
-        [utterance for utterance, draw in zip(chosen, draws) if draw < config.validation_fraction],
-    )
-
-
-def _lengths(utterances: Sequence[Utterance]) -> np.ndarray:
-    """Samples at 16 kHz of each utterance, from the list or else from the audio file's header."""
-    return np.array([round(utterance_seconds(utterance) * SAMPLING_RATE) for utterance in utterances], dtype=np.int64)
+        held_out = split_of == config.validation_split
+        return utterances.take(np.flatnonzero(chosen & ~held_out)), utterances.take(np.flatnonzero(held_out))
+    candidates = utterances.take(np.flatnonzero(chosen))
+    draws = np.fromiter((keyed_generator(seed, id, "held out").random() for id in candidates.ids), np.float64)
+    held_out = draws < config.validation_fraction
+    return candidates.take(np.flatnonzero(~held_out)), candidates.take(np.flatnonzero(held_out))

@@ -10,6 +10,7 @@ frames over all of them.
 """
 
 import contextlib
+import datetime
 import json
 import logging
 import math
@@ -22,7 +23,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -48,8 +55,9 @@ from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, load_from_main, parameter_norm, reduce_whole_gradients, shard
 from .signals import StopRequest, ignore_stop_signals
 from .sources import record_sources, settle_sources
+from .streaming import open_stream
 from .targets import prepare_stores
-from .validation import Unigram, Validator
+from .validation import Validator, load_unigrams
 
 
 logger = logging.getLogger(__name__)
@@ -123,27 +131,22 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         bare_model = build_model(config, stores)
         sampler = build_sampler(config, corpus)
+        stream = open_stream(config, corpus, stores, sampler, accelerator.is_local_main_process)
         steps = StepDataset(
-            build_dataset(config, corpus.training, stores, bare_model.config, extractor, corpus.training_lengths),
+            build_dataset(
+                config,
+                corpus.training,
+                stores,
+                bare_model.config,
+                extractor,
+                corpus.training_lengths,
+                corpus.windows,
+            ),
             sampler,
             accelerator.process_index,
             accelerator.num_processes,
             config.execution.batch_seconds_per_device,
         )
-        validator = None
-        if config.logging.validate_every and corpus.validation:
-            unigrams = {
-                name: Unigram.of_tokens(store, [utt.id for utt in corpus.training if utt.id in store])
-                for name, store in stores.items()
-            }
-            validator = Validator(
-                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
-                cropped(corpus.validation_lengths, config),
-                unigrams,
-                config.execution.batch_seconds_per_device or config.data.batch_seconds,
-                accelerator,
-            )
-
         optimizer = build_optimizer(bare_model, config.optimizer, accelerator.distributed_type)
         first_averaged = config.max_steps - round(config.max_steps * config.averaging.last_fraction)
         average = None
@@ -186,7 +189,20 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 files[path.stem] = stack.enter_context(JsonLines(path, progress.step))
             files["averaged"] = stack.enter_context(JsonLines(folder.averaged))  # of the end, which is still to come
             accelerator.init_trackers("spear-hf", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
-        accelerator.wait_for_everyone()
+        if stream is not None:
+            stack.enter_context(stream).start(progress.step)
+        accelerator.wait_for_everyone()  # the other ranks of a node read what the first one's process fetches
+        validator = None
+        if config.logging.validate_every and corpus.validation:
+            with accelerator.main_process_first():
+                unigrams = load_unigrams(stores, corpus, sampler.at_hand(progress.step), folder)
+            validator = Validator(
+                build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
+                cropped(corpus.validation_lengths, config),
+                unigrams,
+                config.execution.batch_seconds_per_device or config.data.batch_seconds,
+                accelerator,
+            )
 
         def validate() -> None:
             if validator is not None:
@@ -249,6 +265,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         peak = peak_flops(accelerator.device, uses_bf16(config.execution))
         clock = StepClock(peak * accelerator.num_processes)
         step_flops = FlopCounter(bare_model.config)
+        target_domains = {name: target.domains for name, target in config.targets.items()}
         parameters = list(bare_model.parameters())
         for batches in loader:
             clock.data_arrived()
@@ -261,7 +278,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 regularizers,
                 batches,
                 progress,
-                StepSums(codebooks_of(bare_model), corpus.domains, accelerator.device),
+                StepSums(codebooks_of(bare_model), corpus.domains, accelerator.device, target_domains),
                 step_flops,
                 stop.received is not None,
             )
@@ -276,6 +293,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 record["batch"] = sampler.digest(progress.step - 1)
                 files["metrics"].write(record)
                 accelerator.log(numbers(record, "training"), step=progress.step)
+            if stream is not None:
+                stream.advance(progress.step)
             bar.update()
             bar.set_postfix_str(summary(record), refresh=False)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -312,6 +331,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
+        if stream is not None:
+            stream.discard()
         return Outcome(progress.step, final=folder.final)
 
 
@@ -324,6 +345,7 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
         mixed_precision="bf16" if uses_bf16(config.execution) else "no",
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.execution.timeout_minutes))],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

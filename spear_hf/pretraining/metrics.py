@@ -44,9 +44,17 @@ class StepSums:
         codebooks: teacher -> number of codebooks, in the order of the model's heads.
         domains: of the utterances, in the order of the metrics.
         device: where the vector lives.
+        target_domains: teacher -> domains of the utterances that predict its tokens; see `needs_target`.
     """
 
-    def __init__(self, codebooks: Mapping[str, int], domains: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        codebooks: Mapping[str, int],
+        domains: Sequence[str],
+        device: torch.device,
+        target_domains: Mapping[str, Sequence[str] | None] | None = None,
+    ) -> None:
+        self.target_domains = dict(target_domains or {})
         self.codebooks = dict(codebooks)
         self.domains = list(domains)
         self._sizes = [6 * len(self.codebooks) * len(self.domains), 2 * sum(self.codebooks.values()), len(COUNTERS)]
@@ -102,7 +110,7 @@ class StepSums:
             for domain, ((masked_loss, correct, masked), (unmasked_loss, _, unmasked)) in zip(
                 self.domains, by_domain.tolist()
             ):
-                if len(self.domains) > 1 and needs_target(name, domain):
+                if len(self.domains) > 1 and needs_target(name, domain, self.target_domains.get(name)):
                     metrics[f"{name}_loss_on_{domain}"] = ratio(masked_loss + unmasked_loss, masked + unmasked)
                     metrics[f"{name}_masked_accuracy_on_{domain}"] = ratio(correct, masked)
             metrics[f"{name}_codebook_accuracy"] = [ratio(correct, count) for correct, count in entries.tolist()]

@@ -14,6 +14,7 @@ from ..data.bucketing import split_batch
 from ..data.collation import TokenShape
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.quantizer import MultiCodebookQuantizer
+from ..mvq.shard_fetcher import Task
 from ..mvq.store import TokenStore
 from .checkpoints import CheckpointFolder
 from .config import PreTrainingConfig, TargetConfig
@@ -23,6 +24,7 @@ from .metrics import read_json_lines
 from .run_folder import RunFolder
 from .setup import build_sampler, planned_architecture, uses_bf16
 from .sources import settle_sources
+from .streaming import open_stream
 
 
 # float32 weights, gradients and the two averages of AdamW or ScaledAdam.
@@ -65,6 +67,8 @@ class Plan:
     """By the pace of the run so far, or at the `ASSUMED_MFU`."""
     pace: str
     """What that rests on."""
+    cache: Task | None = None
+    """Of shards of stores on the Hub."""
 
     def __str__(self) -> str:
         parameters = self.encoder_parameters + self.head_parameters
@@ -82,6 +86,12 @@ class Plan:
             "memory per device": f"about {(self.state_bytes + self.activation_bytes) / 1e9:.2f} GB in float32: "
             f"{self.state_bytes / 1e9:.2f} weights and optimiser; {self.activation_bytes / 1e9:.2f} activations",
         }
+        if self.cache is not None:
+            whole = self.cache.size(range(len(self.cache.files)))
+            rows["disk of a node"] = (
+                f"at most {min(self.cache.room, whole) / 1e9:.3g} GB of the stores' {whole / 1e9:.3g}, in "
+                f"{len(self.cache.windows)} windows of which two need {self.cache.smallest_room() / 1e9:.3g}"
+            )
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
@@ -112,6 +122,9 @@ def plan_run(config: PreTrainingConfig) -> Plan:
     config = settle_sources(config, RunFolder(config.output_dir))
     corpus = load_corpus(config.data, config.seed)
     sampler = build_sampler(config, corpus)
+    tokens = {name: planned_tokens(target) for name, target in config.targets.items()}
+    stores = {name: store for name, store in tokens.items() if isinstance(store, TokenStore)}
+    stream = open_stream(config, corpus, stores, sampler, fetches=False)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     limit = config.execution.batch_seconds_per_device
     max_samples = None if limit is None else round(limit * SAMPLING_RATE)
@@ -119,7 +132,6 @@ def plan_run(config: PreTrainingConfig) -> Plan:
     batches = [rows for part in parts for rows in part if len(rows)]
     padded = [(len(rows) * int(sampler.lengths[rows].max()), len(rows)) for rows in batches]
 
-    tokens = {name: planned_tokens(target) for name, target in config.targets.items()}
     with torch.device("meta"):  # shapes without memory
         model = SpearForPreTraining(planned_architecture(config, tokens))
     encoder = sum(parameter.numel() for parameter in model.spear.parameters())
@@ -150,6 +162,7 @@ def plan_run(config: PreTrainingConfig) -> Plan:
         step_flops=step_flops,
         seconds_to_go=(config.max_steps - step) * seconds,
         pace=pace,
+        cache=None if stream is None else stream.task,
     )
 
 

@@ -4,6 +4,7 @@
 OUTPUT/
     config.yaml         every setting of the run
     sources.json        the token stores that it has begun with: those on the Hub at a commit
+    unigrams.json       how often each token occurs in training: what held-out audio is compared with
     metrics.jsonl       one object per step
     evaluation.jsonl    one object per validation
     averaged.jsonl      what the averaged weights score on held-out audio, once they are published
@@ -35,6 +36,7 @@ class RunFolder:
         self.path = Path(output_dir)
         self.config = self.path / "config.yaml"
         self.sources = self.path / "sources.json"
+        self.unigrams = self.path / "unigrams.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
         self.averaged = self.path / "averaged.jsonl"

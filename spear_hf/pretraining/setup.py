@@ -1,7 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What a configuration stands for: the model, and the datasets with their batches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,13 @@ import torch
 
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
-from ..data.bucketing import BucketingSampler, visiting_rates
-from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape, domain_of
+from ..data.bucketing import BucketingSampler, GlobalBatches, visiting_rates
+from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape
 from ..data.manifest import Utterance, read_manifest
 from ..data.mixing import Mixer
 from ..data.seeding import keyed_seed
+from ..data.utterances import known_domains
+from ..data.windows import WindowedSampler
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import label_ratio
@@ -74,15 +76,15 @@ def uses_bf16(config: ExecutionConfig) -> bool:
     return config.precision == "bf16"
 
 
-def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> BucketingSampler:
+def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> GlobalBatches:
     """The order of the training utterances."""
-    return BucketingSampler(
-        cropped(corpus.training_lengths, config),
-        round(config.data.batch_seconds * SAMPLING_RATE),
-        jitter=config.data.length_jitter,
-        seed=config.seed,
-        rates=visiting_rates([domain_of(utterance) for utterance in corpus.training], config.data.domain_weights),
-    )
+    lengths = cropped(corpus.training_lengths, config)
+    cap = round(config.data.batch_seconds * SAMPLING_RATE)
+    rates = visiting_rates(known_domains(corpus.training), config.data.domain_weights)
+    jitter, seed = config.data.length_jitter, config.seed
+    if corpus.windows is None:
+        return BucketingSampler(lengths, cap, jitter=jitter, seed=seed, rates=rates)
+    return WindowedSampler(lengths, cap, corpus.windows, jitter=jitter, seed=seed, rates=rates)
 
 
 def cropped(lengths: np.ndarray, config: PreTrainingConfig) -> np.ndarray:
@@ -92,15 +94,16 @@ def cropped(lengths: np.ndarray, config: PreTrainingConfig) -> np.ndarray:
 
 def build_dataset(
     config: PreTrainingConfig,
-    utterances: list[Utterance],
+    utterances: Sequence[Utterance],
     stores: Mapping[str, Tokens],
     architecture: SpearConfig,
     feature_extractor: SpearFeatureExtractor,
     lengths: np.ndarray | None = None,
+    windows: np.ndarray | None = None,
 ) -> PreTrainingDataset:
     """Batches of `utterances`, masked as the configuration says; with their `lengths` in samples mixed as well.
 
-    Without, nothing is mixed: held-out audio is heard as it is.
+    Without, nothing is mixed: held-out audio is heard as it is. `windows`: what is mixed is of the same one.
     """
     return PreTrainingDataset(
         utterances,
@@ -113,11 +116,13 @@ def build_dataset(
         cache_audio=config.execution.cache_audio,
         offsets={name: target.offset for name, target in config.targets.items()},
         domains={name: target.domains for name, target in config.targets.items()},
-        mixer=None if lengths is None else build_mixer(config, utterances, lengths),
+        mixer=None if lengths is None else build_mixer(config, utterances, lengths, windows),
     )
 
 
-def build_mixer(config: PreTrainingConfig, utterances: list[Utterance], lengths: np.ndarray) -> Mixer | None:
+def build_mixer(
+    config: PreTrainingConfig, utterances: Sequence[Utterance], lengths: np.ndarray, windows: np.ndarray | None
+) -> Mixer | None:
     """What is added to the training utterances; None where the configuration adds nothing."""
     mixing = config.mixing
     if mixing.noise_probability == 0 and mixing.token_probability == 0:
@@ -125,4 +130,4 @@ def build_mixer(config: PreTrainingConfig, utterances: list[Utterance], lengths:
     noise = None
     if mixing.noise_probability and mixing.noise_manifest is not None:
         noise = read_manifest(mixing.noise_manifest)
-    return Mixer(mixing, utterances, cropped(lengths, config), noise, config.seed, CROP_GRID)
+    return Mixer(mixing, utterances, cropped(lengths, config), noise, config.seed, CROP_GRID, windows)

@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from ..data.collation import needs_target
+from ..data.collation import needing_target
 from ..data.manifest import Utterance
 from ..mvq.quantize import train_tokenizer
 from ..mvq.quantizer_files import CONFIG_NAME
@@ -45,8 +45,7 @@ def prepare_stores(
                 f"tokenizer with --set targets.{name}.tokenizer=PATH."
             )
         training, validation = (
-            [utterance for utterance in group if needs_target(name, utterance.domain, target.domains)]
-            for group in (corpus.training, corpus.validation)
+            needing_target(name, group, target.domains) for group in (corpus.training, corpus.validation)
         )
         if not training:
             raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Masked prediction on held-out audio, against always guessing each codebook's most frequent token (the unigram)."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,15 @@ from accelerate import Accelerator
 
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler
-from ..data.collation import MicroBatch, PreTrainingDataset, StepDataset, Tokens, domain_of
+from ..data.collation import MicroBatch, PreTrainingDataset, StepDataset, Tokens
 from ..data.manifest import DOMAINS
+from ..data.utterances import known_domains
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import IGNORED
+from ..mvq.atomic_files import write_atomically
+from .corpus import Corpus
 from .metrics import StepSums, codebooks_of, ratio
+from .run_folder import RunFolder
 
 
 # So many utterances are enough for the distribution of the tokens: 2,000 of 10 s are a million frames.
@@ -29,6 +34,7 @@ class Unigram:
     """
 
     def __init__(self, counts: np.ndarray) -> None:
+        self.counts = counts
         self.most_frequent = torch.from_numpy(counts.argmax(axis=1))  # (codebooks,)
         smoothed = counts + 1.0  # a token that never occurred in training must not cost infinitely much
         self.log_probabilities = torch.from_numpy(np.log(smoothed / smoothed.sum(axis=1, keepdims=True)))
@@ -61,6 +67,25 @@ class Unigram:
         return torch.stack([cost.sum(), correct.sum().double(), torch.tensor(float(len(rows)), dtype=torch.float64)])
 
 
+def load_unigrams(
+    stores: Mapping[str, Tokens], corpus: Corpus, at_hand: np.ndarray, folder: RunFolder
+) -> dict[str, Unigram]:
+    """Of each teacher, counted over the training utterances `at_hand` at the run's first start, and read from then on.
+
+    So a resumed run compares with what the run began with, whichever shards are there now.
+    """
+    if folder.unigrams.is_file():
+        stored = json.loads(folder.unigrams.read_text(encoding="utf-8"))
+        return {name: Unigram(np.array(stored[name])) for name in stores}
+    unigrams = {}
+    for name, store in stores.items():
+        ids = corpus.training.take(at_hand).ids
+        unigrams[name] = Unigram.of_tokens(store, [id for id in ids if id in store])
+    counts = {name: unigram.counts.tolist() for name, unigram in unigrams.items()}
+    write_atomically(folder.unigrams, json.dumps(counts).encode())
+    return unigrams
+
+
 class Validator:
     """Runs the model over the held-out utterances, masked the same way each time.
 
@@ -80,8 +105,9 @@ class Validator:
         accelerator: Accelerator,
     ) -> None:
         self.unigrams = dict(unigrams)
-        present = {domain_of(utterance) for utterance in dataset.utterances}
+        present = set(known_domains(dataset.utterances))
         self.domains = [domain for domain in DOMAINS if domain in present]
+        self.target_domains = dataset.domains
         self.accelerator = accelerator
         samples = round(batch_seconds * SAMPLING_RATE)
         sampler = BucketingSampler(lengths, samples, shuffle=False)
@@ -95,7 +121,7 @@ class Validator:
         """Losses and accuracies on masked and unmasked frames and, on the same masked frames, the unigram's."""
         teachers = list(model.prediction_heads)
         device = self.accelerator.device
-        sums = StepSums(codebooks_of(model), self.domains, device)
+        sums = StepSums(codebooks_of(model), self.domains, device, self.target_domains)
         baseline = torch.zeros(len(teachers), 3, dtype=torch.float64)
         was_training = model.training
         model.eval()
