@@ -397,6 +397,25 @@ def test_cuda_equals_cpu(model_class):
 
 
 @pytest.mark.gpu
+def test_compiled_layers_train_on_a_gpu():
+    """Under autocast to bfloat16, at three lengths, against the same without compilation."""
+    torch.compiler.reset()
+    model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0).train().cuda()
+    compiled = copy.deepcopy(model)
+    compiled.compile_layers()
+    for frames in (75, 131, 98):
+        values = inputs(SpearForPreTraining, labels=True, frames=frames)
+        values = {name: value.cuda() for name, value in values.items()}
+        for each in (model, compiled):
+            each.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                each(**values).loss.backward()
+        one, other = (torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, compiled))
+        assert (one - other).norm() < 0.05 * one.norm()
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
 @every_model
 def test_cuda_in_half_precision(model_class):
     """Outputs and gradients in bfloat16, whose convolutions take another way, against those in float32 on the CPU."""
