@@ -36,7 +36,7 @@ def environment(hub: HubServer, home: Path, token: str = GOOD) -> dict[str, str]
         "HF_HUB_DISABLE_TELEMETRY": "1",
         # The host of the dataset viewer, "datasets-server." before the Hub's, must not be looked up in a network.
         "http_proxy": hub.endpoint,
-        "no_proxy": "127.0.0.1",
+        "no_proxy": "127.0.0.1,localhost",
     }
 
 

@@ -3,7 +3,7 @@
 
 They create, fill, read and revise them. A dataset is known by its path, as "datasets/tester/voices".
 
-Two listeners, as with the real Hub: the Hub itself, and the storage that large files are sent to and read from under
+Two listeners of unlike hosts, as of the real Hub: itself, and the storage that large files are sent to and read from under
 signed addresses. Point a client at it with HF_ENDPOINT, set before huggingface_hub is imported, and with
 HF_HUB_DISABLE_XET=1: the Xet protocol is a compiled client of its own, which without it would be used for uploads.
 The host of the dataset viewer, which `datasets` derives from the Hub's, has no address: the Hub is its proxy. All of
@@ -118,7 +118,8 @@ class HubServer:
         self._drops: dict[tuple[str, str], list[int]] = {}
         self._listeners = [self._listener(HubHandler), self._listener(StorageHandler)]
         self.endpoint, self.storage_endpoint = (
-            f"http://127.0.0.1:{listener.server_address[1]}" for listener in self._listeners
+            f"http://{host}:{listener.server_address[1]}"
+            for host, listener in zip(("127.0.0.1", "localhost"), self._listeners)
         )
 
     def _listener(self, handler: type["Handler"]) -> ThreadingHTTPServer:

@@ -80,7 +80,7 @@ def test_independent_of_the_batch():
 
 
 @torch.no_grad()
-def test_saved_and_loaded(tmp_path):
+def test_saved_and_loaded(tmp_path, caplog):
     model = quantize_linear_layers(tiny_model(SpearForCTC))
     assert type(model.lm_head) is nn.Linear
     model.save_pretrained(tmp_path)
@@ -91,9 +91,11 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(loaded.eval()(**inputs()).logits, model(**inputs()).logits)
     encoder = AutoModel.from_pretrained(tmp_path).eval()
     assert torch.equal(encoder(**inputs()).last_hidden_state, model.spear(**inputs()).last_hidden_state)
-    half, _ = load_encoder(tmp_path, "cpu", "bfloat16")
+    single, _ = load_encoder(tmp_path, "cpu", "bfloat16")
+    assert "float32, not in torch.bfloat16" in caplog.text
+    assert torch.equal(single(**inputs()).last_hidden_state, encoder(**inputs()).last_hidden_state)
     with pytest.raises(ValueError, match=r"float32, not torch\.bfloat16"):
-        half(**inputs())
+        single.bfloat16()(**inputs())
 
 
 def test_what_is_refused(tmp_path):

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modeling_spear import SpearPreTrainedModel
 
+
+logger = logging.get_logger(__name__)
 
 METHOD = "spear_int8"
 
@@ -108,6 +111,11 @@ class SpearInt8Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         _replace(model)
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        if dtype not in (None, torch.float32):
+            logger.warning("A model in int8 is computed in float32, not in %s: dtype is ignored.", dtype)
+        return torch.float32
 
     def is_serializable(self) -> bool:
         return True
