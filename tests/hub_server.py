@@ -3,7 +3,7 @@
 
 They create, fill, read and revise them. A dataset is known by its path, as "datasets/tester/voices".
 
-Two listeners of unlike hosts, as of the real Hub: itself, and the storage that large files are sent to and read from under
+Two listeners, as with the real Hub, of unlike hosts: the Hub itself, and the storage where large files are, under
 signed addresses. Point a client at it with HF_ENDPOINT, set before huggingface_hub is imported, and with
 HF_HUB_DISABLE_XET=1: the Xet protocol is a compiled client of its own, which without it would be used for uploads.
 The host of the dataset viewer, which `datasets` derives from the Hub's, has no address: the Hub is its proxy. All of
