@@ -509,7 +509,7 @@ def test_schedules_do_not_compile_a_model_again():
             losses.append(forward(**make_inputs()).loss)
             losses[-1].backward()
             regularizers.count_votes(regularizers.collect_votes().tolist())
-        assert torch.equal(*losses)
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)  # plain layers take faster ways, compiled ones do not
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[2:] == graphs[2:3] * 4  # shapes become dynamic within the first two
     torch._dynamo.reset()
