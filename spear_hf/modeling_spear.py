@@ -42,6 +42,7 @@ logger = logging.get_logger(__name__)
 MIN_FRAMES = 9  # of the 100 Hz filter bank: the stem turns m frames into (m - 7) // 2
 LOGITS_AT_ONCE = 2**24  # of the pre-training heads: 67 MB in float32
 STEM_FRAMES_AT_ONCE = 128  # of an utterance, without gradients: 6 MB of the widest tensor of the base size
+MAX_GRAPHS = 64  # of `compile_layers`, for one method; torch gives up after 8 and goes on without a word of error
 FRAMES_AT_ONCE = 4096  # of all utterances in the feed-forward modules, without gradients
 
 # Names in published checkpoints -> ours. No rule matches a key of ours.
@@ -135,17 +136,32 @@ class SpearForPreTrainingOutput(ModelOutput):
 
 def swoosh_l(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x - 4)) - 0.08 x - 0.035, of any shape."""
-    return F.softplus(x - 4.0).add_(x, alpha=-0.08).sub_(0.035)  # in place, but never in `x`
+    return _swoosh(x, 4.0, 0.035)
 
 
 def swoosh_r(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, zero at zero; of any shape."""
-    return F.softplus(x - 1.0).add_(x, alpha=-0.08).sub_(0.313261687)
+    return _swoosh(x, 1.0, 0.313261687)
+
+
+def _swoosh(x: torch.Tensor, offset: float, constant: float) -> torch.Tensor:
+    if torch.compiler.is_compiling():  # one kernel, whose inner precision costs nothing
+        wide = widened(x)
+        return (F.softplus(wide - offset) - 0.08 * wide - constant).to(x.dtype)
+    return F.softplus(x - offset).add_(x, alpha=-0.08).sub_(constant)  # in place, but never in `x`
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
     """In float32, or float64 where it is: for squares and long sums, which overflow half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """The first half of the channels times the sigmoid of the second half."""
+    if torch.compiler.is_compiling():  # whose gradient would go through memory in float32
+        value, gate = x.chunk(2, dim=-1)
+        return value * gate.sigmoid()
+    return F.glu(x, dim=-1)
 
 
 def with_init_scale(module: nn.Module, scale: float | None = None) -> nn.Module:
@@ -178,7 +194,8 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
     i * (2 * length - 1) + length - 1 + j: rows that are one shorter, from place `length - 1` on.
     """
     length = scores.shape[-2]
-    if torch.compiler.is_exporting():  # the view asks more of a dynamic length than an exported graph can promise
+    # The view asks more of a dynamic length than an exported graph can promise. torch.compile takes itself for export.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         offsets = torch.arange(length, device=scores.device)
         index = length - 1 + offsets[None, :] - offsets[:, None]
         return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
@@ -269,18 +286,25 @@ class SpearAttentionWeights(nn.Module):
         self, hidden_states: torch.Tensor, position_table: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weights `(batch, heads, frames, frames)`; frames with `key_mask` `(batch, frames)` False get none."""
+        return self.normalize(self.scores(hidden_states, position_table), key_mask)
+
+    def scores(self, hidden_states: torch.Tensor, position_table: torch.Tensor) -> torch.Tensor:
+        """Scores `(batch, heads, frames, frames)` of every query for every key."""
         query, key, pos_query, positions = self._project(hidden_states, position_table)
         query = query.transpose(1, 2)  # (batch, heads, frames, q)
         key = key.permute(0, 2, 3, 1)  # (batch, heads, q, frames)
         pos_query = pos_query.transpose(1, 2)  # (batch, heads, frames, p)
         positions = positions.permute(1, 2, 0)  # (heads, p, 2 * frames)
 
-        scores = query @ key + relative_scores(pos_query @ positions)  # (batch, heads, frames, frames)
+        return query @ key + relative_scores(pos_query @ positions)
+
+    def normalize(self, scores: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        """Weights of scores, in their dtype: autocast would leave them in float32, for each module to convert."""
         if scores.dtype == torch.float16:  # what overflowed stays the largest, or larger than what is masked
             scores = scores.nan_to_num(0.0, neginf=-6e4)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1)
+        return scores.softmax(dim=-1).to(scores.dtype)
 
     def blockwise(
         self, hidden_states: torch.Tensor, position_table: torch.Tensor, key_mask: torch.Tensor | None = None
@@ -363,8 +387,8 @@ def channels_last(weight: torch.Tensor) -> torch.Tensor:
 
 def computes_in_half(hidden_states: torch.Tensor) -> bool:
     """Whether this is on a GPU and convolutions of it are in half precision: with channels last in memory these are
-    then several times as fast, but slow in full precision. A compiler chooses for itself."""
-    if not hidden_states.is_cuda or torch.compiler.is_compiling():
+    then several times as fast, but slow in full precision."""
+    if not hidden_states.is_cuda:
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype
     return dtype in (torch.float16, torch.bfloat16)
@@ -403,7 +427,7 @@ class SpearConvolution(nn.Module):
         self.out_proj = with_init_scale(nn.Linear(size, size), 0.05)
 
     def forward(self, hidden_states: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden_states = F.glu(project(self.in_proj, hidden_states), dim=-1)
+        hidden_states = gated(project(self.in_proj, hidden_states))
         if valid_mask is not None:
             hidden_states = hidden_states.masked_fill(~valid_mask[:, :, None], 0.0)
         hidden_states = self.depthwise_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
@@ -482,7 +506,7 @@ class SpearDownsample(nn.Module):
         groups = (frames + self.factor - 1) // self.factor
         index = torch.arange(groups * self.factor, device=hidden_states.device).clamp(max=frames - 1)
         if valid_mask is None:
-            hidden_states = hidden_states[:, index]
+            hidden_states = hidden_states.index_select(1, index)
         else:
             # Each utterance's own last frame, so that it does not depend on what it is batched with.
             last = (valid_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # (batch, 1)
@@ -716,15 +740,19 @@ class SpearPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
-        """Compile every layer where it is, for any batch and length.
+        """Compile the stem, every layer and what is between the stacks where they are, for any batch and length.
 
         Layers of one kernel size share a graph. `torch.compile` of the model makes one of all layers, one after the
         other, and takes several times as long. For GPUs: on a CPU nothing is faster than the model as it is.
         """
-        # Memory formats that the compiler chooses for convolutions would fix the length, on a CPU.
+        # Graphs of all layers together, of which there is one for each kernel size, dtype, mode, and mask or none.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
+        # The memory formats of convolutions are chosen here; those that the compiler chooses would fix the length.
         options = {"layout_optimization": False} if backend == "inductor" else None
+        between = [stack.out_combiner for stack in self.modules() if isinstance(stack, SpearDownsampledStack)]
         for module in self.modules():
-            if isinstance(module, SpearLayer):
+            if isinstance(module, (SpearStem, SpearLayer, SpearDownsample)) or module in between:
                 module.compile(backend=backend, dynamic=True, options=options)
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
@@ -1333,8 +1361,9 @@ class SpearForPreTraining(SpearHeadModel):
         hidden_states `(n, dim)`, labels `(n, codebooks)`, masked `(n,)`.
         """
         codebook_size = self.config.pretraining_targets[name]["codebook_size"]
-        logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size)).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size))
+        log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
+        losses = F.nll_loss(log_probabilities.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
         known = labels != -100
         correct = (logits.argmax(dim=-1) == labels) & known  # (n, codebooks)
         per_frame = known.sum(dim=-1).clamp(min=1)

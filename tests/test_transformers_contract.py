@@ -2,11 +2,14 @@
 """What transformers demands of every model, for the encoder and each head: compact versions of its common tests."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._functorch.aot_autograd import make_boxed_func
 from transformers import AutoModel
 from transformers.utils import ModelOutput
 
@@ -314,7 +317,7 @@ def test_one_graph_serves_every_length():
 
 
 def test_compiled_layers_share_graphs_at_every_length():
-    """Two kernel sizes, in training and in evaluation."""
+    """The stem, two kernel sizes, a downsampling and its combination, in training and in evaluation."""
     torch.compiler.reset()
     model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0)
     graphs = CompileCounter()
@@ -334,7 +337,50 @@ def test_compiled_layers_share_graphs_at_every_length():
         with torch.no_grad():
             states = [each.eval()(**values, output_hidden_states=True).hidden_states for each in (model, compiled)]
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*states))
-    assert graphs.frame_count == 4
+    assert graphs.frame_count == 10
+    torch.compiler.reset()
+
+
+def test_compiled_layers_gather_no_scores():
+    """Scores by key are a view of those by offset: gathered, they would cost a pass and their gradient atomics."""
+    torch.compiler.reset()
+    sizes = {"num_layers_per_stack": [1], "downsampling_factors": [1], "conv_kernel_sizes": [5]}
+    model, operations = SpearModel(tiny_config(**sizes)), set()
+
+    def look(graph, inputs):
+        operations.update(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    model.compile_layers(backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    model.train()(inputs()["input_features"]).last_hidden_state.sum().backward()
+    scores = {torch.ops.aten.as_strided.default, torch.ops.aten.slice.Tensor} & operations
+    assert scores
+    assert not {torch.ops.aten.gather.default, torch.ops.aten.scatter_add.default} & operations
+    torch.compiler.reset()
+
+
+def test_compiled_layers_have_graphs_for_every_way_they_are_called():
+    """More than torch's limit of 8, which leaves what comes after that uncompiled."""
+    torch.compiler.reset()
+    sizes = {"num_layers_per_stack": [1, 1], "downsampling_factors": [1, 1], "conv_kernel_sizes": [5, 3]}
+    model = SpearModel(tiny_config(hidden_dropout=0.0, position_dropout=0.0, **sizes))
+    compiled = copy.deepcopy(model)
+    counter = CompileCounter()
+    compiled.compile_layers(backend=counter)
+    ways = [*itertools.product((True, False), (True, False), (True,)), (True, True, False)]
+    for again in (False, True):
+        for masked, trains, autocasts in ways:
+            values = inputs()
+            if not masked:
+                del values["attention_mask"]
+            graphs = counter.frame_count
+            with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+                expected = model.train(trains)(**values).last_hidden_state
+                output = compiled.train(trains)(**values).last_hidden_state
+            tolerance = 0.05 if autocasts else 1e-5
+            assert (output - expected).norm() < tolerance * expected.norm()
+            assert (counter.frame_count == graphs) == again
+    assert counter.frame_count >= 3 * len(ways)  # the stem's and two of layers
     torch.compiler.reset()
 
 

@@ -8,9 +8,8 @@ A branch that is skipped is multiplied by 0, so that its parameters keep a gradi
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from ..modeling_spear import SpearAttentionWeights, SpearBypass, relative_scores
+from ..modeling_spear import SpearAttentionWeights, SpearBypass
 from .regularizers_schedules import FEATURE_MASK_PROBABILITY, SCORE_LIMIT
 
 
@@ -127,21 +126,10 @@ def penalized_attention_weights(
     key_mask: torch.Tensor | None,
     penalty: float | torch.Tensor,
 ) -> torch.Tensor:
-    """`SpearAttentionWeights.forward`, to the bit, on the plain path and with the penalty on its scores."""
-    heads, query_dim, pos_dim = module.num_heads, module.query_head_dim, module.pos_head_dim
-    query, key, pos_query = module.in_proj(hidden_states).split(
-        [heads * query_dim, heads * query_dim, heads * pos_dim], dim=-1
-    )
-    query = query.unflatten(-1, (heads, query_dim)).transpose(1, 2)  # (batch, heads, frames, query_dim)
-    key = key.unflatten(-1, (heads, query_dim)).permute(0, 2, 3, 1)  # (batch, heads, query_dim, frames)
-    pos_query = pos_query.unflatten(-1, (heads, pos_dim)).transpose(1, 2)
-    positions = module.linear_pos(position_table).unflatten(-1, (heads, pos_dim)).permute(1, 2, 0)
-    scores = query @ key + relative_scores(pos_query @ positions)  # (batch, heads, frames, frames)
+    """`SpearAttentionWeights.forward`, with the penalty on its scores."""
     real = None if key_mask is None else key_mask[:, None, :, None] & key_mask[:, None, None, :]
-    scores = PenalizeScores.apply(scores, penalty, real)
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    return F.softmax(scores, dim=-1)
+    scores = PenalizeScores.apply(module.scores(hidden_states, position_table), penalty, real)
+    return module.normalize(scores, key_mask)
 
 
 def bypass_with_scale(
