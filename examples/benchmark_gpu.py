@@ -4,11 +4,12 @@
     python examples/benchmark_gpu.py --output model_cards/benchmarks/gpu.csv
 
 Random weights, batches of utterances of 10 s that lie on the GPU as waveforms, features included. Inference returns
-all hidden states. A training step is forward, backward and AdamW (fused) of a CTC head in bfloat16 autocast, and of
-pre-training with 16 codebooks of 256; MFU is three times the products and convolutions of the forward pass, as
-`spear_hf.pretraining.flops` counts them for SPEAR and torch counts them for WavLM, over the bfloat16 peak of the data
-sheet. Compiled models are timed after they were compiled, which `compile_seconds` tells. Before anything is timed, the
-hidden states of a batch are compared with those of the CPU. A part that fails makes a row with its error.
+all hidden states. A training step is forward, backward and AdamW (fused) of a CTC head in bfloat16 autocast, of
+pre-training with 16 codebooks of 256, and of that with the recipe's regularisers; MFU is three times the products and
+convolutions of the forward pass, as `spear_hf.pretraining.flops` counts them for SPEAR and torch counts them for
+WavLM, over the bfloat16 peak of the data sheet. Compiled models are timed after they were compiled, which
+`compile_seconds` tells. Before anything is timed, the hidden states of a batch are compared with those of the CPU. A
+part that fails makes a row with its error.
 """
 
 import argparse
@@ -32,10 +33,13 @@ from transformers import WavLMConfig, WavLMForCTC, WavLMModel
 from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearForPreTraining, SpearModel
 from spear_hf.evaluation.plots import BLUE, GREEN, ORANGE, new_figure, save_figure, styled
 from spear_hf.pretraining.flops import FLOPS_OF_A_STEP, forward_flops, peak_flops
+from spear_hf.pretraining.regularizers import install_regularizers
+from spear_hf.pretraining.regularizers_config import RegularizersConfig
 
 
 RATE = 16000
 SECONDS = 10.0
+ADJUSTED_BATCHES = 20000.0  # of the regularisers' schedules: where most of them have come to rest
 LABELS = 120  # characters of 10 s of speech
 VOCABULARY = 32
 TOLERANCE = 1e-4  # of hidden states in float32, GPU against CPU, relative to the largest activation
@@ -219,7 +223,7 @@ def inference(contender: str, batches: list[int], modes: list[str], budget: floa
 
 
 def training(contender: str, batch: int, mode: str, budget: float) -> Row:
-    """A step with a CTC head, or (contender `pretrain-SIZE`) of pre-training."""
+    """A step with a CTC head, or of pre-training (contender `pretrain-SIZE`, with regularisers `recipe-SIZE`)."""
     family, size = contender.split("-")
     row = Row("training", contender, batch, "bfloat16", mode)
     flops: list[float] = []  # of a step
@@ -250,11 +254,15 @@ def training(contender: str, batch: int, mode: str, budget: float) -> Row:
                 "mask_time_indices": torch.rand(batch, features.shape[1], device="cuda") < 0.49,
             }
         model.train()
+        regularizers = None
+        if family == "recipe":
+            regularizers = install_regularizers(model, RegularizersConfig(enabled=True), in_graph=mode == "layers")
+            regularizers.set_step(ADJUSTED_BATCHES, float(batch * frames))
         if family == "wavlm":
             flops.append(FLOPS_OF_A_STEP * torch_flops(model, **inputs))
         else:
-            frames = inputs["input_features"].shape[1]
-            flops.append(FLOPS_OF_A_STEP * batch * forward_flops(model.config, frames, family == "pretrain"))
+            num_frames = inputs["input_features"].shape[1]
+            flops.append(FLOPS_OF_A_STEP * batch * forward_flops(model.config, num_frames, family != "spear"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         call = prepared(model, mode, inputs)
 
@@ -262,6 +270,8 @@ def training(contender: str, batch: int, mode: str, budget: float) -> Row:
             with torch.autocast("cuda", torch.bfloat16):
                 loss = call(**inputs).loss
             loss.backward()
+            if regularizers is not None:
+                regularizers.count_votes(regularizers.collect_votes().tolist())
             optimizer.step()
             optimizer.zero_grad()
 
@@ -299,8 +309,11 @@ def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) 
     if "compiled-inference" in parts:
         yield from inference(f"spear-{sizes[0]}", batches[-1:], ["compiled"], budget, "bfloat16")
     if "compiled-training" in parts:
-        for mode in ("eager", "layers", "compiled"):
-            yield training(f"pretrain-{sizes[0]}", 32, mode, budget)
+        for batch in (32, 60):  # 60: as many seconds as a device has at once in the shipped configurations
+            for contender in (f"pretrain-{sizes[0]}", f"recipe-{sizes[0]}"):
+                for mode in ("eager", "layers"):
+                    yield training(contender, batch, mode, budget)
+        yield training(f"pretrain-{sizes[0]}", 32, "compiled", budget)
 
 
 @styled
@@ -312,7 +325,7 @@ def draw(measured: list[Row]) -> Any:
         largest = {(row.contender, row.mode): row for row in sorted(chosen, key=lambda row: row.batch)}
         names = [f"{contender}, {mode}, batch {row.batch}" for (contender, mode), row in largest.items()]
         rates = [row.audio_per_second for row in largest.values()]
-        colours = {"spear": BLUE, "wavlm": ORANGE, "pretrain": GREEN}
+        colours = {"spear": BLUE, "wavlm": ORANGE, "pretrain": GREEN, "recipe": GREEN}
         bars = axes.barh(names, rates, color=[colours[name.split("-")[0]] for name in names])
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
         axes.invert_yaxis()

@@ -624,6 +624,7 @@ class SpearStem(nn.Module):
     def __init__(self, config: SpearConfig):
         super().__init__()
         channels = config.stem_channels
+        self.num_mel_bins = config.num_mel_bins
         self.conv1 = with_init_scale(nn.Conv2d(1, channels[0], 3, padding=(0, 1)))
         self.conv2 = with_init_scale(nn.Conv2d(channels[0], channels[1], 3, stride=2))
         self.conv3 = with_init_scale(nn.Conv2d(channels[1], channels[2], 3, stride=(1, 2)))
@@ -635,6 +636,11 @@ class SpearStem(nn.Module):
 
     def forward(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, m, num_mel_bins)` to `(batch, (m - 7) // 2, hidden_size)`; the mask is that of the result."""
+        if input_features.shape[-1] != self.num_mel_bins:  # also for the compiler, to which it is a constant from here
+            raise ValueError(
+                f"`input_features` has {input_features.shape[-1]} mel bins, but the model takes {self.num_mel_bins} "
+                "(`config.num_mel_bins`, `feature_size` of its feature extractor)."
+            )
         hidden_states = input_features[:, None]  # (batch, 1, m, bins)
         parts = [module for module in self.modules() if module is not self]
         if can_run_in_blocks(self, input_features) and not is_watched(*parts):

@@ -330,6 +330,20 @@ def test_two_ranks_learn_what_one_would_with_scaled_adam(runs):
     assert max(factors[0][10:]) < 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_layers_with_regularisers_are_killed(runs):
+    settings = "regularizers.enabled=true", "execution.compile=true"
+    whole, killed = runs.folder / "compiled", runs.folder / "compiled-killed"
+    assert runs.run(whole, *settings, patience=1500) == 0, runs.log(whole)
+    process = runs.start(killed, *settings)
+    wait_for(has_steps(killed, 10), process, seconds=600)
+    kill([process])
+    assert 10 <= len(metrics(killed)) < STEPS, "the run was over before it was killed"
+    assert runs.run(killed, *settings, resume=True, patience=1500) == 0, runs.log(killed)
+    assert_same_run(killed, whole)
+
+
 def test_two_ranks_with_everything_on_are_killed(runs):
     """The paper's optimiser, regularisers, mixing of noise and of tokens, and an average of the weights."""
     settings = (

@@ -384,6 +384,26 @@ def test_compiled_layers_have_graphs_for_every_way_they_are_called():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_layers_compiled_by_inductor_train_at_every_length():
+    torch.compiler.reset()
+    model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0).train()
+    compiled = copy.deepcopy(model)
+    compiled.compile_layers()
+    for frames, autocasts in itertools.product((75, 131, 98), (False, True)):
+        values = inputs(SpearForPreTraining, labels=True, frames=frames)
+        gradients = []
+        for each in (model, compiled):
+            each.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+                each(**values).loss.backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in each.parameters()]))
+        difference = (gradients[0] - gradients[1]).norm()
+        assert difference < (0.05 if autocasts else 1e-4) * gradients[0].norm()
+    torch.compiler.reset()
+
+
 @every_model
 @torch.no_grad()
 def test_exports_with_dynamic_batch_and_time(model_class):

@@ -371,9 +371,10 @@ class ExecutionConfig:
     ranks (FSDP2), for models that do not fit. Checkpoints are the same files."""
 
     compile: bool = False
-    """Compile the layers with torch.compile, for any length (`SpearModel.compile_layers`): for GPUs, where a step has
-    fewer kernels and the first ones take a minute or two. Rounding differs from that of a model that is not compiled.
-    Not with fsdp, and to little effect with regularizers, which come between the operations of a layer."""
+    """Compile the stem and the layers with torch.compile, for any length (`SpearModel.compile_layers`), regularizers
+    with them: for GPUs, where a step then has half the kernels and moves two fifths of the bytes, and the first ones
+    take a minute or two. Rounding differs from that of a model that is not compiled, and regularizers draw other
+    numbers. Not with fsdp."""
 
     num_workers: int = 0
     """Processes that prepare batches ahead; 0: the training process itself."""

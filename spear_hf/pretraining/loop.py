@@ -165,15 +165,10 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         if average is not None:
             first_averaged = average.start  # that of the checkpoint, where it goes on with its samples
         first_averaged = broadcast_object_list([first_averaged])[0]
-        regularizers = install_regularizers(bare_model, config.regularizers)
+        regularizers = install_regularizers(bare_model, config.regularizers, in_graph=config.execution.compile)
         if saved:
             regularizers.load(saved)
         if config.execution.compile:
-            if config.regularizers.enabled:
-                logger.warning(
-                    "execution.compile=true with regularizers.enabled=true: these come between the operations of a "
-                    "layer, and hardly anything of it is compiled. Leave one of them out."
-                )
             bare_model.compile_layers()
         if config.execution.sharding == "fsdp":
             shard(bare_model, optimizer, accelerator)

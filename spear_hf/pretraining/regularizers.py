@@ -18,6 +18,7 @@ Ranks may draw differently. The only state is Whiten's (see `WhitenState`), whic
 
 torch.compile: hooks and the replaced methods run eagerly (`torch.compiler.disable`), so a compiled model breaks its
 graph around them, but no schedule and no draw is a constant of a graph: nothing is compiled twice because of them.
+`in_graph=True` puts them into the graphs, for layers that are compiled one by one: regularizers_graph.py.
 """
 
 import json
@@ -74,11 +75,16 @@ FILE_NAME = "regularizers.json"
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-def install_regularizers(model: nn.Module, config: RegularizersConfig) -> "Regularizers":
+def install_regularizers(model: nn.Module, config: RegularizersConfig, in_graph: bool = False) -> "Regularizers":
     """Installs what `config` asks for on a SPEAR encoder, or on a model that has one as `spear`.
 
-    To be called before the model is wrapped (DDP, compile), and after any copy of it is made.
+    To be called before the model is wrapped (DDP, compile), and after any copy of it is made. `in_graph` is for
+    `SpearModel.compile_layers`; it draws other numbers, of the same distributions.
     """
+    if in_graph:
+        from .regularizers_graph import GraphRegularizers
+
+        return GraphRegularizers(model, config)
     return Regularizers(model, config)
 
 
@@ -186,7 +192,8 @@ class Regularizers:
             self._install_feature_mask(stack)
             for index, layer in enumerate(stack.layers):
                 assert isinstance(layer, SpearLayer)
-                self._install_layer(layer, f"{name}.layers.{index}", skips[place][index])
+                draws = self._layer_draws(stack, layer)
+                self._install_layer(layer, f"{name}.layers.{index}", skips[place][index], draws)
 
     def _install_position_dropout(self, encoder: SpearModel) -> None:
         """The encoder reads the rate from its configuration, which is put back at once: it goes into checkpoints."""
@@ -208,7 +215,7 @@ class Regularizers:
 
     def _install_stem(self, encoder: SpearModel) -> None:
         stem, config = encoder.stem, encoder.config
-        draws = self._draw_before(stem)
+        draws = self._stem_draws(encoder)
         scale = self._scale_gradient if self.config.stem_gradient_scale else None
         self._after(stem.conv1, scale, self._balancer("stem_conv1", draws, dim=1))
         self._after(stem.conv2, self._balancer("stem_conv2", draws, dim=1))
@@ -221,36 +228,43 @@ class Regularizers:
             self._whiten("convnext_output", "stem.convnext", draws, dim=1),
         )
         self._after(stem.out_proj, self._whiten("stem_output", "stem.out_proj", draws))
-        self._install_dropout(stem.dropout)
+        self._install_dropout(stem.dropout, draws)
         if self.config.feature_mask:
             places = draws.new_per_sequence(), draws.new_per_sequence()
             unmasked_size = config.unmasked_hidden_size
             assert unmasked_size is not None  # set by SpearConfig
 
-            def draw_mask(output: torch.Tensor) -> torch.Tensor:
-                self._feature_mask = feature_mask(draws, places, output, unmasked_size)
-                return output
+            def draw_mask(like: torch.Tensor) -> torch.Tensor:
+                self._feature_mask = feature_mask(draws, places, like, unmasked_size)
+                return like
 
-            self._after(stem, draw_mask)
+            self._install_mask_draw(encoder, draw_mask)
+
+    def _install_mask_draw(self, encoder: SpearModel, draw_mask: Transform) -> None:
+        self._after(encoder.stem, draw_mask)
 
     def _install_feature_mask(self, stack: SpearStack) -> None:
         """The stem's draw is handed down to the layers as an argument, so that recomputed layers get the same."""
         if not self.config.feature_mask:
             return
 
-        @torch.compiler.disable
         def hand_down(module: SpearStack, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not module.training or self._feature_mask is None:
                 return None
             mask = self._feature_mask.to(args[0].dtype)
             return (args[0] * mask, *args[1:]), kwargs | {"feature_mask": mask}
 
-        self._undo.append(stack.register_forward_pre_hook(hand_down, with_kwargs=True).remove)
+        self._undo.append(stack.register_forward_pre_hook(torch.compiler.disable(hand_down), with_kwargs=True).remove)
 
-    def _install_layer(self, layer: SpearLayer, name: str, skip: Schedule) -> None:
+    def _stem_draws(self, encoder: SpearModel) -> Draws:
+        return self._draw_before(encoder.stem)
+
+    def _layer_draws(self, stack: SpearStack, layer: SpearLayer) -> Draws:
         # Before the first module inside the layer, which gradient checkpointing calls again: whether it calls the
         # hooks of the layer itself again differs between versions of transformers.
-        draws = self._draw_before(layer.self_attn_weights)
+        return self._draw_before(layer.self_attn_weights)
+
+    def _install_layer(self, layer: SpearLayer, name: str, skip: Schedule, draws: Draws) -> None:
         self._install_attention_weights(layer.self_attn_weights, f"{name}.self_attn_weights", draws)
 
         attention_skip = self._skip("attention_skip", draws)  # one draw for the three modules
@@ -283,11 +297,10 @@ class Regularizers:
         self._after(layer, self._balancer("layer_output", draws), self._whiten("layer_output", name, draws))
         if self.config.feature_mask:
 
-            @torch.compiler.disable
             def mask(module: SpearLayer, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
                 return output * kwargs["feature_mask"] if "feature_mask" in kwargs else None
 
-            self._undo.append(layer.register_forward_hook(mask, with_kwargs=True).remove)
+            self._undo.append(layer.register_forward_hook(self._traced(mask), with_kwargs=True).remove)
 
     def _install_attention_weights(self, module: SpearAttentionWeights, name: str, draws: Draws) -> None:
         keys = module.num_heads * module.query_head_dim
@@ -297,14 +310,9 @@ class Regularizers:
             self._whiten("attention_keys", f"{name}.in_proj", draws, groups=module.num_heads, part=(keys, keys)),
         )
         if self.config.position_skip:
-            decision = draws.new_decision()
-
-            def leave_out(positions: torch.Tensor) -> torch.Tensor:
-                return positions * 0.0 if draws.happens(decision, self.rates["position_skip"]) else positions
-
-            self._after(module.linear_pos, leave_out)
+            self._after(module.linear_pos, self._position_skip(draws))
         if self.config.score_penalty:
-            penalize = draws.new_decision()
+            penalty = self._score_penalty(draws)
 
             def forward(
                 module: SpearAttentionWeights,
@@ -312,13 +320,25 @@ class Regularizers:
                 position_table: torch.Tensor,
                 key_mask: torch.Tensor | None = None,
             ) -> torch.Tensor:
-                if module.training and draws.happens(penalize, SCORE_PENALTY_PROBABILITY):
-                    return penalized_attention_weights(
-                        module, hidden_states, position_table, key_mask, self.score_penalty
-                    )
-                return type(module).forward(module, hidden_states, position_table, key_mask)
+                now = penalty() if module.training else None
+                if now is None:
+                    return type(module).forward(module, hidden_states, position_table, key_mask)
+                return penalized_attention_weights(module, hidden_states, position_table, key_mask, now)
 
             self._replace_forward(module, forward)
+
+    def _position_skip(self, draws: Draws) -> Transform:
+        decision = draws.new_decision()
+
+        def leave_out(positions: torch.Tensor) -> torch.Tensor:
+            return positions * 0.0 if draws.happens(decision, self.rates["position_skip"]) else positions
+
+        return leave_out
+
+    def _score_penalty(self, draws: Draws) -> Callable[[], float | torch.Tensor | None]:
+        """What gives the penalty of this call, None for none."""
+        decision = draws.new_decision()
+        return lambda: self.score_penalty if draws.happens(decision, SCORE_PENALTY_PROBABILITY) else None
 
     def _install_convolution(self, module: SpearConvolution, name: str, draws: Draws) -> None:
         size = self._encoder.config.hidden_size
@@ -332,7 +352,7 @@ class Regularizers:
 
     def _install_feed_forward(self, module: SpearFeedForward, name: str, draws: Draws, number: int) -> None:
         self._after(module.in_proj, self._balancer("feed_forward_hidden", draws))
-        self._install_dropout(module.dropout)
+        self._install_dropout(module.dropout, draws)
         whiten_output = self._whiten("feed_forward_output", name, draws)
         if number == 1:
             self._after(module, whiten_output)
@@ -342,33 +362,48 @@ class Regularizers:
 
     def _install_bypass(self, module: SpearBypass, draws: Draws, skip: str | None = None) -> None:
         """Limits, and where `skip` names a rate the skip of a whole layer."""
-        limit = draws.new_decision() if self.config.bypass_limits else None
-        place = None if skip is None else draws.new_per_sequence()
-        if limit is None and place is None:
+        limit = self._bypass_limit(draws) if self.config.bypass_limits else None
+        skipped = None if skip is None else self._layer_skip(draws, skip)
+        if limit is None and skipped is None:
             return
 
         def forward(module: SpearBypass, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
             scale: torch.Tensor = module.bypass_scale
-            if module.training and limit is not None and draws.happens(limit, BYPASS_LIMIT_PROBABILITY):
-                scale = LimitValue.apply(scale, self.bypass_minimum, BYPASS_MAXIMUM)
-            if module.training and place is not None and skip is not None:
-                scale = scale * draws.keep(place, self.rates[skip], hidden_states).to(scale.dtype)
+            if module.training and limit is not None:
+                scale = limit(scale)
+            if module.training and skipped is not None:
+                scale = scale * skipped(hidden_states).to(scale.dtype)
             return bypass_with_scale(module, residual, hidden_states, scale)
 
         self._replace_forward(module, forward)
 
-    def _install_dropout(self, dropout: Any) -> None:
+    def _bypass_limit(self, draws: Draws) -> Transform:
+        decision = draws.new_decision()
+
+        def limit(scale: torch.Tensor) -> torch.Tensor:
+            if not draws.happens(decision, BYPASS_LIMIT_PROBABILITY):
+                return scale
+            return LimitValue.apply(scale, self.bypass_minimum, BYPASS_MAXIMUM)
+
+        return limit
+
+    def _layer_skip(self, draws: Draws, name: str) -> Transform:
+        """From features to what is 0 where a sequence goes without the layer, else 1: `(batch, 1, 1)`."""
+        place = draws.new_per_sequence()
+        return lambda hidden_states: draws.keep(place, self.rates[name], hidden_states)
+
+    def _install_dropout(self, dropout: Any, draws: Draws) -> None:
         """The module's own rate follows the schedule."""
         if not self.config.dropout:
             return
         configured = dropout.p
         self._dropouts.append(dropout)
         self._undo.append(lambda: setattr(dropout, "p", configured))
+        # Out of compiled graphs, which would hold the rate as a constant.
+        self._replace_forward(dropout, self._dropout_forward(draws))
 
-        def forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-            return type(module).forward(module, hidden_states)
-
-        self._replace_forward(dropout, forward)  # out of compiled graphs, which would hold the rate as a constant
+    def _dropout_forward(self, draws: Draws) -> Callable:
+        return lambda module, hidden_states: type(module).forward(module, hidden_states)
 
     # --------------------------------------------------------------------------- what a place does with its features
 
@@ -425,15 +460,23 @@ class Regularizers:
 
     def _draw_before(self, module: nn.Module) -> Draws:
         """Random numbers that are drawn anew before every call of `module`."""
-        draws = Draws()
+        draws = self._new_draws()
 
         @torch.compiler.disable
-        def draw(module: nn.Module, args: tuple) -> None:
+        def draw(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if module.training:
-                draws.draw(args[0].shape[0], args[0].device)
+                features = first_argument(args, kwargs)
+                draws.draw(features.shape[0], features.device)
 
-        self._undo.append(module.register_forward_pre_hook(draw).remove)
+        self._undo.append(module.register_forward_pre_hook(draw, with_kwargs=True).remove)
         return draws
+
+    def _new_draws(self) -> Draws:
+        return Draws()
+
+    def _traced(self, function: Callable) -> Callable:
+        """A hook or a method as torch.compile is to see it."""
+        return torch.compiler.disable(function)
 
     def _after(self, module: nn.Module, *transforms: Transform | None) -> None:
         """In training the output of `module` goes through these, in this order."""
@@ -441,7 +484,6 @@ class Regularizers:
         if not active:
             return
 
-        @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
             if not module.training:
                 return None
@@ -449,20 +491,23 @@ class Regularizers:
                 output = transform(output)
             return output
 
-        self._undo.append(module.register_forward_hook(hook).remove)
+        self._undo.append(module.register_forward_hook(self._traced(hook)).remove)
 
     def _before(self, module: nn.Module, transform: Transform | None) -> None:
         """In training the first argument of `module` goes through this."""
         if transform is None:
             return
 
-        @torch.compiler.disable
         def hook(module: nn.Module, args: tuple) -> tuple | None:
             return (transform(args[0]), *args[1:]) if module.training else None
 
-        self._undo.append(module.register_forward_pre_hook(hook).remove)
+        self._undo.append(module.register_forward_pre_hook(self._traced(hook)).remove)
 
     def _replace_forward(self, module: nn.Module, forward: Callable) -> None:
         """Of this instance. A bound method, so that a deep copy of the model computes with its own parameters."""
-        module.forward = MethodType(torch.compiler.disable(forward), module)
+        module.forward = MethodType(self._traced(forward), module)
         self._undo.append(lambda: delattr(module, "forward"))
+
+
+def first_argument(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))

@@ -22,6 +22,18 @@ def balance(
     return _Balance.apply(x, limits, dim, start, length)
 
 
+def balanced_part(
+    x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int, part: tuple[int, int] | None
+) -> torch.Tensor:
+    """What becomes of `grad` in the backward pass of `balance`."""
+    if part is None or part[1] == x.shape[dim]:
+        return balanced_gradient(x, grad, limits, dim)
+    changed = grad.clone()
+    place = changed.narrow(dim, *part)
+    place.copy_(balanced_gradient(x.narrow(dim, *part), place, limits, dim))
+    return changed
+
+
 def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> torch.Tensor:
     """`grad` + 0.04 * |`grad`| * (the loss's gradient with respect to `x`, of root mean square 1 in every channel).
 
@@ -60,11 +72,5 @@ class _Balance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        (x,), (grad,), (dim, start, length) = ctx.saved_tensors, grads, ctx.part
-        if length == x.shape[dim]:
-            changed = balanced_gradient(x, grad, ctx.limits, dim)
-        else:
-            changed = grad.clone()
-            place = changed.narrow(dim, start, length)
-            place.copy_(balanced_gradient(x.narrow(dim, start, length), place, ctx.limits, dim))
-        return changed, None, None, None, None
+        (x,), (grad,), (dim, *part) = ctx.saved_tensors, grads, ctx.part
+        return balanced_part(x, grad, ctx.limits, dim, tuple(part)), None, None, None, None

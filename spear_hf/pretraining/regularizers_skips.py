@@ -46,7 +46,7 @@ class Draws:
         """True with this probability."""
         return self._decided[decision] < probability
 
-    def keep(self, per_sequence: int, rate: float, like: torch.Tensor) -> torch.Tensor:
+    def keep(self, per_sequence: int, rate: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """0 with probability `rate`, else 1; of shape `(batch, 1, ...)` and dtype as `like`."""
         kept = (self._sequences[per_sequence] >= rate).to(like.dtype)
         return kept.view(-1, *[1] * (like.ndim - 1))
@@ -105,18 +105,15 @@ class PenalizeScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, scores: torch.Tensor, penalty: float | torch.Tensor, real: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, scores: torch.Tensor, penalty: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         beyond = (scores > SCORE_LIMIT).to(torch.int8) - (scores < -SCORE_LIMIT).to(torch.int8)
-        ctx.save_for_backward(beyond if real is None else beyond * real)  # a byte a score, not the scores
-        ctx.penalty = penalty
+        ctx.save_for_backward(beyond if real is None else beyond * real, penalty)  # a byte a score, not the scores
         return scores.view_as(scores)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (beyond,), (grad,) = ctx.saved_tensors, grads
-        return grad + (beyond * ctx.penalty).to(grad.dtype), None, None
+        (beyond, penalty), (grad,) = ctx.saved_tensors, grads
+        return grad + (beyond * penalty).to(grad.dtype), None, None
 
 
 def penalized_attention_weights(
@@ -128,6 +125,7 @@ def penalized_attention_weights(
 ) -> torch.Tensor:
     """`SpearAttentionWeights.forward`, with the penalty on its scores."""
     real = None if key_mask is None else key_mask[:, None, :, None] & key_mask[:, None, None, :]
+    penalty = torch.as_tensor(penalty, dtype=torch.float32, device=hidden_states.device)
     scores = PenalizeScores.apply(module.scores(hidden_states, position_table), penalty, real)
     return module.normalize(scores, key_mask)
 

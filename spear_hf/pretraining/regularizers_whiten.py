@@ -84,6 +84,38 @@ def whitening_penalty(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch
     return metric, penalty.transpose(0, 1).flatten(1)  # (frames, channels)
 
 
+def whitened_gradient(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    limit: float,
+    gradient_scale: float,
+    state: WhitenState,
+    index: int,
+    groups: int,
+    dim: int,
+    part: tuple[int, int] | None,
+) -> torch.Tensor:
+    """What becomes of `grad` in the backward pass of `whiten`, which votes."""
+    start, length = (0, x.shape[dim]) if part is None else part
+    whole = length == x.shape[dim]
+    place = grad if whole else grad.narrow(dim, start, length)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        features = x.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
+        metric, penalty = whitening_penalty(features.float().flatten(0, -2), groups)
+        # No branch on the metric, which would make the host wait for the device.
+        exceeded = metric > limit
+        norms = torch.linalg.vector_norm(place, dtype=torch.float32) / (torch.linalg.vector_norm(penalty) + 1e-20)
+        scale = torch.where(exceeded, gradient_scale * norms, 0.0)
+        penalty = penalty.view(features.shape).movedim(-1, dim)
+        changed = torch.addcmul(place, penalty, scale).to(grad.dtype)
+    state.vote(index, exceeded)
+    if whole:
+        return changed
+    everything = grad.clone()
+    everything.narrow(dim, start, length).copy_(changed)
+    return everything
+
+
 class _Whiten(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,20 +137,8 @@ class _Whiten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), (grad,), (dim, start, length) = ctx.saved_tensors, grads, ctx.part
-        whole = length == x.shape[dim]
-        place = grad if whole else grad.narrow(dim, start, length)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            features = x.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
-            metric, penalty = whitening_penalty(features.float().flatten(0, -2), ctx.groups)
-            # No branch on the metric, which would make the host wait for the device.
-            exceeded = metric > ctx.limit
-            norms = torch.linalg.vector_norm(place, dtype=torch.float32) / (torch.linalg.vector_norm(penalty) + 1e-20)
-            scale = torch.where(exceeded, ctx.gradient_scale * norms, 0.0)
-            penalty = penalty.view(features.shape).movedim(-1, dim)
-            changed = torch.addcmul(place, penalty, scale).to(grad.dtype)
-        ctx.state.vote(ctx.index, exceeded)
-        if not whole:
-            part, changed = changed, grad.clone()
-            changed.narrow(dim, start, length).copy_(part)
+        (x,), (grad,), (dim, *part) = ctx.saved_tensors, grads, ctx.part
+        changed = whitened_gradient(
+            x, grad, ctx.limit, ctx.gradient_scale, ctx.state, ctx.index, ctx.groups, dim, tuple(part)
+        )
         return changed, *[None] * 8

@@ -1,0 +1,250 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The regularisers inside compiled layers: one graph, whatever a step draws and whatever the schedules say.
+
+A graph holds numbers of the host as constants, and has no branches. So rates, limits and decisions come to it as one
+short vector a call (`GraphDraws`), a branch that is left out is multiplied by 0, and what Balancer and Whiten do to a
+gradient, which is much and seldom, is an operation that the compiler does not look into (`change_gradient`): when it
+runs, it looks at the draws, and mostly does nothing. It stands where gradients go through memory anyway, between a
+linear layer or a convolution and what follows.
+
+The draws are those of the latest call of a module, for its backward pass too, so a second forward pass must not come
+before the backward pass of the first one. Gradient checkpointing may: it calls layers, and a stack draws for these.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from ..modeling_spear import SpearLayer, SpearModel, SpearStack
+from .regularizers import Regularizers, Transform, first_argument
+from .regularizers_balancer import balanced_part
+from .regularizers_config import RegularizersConfig
+from .regularizers_schedules import (
+    BYPASS_LIMIT_PROBABILITY,
+    BYPASS_MAXIMUM,
+    SCORE_PENALTY_PROBABILITY,
+    WHITEN_PROBABILITIES,
+    WHITENS,
+)
+from .regularizers_skips import Draws
+from .regularizers_whiten import whitened_gradient
+
+
+# Features and gradient to what becomes of the gradient; None leaves it.
+GradientChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+class GraphDraws(Draws):
+    """Draws that graphs can read."""
+
+    _known: ClassVar[WeakValueDictionary[int, "GraphDraws"]] = WeakValueDictionary()
+    _handles: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: list[Callable[[], float]] = []
+        self._numbers = torch.empty(0)
+        self._changes: list[GradientChange] = []
+        # A tensor, so that it is no constant of a graph, which many layers share.
+        self.handle = torch.tensor(next(self._handles))
+        self._known[int(self.handle)] = self
+
+    def new_number(self, source: Callable[[], float]) -> int:
+        """A place for a number that is asked for at every draw, for `number`."""
+        self._sources.append(source)
+        return len(self._sources) - 1
+
+    def new_flag(self, probability: Callable[[], float]) -> int:
+        """A place for 1 with this probability, else 0, for `number`."""
+        decision = self.new_decision()
+        return self.new_number(lambda: float(self.happens(decision, probability())))
+
+    def new_change(self, change: GradientChange) -> int:
+        """A place for `changed`."""
+        self._changes.append(change)
+        return len(self._changes) - 1
+
+    def draw(self, batch: int, device: torch.device) -> None:
+        super().draw(batch, device)
+        self._numbers = torch.tensor([source() for source in self._sources], dtype=torch.float32).to(device)
+
+    def number(self, place: int) -> torch.Tensor:
+        """The number of the latest draw, shape ()."""
+        return self._numbers[place]
+
+    def changed(self, features: torch.Tensor, place: int) -> torch.Tensor:
+        """`features`, whose gradient will be changed."""
+        return _Changed.apply(features, self.handle, place)
+
+    @classmethod
+    def change(cls, handle: int, place: int) -> GradientChange:
+        return cls._known[handle]._changes[place]
+
+
+@torch.library.custom_op("spear_hf::change_gradient", mutates_args=("grad",))
+def change_gradient(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
+    """Changes `grad`, that of `features`, as the draws with this handle say. `handle` is on the CPU."""
+    changed = GraphDraws.change(int(handle), place)(features, grad)
+    if changed is not None:
+        grad.copy_(changed)
+
+
+@change_gradient.register_fake
+def _(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
+    pass
+
+
+class _Changed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int) -> torch.Tensor:
+        ctx.save_for_backward(features, handle)
+        ctx.place = place
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        features, handle = ctx.saved_tensors
+        grad = grads[0].clone()
+        change_gradient(grad, features, handle, ctx.place)
+        return grad, None, None
+
+
+class LimitValueIf(torch.autograd.Function):
+    """`LimitValue` where `acts` is 1, else the identity; the limits are tensors of shape ()."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, minimum: torch.Tensor, maximum: float, acts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(value, minimum, acts)
+        ctx.maximum = maximum
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (value, minimum, acts), (grad,) = ctx.saved_tensors, grads
+        outwards = ((value < minimum) & (grad > 0)) | ((value > ctx.maximum) & (grad < 0))
+        return torch.where(outwards & (acts > 0), -grad, grad), None, None, None
+
+
+def time_shared_dropout(hidden_states: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    """`SpearTimeSharedDropout` of `(batch, frames, dim)`, at a rate that is a tensor of shape ()."""
+    kept = torch.rand_like(hidden_states[:, :1], dtype=torch.float32) >= rate
+    return hidden_states * (kept / (1.0 - rate)).to(hidden_states.dtype)
+
+
+class GraphRegularizers(Regularizers):
+    """`Regularizers` of compiled layers."""
+
+    def __init__(self, model: nn.Module, config: RegularizersConfig) -> None:
+        self._penalty = torch.empty(())
+        # The draws vary with the batch, and hooks of torch's own modules hold them.
+        torch._dynamo.config.force_nn_module_property_static_shapes = False
+        super().__init__(model, config)
+
+    def set_step(self, batches: float, normalizer: float | torch.Tensor = 1.0) -> None:
+        super().set_step(batches, normalizer)
+        device = next(self._encoder.parameters()).device
+        self._penalty = torch.as_tensor(self.score_penalty, dtype=torch.float32, device=device)
+
+    def _new_draws(self) -> GraphDraws:
+        return GraphDraws()
+
+    def _traced(self, function: Callable) -> Callable:
+        return function
+
+    # Nothing of the host's may be drawn inside what is compiled.
+
+    def _stem_draws(self, encoder: SpearModel) -> Draws:
+        return self._draw_before(encoder)
+
+    def _layer_draws(self, stack: SpearStack, layer: SpearLayer) -> Draws:
+        return self._draw_before(stack)
+
+    def _install_mask_draw(self, encoder: SpearModel, draw_mask: Transform) -> None:
+        def draw_before(module: SpearModel, args: tuple, kwargs: dict) -> None:
+            if module.training:
+                features = first_argument(args, kwargs)
+                draw_mask(features.new_empty(features.shape[0], 1, module.config.hidden_size))
+
+        self._undo.append(encoder.register_forward_pre_hook(draw_before, with_kwargs=True).remove)
+
+    def _position_skip(self, draws: Draws) -> Transform:
+        assert isinstance(draws, GraphDraws)
+        skipped = draws.new_flag(lambda: self.rates["position_skip"])
+        return lambda positions: positions * (1.0 - draws.number(skipped)).to(positions.dtype)
+
+    def _score_penalty(self, draws: Draws) -> Callable[[], torch.Tensor]:
+        assert isinstance(draws, GraphDraws)
+        penalized = draws.new_flag(lambda: SCORE_PENALTY_PROBABILITY)
+        return lambda: self._penalty * draws.number(penalized)
+
+    def _bypass_limit(self, draws: Draws) -> Transform:
+        assert isinstance(draws, GraphDraws)
+        acts, minimum = draws.new_flag(lambda: BYPASS_LIMIT_PROBABILITY), draws.new_number(lambda: self.bypass_minimum)
+        return lambda scale: LimitValueIf.apply(scale, draws.number(minimum), BYPASS_MAXIMUM, draws.number(acts))
+
+    def _layer_skip(self, draws: Draws, name: str) -> Transform:
+        assert isinstance(draws, GraphDraws)
+        place, rate = draws.new_per_sequence(), draws.new_number(lambda: self.rates[name])
+        return lambda hidden_states: draws.keep(place, draws.number(rate), hidden_states)
+
+    def _dropout_forward(self, draws: Draws) -> Callable:
+        assert isinstance(draws, GraphDraws)
+        rate = draws.new_number(lambda: self.rates["dropout"])
+
+        def forward(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+            return time_shared_dropout(hidden_states, draws.number(rate)) if module.training else hidden_states
+
+        return forward
+
+    def _skip(self, kind: str, draws: Draws) -> Transform | None:
+        if not getattr(self.config, kind):
+            return None
+        assert isinstance(draws, GraphDraws)
+        place, rate = draws.new_per_sequence(), draws.new_number(lambda: self.rates[kind])
+        return lambda branch: branch * draws.keep(place, draws.number(rate), branch)
+
+    def _balancer(
+        self, kind: str, draws: Draws, dim: int = -1, part: tuple[int, int] | None = None
+    ) -> Transform | None:
+        if not self.config.balancer:
+            return None
+        assert isinstance(draws, GraphDraws)
+        decision = draws.new_decision()
+
+        def change(features: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+            limits = self.balancers[kind]
+            if not draws.happens(decision, limits.probability):
+                return None
+            return balanced_part(features, grad, limits, dim, part)
+
+        place = draws.new_change(change)
+        return lambda features: draws.changed(features, place)
+
+    def _whiten(
+        self,
+        kind: str,
+        name: str,
+        draws: Draws,
+        groups: int = 1,
+        dim: int = -1,
+        part: tuple[int, int] | None = None,
+    ) -> Transform | None:
+        if not self.config.whiten:
+            return None
+        assert isinstance(draws, GraphDraws)
+        decision, index, scale = draws.new_decision(), self.whiten_state.add(name), WHITENS[kind].gradient_scale
+
+        def change(features: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+            if not draws.happens(decision, WHITEN_PROBABILITIES[self.whiten_state.exceeded[index]]):
+                return None
+            limit = self.whiten_limits[kind]
+            return whitened_gradient(features, grad, limit, scale, self.whiten_state, index, groups, dim, part)
+
+        place = draws.new_change(change)
+        return lambda features: draws.changed(features, place)
