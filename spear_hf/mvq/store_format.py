@@ -345,7 +345,7 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
     The hashes are those of the column id_hash, where there is one.
     """
     hashes = table["id_hash"].to_numpy() if "id_hash" in table.column_names else _hashes(table["id"])
-    order = np.argsort(hashes, kind="stable").astype(np.uint32)
+    order = np.argsort(hashes).astype(np.uint32)
     hashes = hashes[order]
     alike = np.flatnonzero(hashes[1:] == hashes[:-1])
     ids = [table["id"][int(order[place + offset])].as_py() for place in alike for offset in (0, 1)]
