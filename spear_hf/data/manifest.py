@@ -191,7 +191,7 @@ def _json_row(text: str, place: str) -> dict[str, Any]:
 
 
 def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
-    if unknown := sorted(set(row) - _COLUMNS):
+    if unknown := sorted(row.keys() - _COLUMNS):
         raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")
     path = row.get("path")
     if not isinstance(path, str) or not path or "\0" in path:
@@ -199,8 +199,9 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
     _check_unicode(path, place)  # JSON may spell halves of characters, which no file system takes
     values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": folder / path}
     for name in _TEXT_COLUMNS:
-        values[name] = _text(row, name, place)
-    if values["domain"] not in (None, *DOMAINS):
+        if row.get(name) is not None:
+            values[name] = _text(row, name, place)
+    if "domain" in values and values["domain"] not in DOMAINS:
         raise ValueError(f"{place}: domain={values['domain']!r} must be one of {', '.join(DOMAINS)}, or left out")
     label = row.get("label")
     values["label"] = tuple(map(str, label)) if isinstance(label, list) else _text(row, "label", place)

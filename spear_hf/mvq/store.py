@@ -25,9 +25,10 @@ import itertools
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -83,7 +84,9 @@ __all__ = [
 ]
 
 CACHED_ROW_GROUPS = 32
+READERS = 8  # threads, where something is read of every shard
 OPEN_FILES = 128  # of the many thousands of a large store; opening one takes about 1.5 ms
+Result = TypeVar("Result")
 _CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache is for one at a time
 
 
@@ -102,9 +105,11 @@ class TokenStore:
         shards: list[dict[str, Any]],
         table: pa.Table,
         with_audio: bool,
+        num_quarantined: int | None = None,
     ) -> None:
         self.location = location
         self.info = infos[teacher]
+        self._num_quarantined = num_quarantined
         self.with_audio = with_audio
         self._infos = infos
         self._prefix = prefix(teacher)
@@ -160,7 +165,15 @@ class TokenStore:
             table = _read_index(location, [*columns, *MANIFEST_COLUMNS, "id_hash"], shards)
         else:
             table, shards = _scanned(location, shards, infos, columns)
-        return cls(location, infos, name, shards, table, bool(metadata.get("with_audio")))
+        return cls(
+            location,
+            infos,
+            name,
+            shards,
+            table,
+            bool(metadata.get("with_audio")),
+            metadata.get("num_quarantined") if metadata.get("complete") else None,
+        )
 
     def of_teacher(self, teacher: str | None) -> "TokenStore":
         """The same store with the tokens of one of its teachers, None if it has one, without another index."""
@@ -183,13 +196,17 @@ class TokenStore:
             yield from self._ids[start : start + CHUNK].to_pylist()
 
     def __getitem__(self, id: str) -> np.ndarray:
-        row = self._row(id)
+        return self.codes_at(self._row(id))
+
+    def codes_at(self, row: int) -> np.ndarray:
+        """The tokens in a row, uint8 (frames, codebooks)."""
         shard, table, place = self._place(row, f"{self._prefix}codes", self._checksum)
         codes = table[0][place].as_py()
         frames = int(self._frames[row])
         if len(codes) != frames * self.num_codebooks or zlib.crc32(codes) != table[1][place].as_py():
             raise ValueError(
-                f"{self._shard(shard)[0]}: the codes of {id} are damaged; delete the shard and run tokenize again"
+                f"{self._shard(shard)[0]}: the codes of {self.id_at(row)} are damaged; delete the shard and run tokenize "
+                "again"
             )
         return np.frombuffer(codes, dtype=np.uint8).reshape(frames, self.num_codebooks).copy()
 
@@ -204,9 +221,13 @@ class TokenStore:
 
     def audio_file(self, id: str) -> tuple[bytes, str]:
         """(content of the audio file, its suffix); of a store with audio only."""
+        return self.audio_at(self._row(id))
+
+    def audio_at(self, row: int) -> tuple[bytes, str]:
+        """The same of a row."""
         if not self.with_audio:
             raise ValueError(f"{self.location} was made without audio; `spear-hf tokenize --with-audio` joins it")
-        _, table, place = self._place(self._row(id), "audio")
+        _, table, place = self._place(row, "audio")
         cell = table[0][place].as_py()
         return cell["bytes"], Path(cell["path"]).suffix
 
@@ -234,12 +255,12 @@ class TokenStore:
 
     def audio_checksums(self) -> np.ndarray:
         """CRC-32 of every waveform in the order of the ids, int64 (utterances,), -1 where it is not known."""
-        parts = [np.empty(0, np.int64)]
-        for shard in range(len(self._shards)):
-            path, file = self._shard(shard)
+
+        def read(path: Path, file: pq.ParquetFile) -> np.ndarray:
             column = read_columns(file, path, ["audio_checksum"])["audio_checksum"]
-            parts.append(column.cast(pa.int64()).fill_null(-1).to_numpy())
-        return np.concatenate(parts)
+            return column.cast(pa.int64()).fill_null(-1).to_numpy()
+
+        return np.concatenate([np.empty(0, np.int64), *self._of_every_shard(read)])
 
     def verify(self) -> None:
         """Reads everything; ValueError naming the first shard that is damaged."""
@@ -261,10 +282,19 @@ class TokenStore:
         """The same of a list: at once where they are of this store, and without hashing where they are of another."""
         if not isinstance(utterances, StoreUtterances):
             return self.rows_of(utterances.ids)
-        other = utterances.store
-        if self._ids.equals(other._ids):
+        if utterances.store._ids is self._ids:
             return utterances.rows
-        return self._rows_of_store(other)[utterances.rows]
+        return self.rows_of_store(utterances.store)[utterances.rows]
+
+    def rows_of_store(self, other: "TokenStore") -> np.ndarray:
+        """Of all utterances of another store the places in the order of this one; -1 where it has them not."""
+        if self._ids.equals(other._ids):
+            return self._rows()
+        rows = np.empty(len(other), np.int64)
+        for start in range(0, len(other), CHUNK):  # by their hashes, so that those of a chunk lie together here
+            theirs = other._order[start : start + CHUNK]
+            rows[theirs] = self._rows_by_hash(other._hashes[start : start + CHUNK], other.ids_at(theirs))
+        return rows
 
     def shards_of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Numbers of the shards that rows are in, int64; -1 of -1."""
@@ -287,8 +317,10 @@ class TokenStore:
     @property
     def quarantined(self) -> list[QuarantinedAudio]:
         """Utterances that gave no tokens, read from the shards."""
-        shards = (self._shard(shard) for shard in range(len(self._shards)))
-        return [item for path, file in shards for item in read_footer(file, path).quarantine]
+        if self._num_quarantined == 0:
+            return []
+        parts = self._of_every_shard(lambda path, file: read_footer(file, path).quarantine)
+        return [item for part in parts for item in part]
 
     @property
     def ids(self) -> list[str]:
@@ -346,14 +378,6 @@ class TokenStore:
     def _rows(self) -> np.ndarray:
         return np.arange(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
 
-    def _rows_of_store(self, other: "TokenStore") -> np.ndarray:
-        """Places of all utterances of another store in the order of this one; -1 where it has them not."""
-        rows = np.empty(len(other), np.int64)
-        for start in range(0, len(other), CHUNK):  # by their hashes, so that those of a chunk lie together
-            theirs = other._order[start : start + CHUNK]
-            rows[theirs] = self._rows_by_hash(other._hashes[start : start + CHUNK], other.ids_at(theirs))
-        return rows
-
     def _rows_by_hash(self, hashes: np.ndarray, ids: pa.LargeStringArray) -> np.ndarray:
         """Places of the utterances with these ids, whose hashes are given; -1 where there are none."""
         if not len(self):
@@ -401,6 +425,15 @@ class TokenStore:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
+        passing = isinstance(self.location, CachedFolder)
+        path, file = self._open_shard(shard)
+        if not passing:
+            self._files[shard] = path, file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        return path, file
+
+    def _open_shard(self, shard: int) -> tuple[Path, pq.ParquetFile]:
         entry = self._shards[shard]
         path = self.location.fetch(entry["file"])
         # Codes have checksums of their own, audio has those of its pages. A file that is open or mapped takes room on
@@ -408,11 +441,12 @@ class TokenStore:
         passing = isinstance(self.location, CachedFolder)
         file = open_shard(path, verify=self.with_audio, memory_map=not passing)
         _check_footer(file, path, self._infos, entry)
-        if not passing:
-            self._files[shard] = path, file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
         return path, file
+
+    def _of_every_shard(self, read: Callable[[Path, pq.ParquetFile], Result]) -> Iterator[Result]:
+        """What is read of each shard, in their order; some are read at a time."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(lambda shard: read(*self._open_shard(shard)), range(len(self._shards)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict(), "_files": OrderedDict()}
