@@ -1,16 +1,17 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """How long runs on stores of millions of utterances take to begin, and the memory they need until then.
 
-    python examples/benchmark_startup.py                       # some minutes; writes model_cards/benchmarks/startup.csv
+    python examples/benchmark_startup.py                     # some minutes; writes model_cards/benchmarks/startup.csv
     python examples/benchmark_startup.py --utterances 3000000 --parts open,corpus,plan --folder /tmp/stores
 
 The stores are real ones, written by `StoreWriter`: two teachers over utterances whose ids, domains and lengths are
 like those of the paper's 97,000 hours, each with the same second of silence for its audio. Nothing at the beginning of
 a run looks at audio or tokens, so it takes as long as it would with ten seconds of each.
 
-Every part is measured in a process of its own, on `--few` utterances and on `--utterances`: what grows between the two
-is given for a million utterances, and at that rate for the paper's 35 million. What does not grow is in
-`fixed_seconds`: imports, the model, a first step. `--label` names what was measured; rows of other labels stay.
+Every part is measured on `--few` utterances and on `--utterances`: what grows between the two is given for a million,
+and at that rate for the paper's 35 million. What does not grow, imports, the model and a first step, is left out of
+these. They are of processor time, which other work on the machine lengthens little, and so of one core, though some of
+it is done by several threads. `--label` names what was measured; rows of other labels stay.
 """
 
 import argparse
@@ -119,42 +120,40 @@ class Stores:
             rows = [TokenRow(id, codes, RATE) for id in piece.ids or ()]
             writer.write(piece.index, piece.key, {SINGLE: rows})
 
-    @property
-    def next_shard(self) -> Path:
-        """That `spear-hf tokenize` makes first."""
-        return shard_path(self.tokens, len(list(self.tokens.glob("tokens-*.parquet"))))
-
     def pretrain(self, *more: str) -> list[str]:
         """The command."""
         stores = [f"targets.{name}.store={self.both}#{name}" for name in TEACHERS]
-        settings = (*SETTINGS, *stores, f"output_dir={self.run}", "data.batch_seconds=600")
+        settings = (*SETTINGS, *stores, f"output_dir={self.run}", "data.batch_seconds=100")
         return [*COMMAND, "pretrain", "--config", "base-speech-audio", *more, "--set", *settings]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measurements: seconds, and megabytes at the most
+# Measurements: seconds, seconds of the processor, and megabytes at the most
 # ---------------------------------------------------------------------------------------------------------------------
 
-Measurement = tuple[float, float]
+Measurement = tuple[float, float, float]
 
 
-def peak(pid: int | str) -> float:
-    """Of a process so far; 0 if it is gone."""
+def used(pid: int | str) -> tuple[float, float]:
+    """Of a process so far: seconds of the processor, megabytes at the most; 0 if it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status, stat = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "stat"))
     except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+        return 0.0, 0.0
+    ticks = sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+    peak = sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return ticks / os.sysconf("SC_CLK_TCK"), peak
 
 
 def until(command: list[str], reached: Callable[[], bool] = lambda: False) -> Measurement:
     """From the start of a command to where something is `reached`, then it is sent SIGTERM, or to its end."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    most = 0.0
+    processor = most = 0.0
     while process.poll() is None and not reached():
         time.sleep(0.02)
-        most = max(most, peak(process.pid))
+        now = used(process.pid)
+        processor, most = max(processor, now[0]), max(most, now[1])
     seconds = time.perf_counter() - started
     failed = process.poll()
     if failed is None:
@@ -162,7 +161,7 @@ def until(command: list[str], reached: Callable[[], bool] = lambda: False) -> Me
     _, errors = process.communicate()
     if failed and not reached():
         sys.exit(f"{' '.join(command)}: {errors.decode()}")
-    return seconds, most
+    return seconds, processor, most
 
 
 def steps(stores: Stores) -> int:
@@ -208,9 +207,9 @@ def tokenize(stores: Stores) -> Measurement:
     """`spear-hf tokenize`, interrupted two shards before its end, to its next shard."""
     where = ("--tokenizer", stores.tokenizer, "--data", stores.manifest, "--output", stores.tokens)
     missing = shard_path(stores.tokens, len(list(stores.tokens.glob("tokens-*.parquet"))))
-    seconds = until([*COMMAND, "tokenize", *map(str, where), "--device", "cpu"], missing.exists)
+    measurement = until([*COMMAND, "tokenize", *map(str, where), "--device", "cpu"], missing.exists)
     missing.unlink()
-    return seconds
+    return measurement
 
 
 def inside(stores: Stores) -> dict[str, Measurement]:
@@ -223,9 +222,9 @@ def inside(stores: Stores) -> dict[str, Measurement]:
 
     def measured(name: str, work: Callable[[], Any]) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         result = work()
-        found[name] = time.perf_counter() - started, peak("self")
+        found[name] = time.perf_counter() - started, time.process_time() - before, used("self")[1]
         return result
 
     config = load_config("base-speech-audio", [*SETTINGS, f"data.store={stores.both}", "data.batch_seconds=4800"])
@@ -250,7 +249,8 @@ def measure(stores: Stores, parts: list[str]) -> dict[str, Measurement]:
     for part in parts:
         if part in COMMANDS:
             found[part] = COMMANDS[part](stores)
-        print(f"{part}, {stores.folder}: {found[part][0]:.2f} s, {found[part][1]:.0f} MB", file=sys.stderr, flush=True)
+        numbers = "{:.2f} s, {:.2f} s of the processor, {:.0f} MB".format(*found[part])
+        print(f"{part}, {stores.folder.name}: {numbers}", file=sys.stderr, flush=True)
     return {part: found[part] for part in parts}
 
 
@@ -292,21 +292,21 @@ def main() -> None:
     millions = (arguments.utterances - arguments.few) / 1e6
     rows = []
     for part in parts:
-        (few_seconds, few_peak), (seconds, most) = (found[part] for found in measurements)
-        slope, memory = (seconds - few_seconds) / millions, (most - few_peak) / millions
-        fixed = few_seconds - slope * arguments.few / 1e6
+        few, many = (found[part] for found in measurements)
+        seconds, processor, peak = ((more - less) / millions for less, more in zip(few, many))
         rows.append(
             {
                 "part": part,
                 "label": arguments.label,
                 "utterances": arguments.utterances,
-                "seconds": round(seconds, 3),
-                "peak_mb": round(most),
-                "fixed_seconds": round(fixed, 2),
-                "seconds_per_million": round(slope, 3),
-                "peak_mb_per_million": round(memory),
-                "seconds_of_35_million": round(fixed + slope * PAPERS_UTTERANCES),
-                "peak_gb_of_35_million": round(memory * PAPERS_UTTERANCES / 1000, 1),
+                "seconds": round(many[0], 2),
+                "cpu_seconds": round(many[1], 2),
+                "peak_mb": round(many[2]),
+                "seconds_per_million": round(seconds, 2),
+                "cpu_seconds_per_million": round(processor, 2),
+                "peak_mb_per_million": round(peak),
+                "cpu_seconds_of_35_million": round(processor * PAPERS_UTTERANCES),
+                "peak_gb_of_35_million": round(peak * PAPERS_UTTERANCES / 1000, 1),
                 **setting(arguments.label),
             }
         )
