@@ -205,7 +205,7 @@ def stable_order(keys: np.ndarray) -> np.ndarray:
     return order
 
 
-def visiting_rates(domains: Sequence[str] | np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
+def visiting_rates(domains: Sequence[str | None] | np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
     """The share of epochs in which each utterance is heard, so that domains are heard in proportion to `weights`.
 
     The domain of the largest weight is heard whole in every epoch, one of a third of that weight in every third. An

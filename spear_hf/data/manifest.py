@@ -8,9 +8,11 @@ relative to the folder.
 """
 
 import csv
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,27 @@ def read_manifest(source: str | os.PathLike, split: str | Sequence[str] | None =
     if not source.is_file():
         raise ValueError(f"{source} does not exist: name a folder of audio, or a manifest (.jsonl, .csv or .tsv)")
 
-    utterances: list[Utterance] = []
+    with _collector_resting():
+        utterances = list(_unique(source))
+    if not utterances:
+        raise ValueError(f"{source} lists no utterance")
+    return utterances if split is None else _of_splits(utterances, split, source)
+
+
+@contextmanager
+def _collector_resting() -> Iterator[None]:
+    """The collector of cycles looks at everything again whenever there is a quarter more: half the time of reading."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _unique(source: Path) -> Iterator[Utterance]:
+    """The utterances of a manifest; ValueError where an id comes again."""
     lines: dict[str, int] = {}
     for line, row in _rows(source):
         utterance = _utterance(row, source.parent, f"{source}, line {line}")
@@ -106,10 +128,7 @@ def read_manifest(source: str | os.PathLike, split: str | Sequence[str] | None =
                 "ids must be unique (without an id column they are the paths)"
             )
         lines[utterance.id] = line
-        utterances.append(utterance)
-    if not utterances:
-        raise ValueError(f"{source} lists no utterance")
-    return utterances if split is None else _of_splits(utterances, split, source)
+        yield utterance
 
 
 def _read_folder(folder: Path, split: str | Sequence[str] | None) -> list[Utterance]:

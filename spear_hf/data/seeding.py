@@ -36,7 +36,7 @@ def keyed_uniforms(seed: int, ids: Iterable[str], purpose: str) -> np.ndarray:
     while chunk := list(itertools.islice(remaining, _CHUNK)):
         keys = [f"{before}{name}{after}".encode() for name in map(encode_basestring_ascii, chunk)]
         digests = b"".join([hashlib.blake2b(key, digest_size=8).digest() for key in keys])
-        parts.append(_first_uniforms(np.frombuffer(digests, "<u8") >> np.uint64(1)))
+        parts.append(first_uniforms(np.frombuffer(digests, "<u8") >> np.uint64(1)))
     return np.concatenate(parts)
 
 
@@ -49,7 +49,7 @@ _POOL = 4  # words of 32 bits
 _MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645  # of the 128-bit congruential generator
 
 
-def _first_uniforms(seeds: np.ndarray) -> np.ndarray:
+def first_uniforms(seeds: np.ndarray) -> np.ndarray:
     """`Generator(PCG64(seed)).random()` for each of the seeds, uint64."""
     words = _seeded_words(seeds)
     state, sequence = (words[0], words[1]), (words[2], words[3])  # (high, low)

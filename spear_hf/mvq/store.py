@@ -204,10 +204,8 @@ class TokenStore:
         codes = table[0][place].as_py()
         frames = int(self._frames[row])
         if len(codes) != frames * self.num_codebooks or zlib.crc32(codes) != table[1][place].as_py():
-            raise ValueError(
-                f"{self._shard(shard)[0]}: the codes of {self.id_at(row)} are damaged; delete the shard and run tokenize "
-                "again"
-            )
+            where = f"{self._shard(shard)[0]}: the codes of {self.id_at(row)}"
+            raise ValueError(f"{where} are damaged; delete the shard and run tokenize again")
         return np.frombuffer(codes, dtype=np.uint8).reshape(frames, self.num_codebooks).copy()
 
     def waveform(self, id: str) -> np.ndarray:
@@ -387,12 +385,14 @@ class TokenStore:
         other = np.flatnonzero(~pc.equal(self.ids_at(rows), ids).to_numpy(zero_copy_only=False))
         rows[other] = -1
         for place in other[self._hashes[places[other]] == hashes[other]]:  # of equal hashes perhaps another
-            row = self._find(ids[int(place)].as_py())
+            row = self._with_hash(hashes[place], ids[int(place)].as_py())
             rows[place] = -1 if row is None else row
         return rows
 
     def _find(self, id: str) -> int | None:
-        wanted = np.uint64(id_hash(id))
+        return self._with_hash(np.uint64(id_hash(id)), id)
+
+    def _with_hash(self, wanted: np.uint64, id: str) -> int | None:
         place = int(np.searchsorted(self._hashes, wanted))
         while place < len(self._hashes) and self._hashes[place] == wanted:
             row = int(self._order[place])

@@ -36,7 +36,7 @@ def prepare_stores(
     Quantisers made here are saved in OUTPUT/tokenizers and tokens in OUTPUT/tokens, both whole or not at all, so an
     interrupted start goes on where it was. A store is only checked against the data by `collation.check_tokens`.
     """
-    stores = {}
+    stores: dict[str, TokenStore] = {}
     for name, target in targets.items():
         if target.store is not None:
             stores[name] = _open(target.store, [corpus.store, *stores.values()])
