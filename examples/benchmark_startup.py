@@ -5,8 +5,9 @@
     python examples/benchmark_startup.py --utterances 3000000 --parts open,corpus,plan --folder /tmp/stores
 
 The stores are real ones, written by `StoreWriter`: two teachers over utterances whose ids, domains and lengths are
-like those of the paper's 97,000 hours, each with the same second of silence for its audio. Nothing at the beginning of
-a run looks at audio or tokens, so it takes as long as it would with ten seconds of each.
+like those of the paper's 97,000 hours, each with the same second of silence for its audio. A run that begins looks at
+the tokens of a few thousand utterances and the audio of its first batch, and at no other, so it takes about as long as
+it would with ten seconds of each.
 
 Every part is measured on `--few` utterances and on `--utterances`: what grows between the two is given for a million,
 and at that rate for the paper's 35 million. What does not grow, imports, the model and a first step, is left out of
@@ -61,6 +62,8 @@ SETTINGS = (
     "execution.num_workers=0",
     "logging.trackers=[]",
     "data.validation_utterances=20",
+    "data.batch_seconds=100",
+    "execution.batch_seconds_per_device=10",
 )
 COMMAND = (sys.executable, "-c", "from spear_hf.cli import main; main()")
 
@@ -123,7 +126,7 @@ class Stores:
     def pretrain(self, *more: str) -> list[str]:
         """The command."""
         stores = [f"targets.{name}.store={self.both}#{name}" for name in TEACHERS]
-        settings = (*SETTINGS, *stores, f"output_dir={self.run}", "data.batch_seconds=100")
+        settings = (*SETTINGS, *stores, f"output_dir={self.run}")
         return [*COMMAND, "pretrain", "--config", "base-speech-audio", *more, "--set", *settings]
 
 
@@ -227,7 +230,8 @@ def inside(stores: Stores) -> dict[str, Measurement]:
         found[name] = time.perf_counter() - started, time.process_time() - before, used("self")[1]
         return result
 
-    config = load_config("base-speech-audio", [*SETTINGS, f"data.store={stores.both}", "data.batch_seconds=4800"])
+    paper = ("data.batch_seconds=4800", "execution.batch_seconds_per_device=600")
+    config = load_config("base-speech-audio", [*SETTINGS, *paper, f"data.store={stores.both}"])
     measured("open", lambda: TokenStore.open(stores.both, teacher="speech"))
     corpus = measured("corpus", lambda: load_corpus(config.data, config.seed))
     measured("fingerprint", lambda: corpus.fingerprint)
@@ -273,7 +277,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--folder", type=Path, help="of the stores, which are written where they are not there")
     parser.add_argument("--utterances", type=int, default=1_000_000)
-    parser.add_argument("--few", type=int, default=20_000)
+    parser.add_argument("--few", type=int, default=100_000)
     parser.add_argument("--parts", default=",".join((*INSIDE, *COMMANDS)))
     parser.add_argument("--label", default="now")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)

@@ -65,7 +65,7 @@ class Utterance:
 
 
 COLUMNS = tuple(entry.name for entry in fields(Utterance) if entry.name != "content")  # of a manifest
-_TEXT_COLUMNS = tuple(name for name in COLUMNS if name not in ("id", "path", "label", "num_samples", "start"))
+_TEXT_COLUMNS = frozenset(COLUMNS) - {"id", "path", "label", "num_samples", "start"}
 _COLUMNS = frozenset((*COLUMNS, "sampling_rate"))
 
 
@@ -120,8 +120,9 @@ def _collector_resting() -> Iterator[None]:
 def _unique(source: Path) -> Iterator[Utterance]:
     """The utterances of a manifest; ValueError where an id comes again."""
     lines: dict[str, int] = {}
+    folder = source.parent
     for line, row in _rows(source):
-        utterance = _utterance(row, source.parent, f"{source}, line {line}")
+        utterance = _utterance(row, folder, f"{source}, line {line}")
         if utterance.id in lines:
             raise ValueError(
                 f"{source}, line {line}: the id {utterance.id!r} is already on line {lines[utterance.id]}; "
@@ -210,15 +211,16 @@ def _json_row(text: str, place: str) -> dict[str, Any]:
 
 
 def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
-    if unknown := sorted(row.keys() - _COLUMNS):
+    if not row.keys() <= _COLUMNS:
+        unknown = sorted(row.keys() - _COLUMNS)
         raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")
     path = row.get("path")
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{place}: path={path!r}, but every utterance needs the path of its audio file")
     _check_unicode(path, place)  # JSON may spell halves of characters, which no file system takes
     values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": folder / path}
-    for name in _TEXT_COLUMNS:
-        if row.get(name) is not None:
+    for name, value in row.items():
+        if value is not None and name in _TEXT_COLUMNS:
             values[name] = _text(row, name, place)
     if "domain" in values and values["domain"] not in DOMAINS:
         raise ValueError(f"{place}: domain={values['domain']!r} must be one of {', '.join(DOMAINS)}, or left out")
