@@ -44,6 +44,7 @@ from spear_hf.mvq.store_format import (
     MANIFEST_COLUMNS,
     METADATA,
     QUARANTINE,
+    READERS,
     SHARD_UTTERANCES,
     SINGLE,
     Infos,
@@ -84,7 +85,6 @@ __all__ = [
 ]
 
 CACHED_ROW_GROUPS = 32
-READERS = 8  # threads, where something is read of every shard
 OPEN_FILES = 128  # of the many thousands of a large store; opening one takes about 1.5 ms
 Result = TypeVar("Result")
 _CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache is for one at a time
@@ -93,7 +93,7 @@ _CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache
 class TokenStore:
     """Reads a store: `store[id]` -> uint8 (frames, codebooks). Codes are read when asked for, with their checksums.
 
-    Opening reads metadata and index alone. Held of an utterance are its id and 36 bytes, with audio 44. May be sent to
+    Opening reads metadata and index alone. Held of an utterance are its id and 32 bytes, with audio 34. May be sent to
     other processes (loader workers): it holds the index, and opens files where it is used.
     """
 
@@ -178,11 +178,10 @@ class TokenStore:
     def of_teacher(self, teacher: str | None) -> "TokenStore":
         """The same store with the tokens of one of its teachers, None if it has one, without another index."""
         name = _chosen(self._infos, teacher, str(self.location))
-        other = copy.copy(self)
+        other = copy.copy(self)  # without the open files, as it is sent to another process
         other.info = self._infos[name]
         other._prefix, other._checksum = prefix(name), checksum_column(name)
         other._frames = _frames(_read_index(self.location, [f"{other._prefix}num_frames"], self._shards), name)
-        other._cache, other._files = OrderedDict(), OrderedDict()
         return other
 
     def __len__(self) -> int:

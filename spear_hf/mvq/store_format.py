@@ -27,6 +27,7 @@ CARD = "README.md"
 SHARD_UTTERANCES = 1000
 ROW_GROUP = 64  # utterances read together for one: about half a megabyte of 10 s utterances
 ROW_GROUP_WITH_AUDIO = 8  # likewise, 1.3 MB of 16-bit FLAC
+READERS = 8  # threads, where something is read of every shard: on a network's file system each takes a while
 SINGLE = ""
 MANIFEST_COLUMNS = ("domain", "split")  # of a store with audio, and of its index
 _FOOTER_KEY = b"spear_hf"

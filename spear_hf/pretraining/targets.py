@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..data.collation import needing_target
 from ..data.manifest import Utterance
-from ..data.utterances import UtteranceList, listed
+from ..data.utterances import UtteranceList
 from ..mvq.quantize import train_tokenizer
 from ..mvq.quantizer_files import CONFIG_NAME
 from ..mvq.store import TokenStore
@@ -52,7 +52,7 @@ def prepare_stores(
         if not training:
             raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")
         folder.create(config)
-        store = _existing_store(folder, name, listed([*training, *validation]))
+        store = _existing_store(folder, name, training, validation)
         stores[name] = store or _make_store(config.seed, name, target, training, validation, folder, device)
     return stores
 
@@ -65,13 +65,13 @@ def _open(source: str, opened: Sequence[TokenStore | None]) -> TokenStore:
     return TokenStore.open(source) if same is None else same.of_teacher(teacher)
 
 
-def _existing_store(folder: RunFolder, name: str, needed: UtteranceList) -> TokenStore | None:
+def _existing_store(folder: RunFolder, name: str, *needed: UtteranceList) -> TokenStore | None:
     """The store of an earlier start, if it is complete and has these utterances."""
     try:
         store = TokenStore.open(folder.tokens / name)
     except ValueError:
         return None
-    return store if (store.rows_of_utterances(needed) >= 0).all() else None
+    return store if all((store.rows_of_utterances(group) >= 0).all() for group in needed) else None
 
 
 def _make_store(
