@@ -65,6 +65,7 @@ SETTINGS = (
     "data.batch_seconds=100",
     "execution.batch_seconds_per_device=10",
 )
+PAPERS_BATCHES = ("data.batch_seconds=4800", "execution.batch_seconds_per_device=600")
 COMMAND = (sys.executable, "-c", "from spear_hf.cli import main; main()")
 
 
@@ -187,7 +188,7 @@ def restart(stores: Stores) -> Measurement:
 def dry_run(stores: Stores) -> Measurement:
     """`spear-hf pretrain --dry-run`."""
     shutil.rmtree(stores.run, ignore_errors=True)
-    return until(stores.pretrain("--dry-run"))
+    return until([*stores.pretrain("--dry-run"), *PAPERS_BATCHES])
 
 
 def merging(stores: Stores) -> list[str]:
@@ -230,8 +231,7 @@ def inside(stores: Stores) -> dict[str, Measurement]:
         found[name] = time.perf_counter() - started, time.process_time() - before, used("self")[1]
         return result
 
-    paper = ("data.batch_seconds=4800", "execution.batch_seconds_per_device=600")
-    config = load_config("base-speech-audio", [*SETTINGS, *paper, f"data.store={stores.both}"])
+    config = load_config("base-speech-audio", [*SETTINGS, *PAPERS_BATCHES, f"data.store={stores.both}"])
     measured("open", lambda: TokenStore.open(stores.both, teacher="speech"))
     corpus = measured("corpus", lambda: load_corpus(config.data, config.seed))
     measured("fingerprint", lambda: corpus.fingerprint)
@@ -258,17 +258,18 @@ def measure(stores: Stores, parts: list[str]) -> dict[str, Measurement]:
     return {part: found[part] for part in parts}
 
 
-def setting(label: str) -> dict[str, Any]:
+def setting(arguments: argparse.Namespace) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     processor = names[0].split(":", 1)[1].strip() if names else platform.machine()
+    options = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("label", "few", "utterances", "parts"))
     return {
         "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: version(name) for name in ("numpy", "pyarrow")},
         "spear_hf": spear_hf.__version__,
-        "command": f"python examples/benchmark_startup.py --label {label}",
+        "command": f"python examples/benchmark_startup.py {options}",
     }
 
 
@@ -311,7 +312,7 @@ def main() -> None:
                 "peak_mb_per_million": round(peak),
                 "cpu_seconds_of_35_million": round(processor * PAPERS_UTTERANCES),
                 "peak_gb_of_35_million": round(peak * PAPERS_UTTERANCES / 1000, 1),
-                **setting(arguments.label),
+                **setting(arguments),
             }
         )
     replaced = {(row["part"], row["label"]) for row in rows}
