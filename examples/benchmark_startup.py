@@ -2,7 +2,7 @@
 """How long runs on stores of millions of utterances take to begin, and the memory they need until then.
 
     python examples/benchmark_startup.py                     # some minutes; writes model_cards/benchmarks/startup.csv
-    python examples/benchmark_startup.py --utterances 3000000 --parts open,corpus,plan --folder /tmp/stores
+    python examples/benchmark_startup.py --utterances 35000000 --index-only
 
 The stores are real ones, written by `StoreWriter`: two teachers over utterances whose ids, domains and lengths are
 like those of the paper's 97,000 hours, each with the same second of silence for its audio. A run that begins looks at
@@ -12,7 +12,9 @@ it would with ten seconds of each.
 Every part is measured on `--few` utterances and on `--utterances`: what grows between the two is given for a million,
 and at that rate for the paper's 35 million. What does not grow, imports, the model and a first step, is left out of
 these. They are of processor time, which other work on the machine lengthens little, and so of one core, though some of
-it is done by several threads. `--label` names what was measured; rows of other labels stay.
+it is done by several threads. With `--index-only` the store is no more than its index and files in the place of its
+shards, so that it can be as large as the paper's, and what does not open shards is measured. `--label` names what was
+measured; rows of other labels stay.
 """
 
 import argparse
@@ -32,13 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 
 import spear_hf
 from spear_hf.data.sources import open_source
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.store import StoreInfo, TokenRow, TokenStore, list_key, waveform_checksum
-from spear_hf.mvq.store_format import SHARD_UTTERANCES, SINGLE, shard_path
+from spear_hf.mvq.store_format import INDEX, METADATA, SHARD_UTTERANCES, SINGLE, index_content, shard_path
 from spear_hf.mvq.store_writer import StoreWriter
 from spear_hf.mvq.teachers import load_teacher
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
@@ -69,6 +72,21 @@ PAPERS_BATCHES = ("data.batch_seconds=4800", "execution.batch_seconds_per_device
 COMMAND = (sys.executable, "-c", "from spear_hf.cli import main; main()")
 
 
+def teachers() -> dict[str, StoreInfo]:
+    return {name: StoreInfo(2, 256, 25.0, f"teacher of {name}", None, name) for name in TEACHERS}
+
+
+def utterances(shard: int, count: int) -> tuple[list[str], list[int], list[str]]:
+    """Ids, samples and domains of a shard, of `count` utterances in all."""
+    first = shard * SHARD_UTTERANCES
+    size = min(count - first, SHARD_UTTERANCES)
+    rng = np.random.default_rng([3, shard])
+    lengths = (RATE * rng.lognormal(2.2, 0.6, size).clip(0.5, 30)).astype(int).tolist()
+    domains = np.where(rng.random(size) < SHARE_OF_AUDIO, "audio", "speech").tolist()
+    ids = [f"{domain}/{shard:05d}/recording_{first + place:09d}" for place, domain in enumerate(domains)]
+    return ids, lengths, domains
+
+
 class Stores:
     """Below a folder: `speech` with the audio, `audio` without, `both` of the two teachers with it, and a manifest."""
 
@@ -83,7 +101,7 @@ class Stores:
         self.folder.mkdir(parents=True)
         soundfile.write(self.folder / "silence.flac", silence, RATE)
         audio, checksum = ((self.folder / "silence.flac").read_bytes(), ".flac"), waveform_checksum(silence)
-        infos = {name: StoreInfo(2, 256, 25.0, f"teacher of {name}", None, name) for name in TEACHERS}
+        infos = teachers()
         writers = [
             StoreWriter(self.speech, {SINGLE: infos["speech"]}, with_audio=True),
             StoreWriter(self.audio, {SINGLE: infos["audio"]}),
@@ -93,12 +111,7 @@ class Stores:
         codes = np.zeros((25, 2), np.uint8)
         with self.manifest.open("w", encoding="utf-8") as manifest:
             for shard in range(-(-count // SHARD_UTTERANCES)):
-                first = shard * SHARD_UTTERANCES
-                size = min(count - first, SHARD_UTTERANCES)
-                rng = np.random.default_rng([3, shard])
-                lengths = (RATE * rng.lognormal(2.2, 0.6, size).clip(0.5, 30)).astype(int).tolist()
-                domains = np.where(rng.random(size) < SHARE_OF_AUDIO, "audio", "speech").tolist()
-                ids = [f"{domain}/{shard:05d}/recording_{first + place:09d}" for place, domain in enumerate(domains)]
+                ids, lengths, domains = utterances(shard, count)
                 rows = [
                     TokenRow(id, codes, length, checksum, audio, domain)
                     for id, length, domain in zip(ids, lengths, domains)
@@ -112,6 +125,25 @@ class Stores:
         for writer in writers:
             writer.finish(len(keys), keys)
         self._tokenize()
+
+    def write_index(self, count: int) -> None:
+        """Only `both`, and of it only what is read when it is opened: shards are files of one byte."""
+        names = [f"{name}_num_frames" for name in TEACHERS]
+        writer = StoreWriter(self.both, teachers(), with_audio=True)
+        tables, entries = [], []
+        for shard in range(-(-count // SHARD_UTTERANCES)):
+            ids, lengths, domains = utterances(shard, count)
+            columns = {"id": pa.array(ids, pa.large_string()), "num_samples": lengths, "domain": domains}
+            columns |= {name: [length // 640 for length in lengths] for name in names}
+            columns["split"] = pa.nulls(len(ids), pa.string())
+            tables.append(pa.table(columns))
+            path = shard_path(self.both, shard)
+            path.write_bytes(b"0")
+            entries.append({"file": path.name, "num_utterances": len(ids), "bytes": 1, "key": ""})
+        table = pa.concat_tables(tables).combine_chunks()
+        (self.both / INDEX).write_bytes(index_content(table, str(self.both)))
+        totals = {"num_utterances": count, "num_quarantined": 0, "shards": entries}
+        (self.both / METADATA).write_bytes(writer._metadata(totals, complete=True))
 
     def _tokenize(self) -> None:
         """The store `tokens` of the manifest, of which the last two shards are missing."""
@@ -258,11 +290,18 @@ def measure(stores: Stores, parts: list[str]) -> dict[str, Measurement]:
     return {part: found[part] for part in parts}
 
 
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What there is one row of."""
+    return row["part"], row["label"], str(row["utterances"])
+
+
 def setting(arguments: argparse.Namespace) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     processor = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    options = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("label", "few", "utterances", "parts"))
+    options = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("label", "few", "utterances"))
+    options += " --index-only" if arguments.index_only else ""
+    options += f" --parts {arguments.parts}" if arguments.parts else ""
     return {
         "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
         "load": round(os.getloadavg()[0], 2),
@@ -279,20 +318,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the stores, which are written where they are not there")
     parser.add_argument("--utterances", type=int, default=1_000_000)
     parser.add_argument("--few", type=int, default=100_000)
-    parser.add_argument("--parts", default=",".join((*INSIDE, *COMMANDS)))
+    parser.add_argument("--parts", help="by default all")
+    parser.add_argument("--index-only", action="store_true", help="see above")
     parser.add_argument("--label", default="now")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
         print(json.dumps(inside(Stores(arguments.folder))))
         return
-    parts = arguments.parts.split(",")
+    everything = INSIDE if arguments.index_only else (*INSIDE, *COMMANDS)
+    parts = arguments.parts.split(",") if arguments.parts else list(everything)
     with tempfile.TemporaryDirectory() as temporary:
         measurements = []
         for count in (arguments.few, arguments.utterances):
             stores = Stores((arguments.folder or Path(temporary)) / str(count))
             if not stores.folder.exists():
-                stores.write(count)
+                (stores.write_index if arguments.index_only else stores.write)(count)
             measurements.append(measure(stores, parts))
     millions = (arguments.utterances - arguments.few) / 1e6
     rows = []
@@ -315,10 +356,10 @@ def main() -> None:
                 **setting(arguments),
             }
         )
-    replaced = {(row["part"], row["label"]) for row in rows}
+    replaced = {key(row) for row in rows}
     if arguments.output.exists():
         with open(arguments.output, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if (row["part"], row["label"]) not in replaced] + rows
+            rows = [row for row in csv.DictReader(file) if key(row) not in replaced] + rows
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with open(arguments.output, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
