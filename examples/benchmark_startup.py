@@ -13,9 +13,9 @@ Every part is measured on `--few` utterances and on `--utterances`: what grows b
 and at that rate for the paper's 35 million. What does not grow, imports, the model and a first step, is left out of
 these. They are of processor time, which other work on the machine lengthens little, and so of one core, though some of
 it is done by several threads. With `--index-only` the store is no more than its index and files in the place of its
-shards, so that it can be as large as the paper's, and what does not open shards is measured. Peaks include the pages of
-shards that are mapped. `--label` names what was measured; rows of other labels stay. In the table, `before` is the code
-before the columns of a store were used as such.
+shards, so that it can be as large as the paper's, and what does not open shards is measured. Peaks include the pages
+of shards that are mapped. `--label` names what was measured; rows of other labels stay. In the table, `before` is the
+code before the columns of a store were used as such.
 """
 
 import argparse
