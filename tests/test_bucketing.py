@@ -1,13 +1,15 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Batches stay within their cap, lose nothing, and are functions of (seed, epoch) whatever the number of ranks."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spear_hf.data.bucketing import BucketingSampler, crop_window, split_batch, visiting_rates
+from spear_hf.data.bucketing import BucketingSampler, crop_window, split_batch, stable_order, visiting_rates
+from spear_hf.data.windows import WindowedSampler, draw_windows
 
 
 SECOND = 16000
@@ -49,6 +51,49 @@ def test_epochs_differ_and_repeat_exactly(lengths):
     assert len(together[0] & together[1]) <= 2  # the same company seldom meets again
     other_seed = BucketingSampler(lengths, 60 * SECOND, seed=4)
     assert [b.tolist() for b in other_seed.plan(0)] != [b.tolist() for b in first.plan(0)]
+
+
+# Of the first, second and tenth epoch, as they were when runs were first published: a run of then goes on by them.
+ORDERS = {
+    "plain": "faade7ecae19cbed",
+    "weighted": "726697c9481c30f7",
+    "without jitter": "6dd07d6d84d98c05",
+    "not shuffled": "6df0134457a2ccf1",
+    "windows": "0260cb42dbd96f70",
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_order_of_a_seed_stays_for_good(name):
+    numbers = np.arange(5000)
+    lengths = SECOND + numbers * 7919 % (9 * SECOND)
+    lengths[::5] = 10 * SECOND
+    rates = visiting_rates(np.where(numbers % 7 == 0, "audio", "speech"), {"audio": 2.5})
+    windows = draw_windows(numbers // 50, 7, seed=3)
+    sampler = {
+        "plain": lambda: BucketingSampler(lengths, 100 * SECOND, seed=3),
+        "weighted": lambda: BucketingSampler(lengths, 100 * SECOND, seed=3, rates=rates),
+        "without jitter": lambda: BucketingSampler(lengths, 100 * SECOND, jitter=0.0, rates=rates),
+        "not shuffled": lambda: BucketingSampler(lengths, 100 * SECOND, shuffle=False),
+        "windows": lambda: WindowedSampler(lengths, 100 * SECOND, windows, seed=3, rates=rates),
+    }[name]()
+    digest = hashlib.blake2b(digest_size=8)
+    for epoch in (0, 1, 9):
+        for place, batch in enumerate(sampler.plan(epoch)):
+            alone = sampler.batch(epoch * sampler.batches_per_epoch + place)[1]
+            assert alone.dtype == np.int64
+            assert np.array_equal(alone, batch)
+            digest.update(batch.astype("<i8").tobytes() + b"|")
+    assert digest.hexdigest() == ORDERS[name]
+
+
+@pytest.mark.parametrize("different", [1, 2, 50, 99_000, 10**9])
+def test_equal_keys_stay_in_their_order(different):
+    keys = np.random.default_rng(0).integers(0, different, 100_000) / 7
+    assert np.array_equal(stable_order(keys), np.argsort(keys, kind="stable"))
+    few = np.arange(100_000) * 1.0
+    few[[5, 6, 7, 90_000, 50, 3]] = few[40_000]
+    assert np.array_equal(stable_order(few), np.argsort(few, kind="stable"))
 
 
 def test_the_position_is_the_only_state(lengths):

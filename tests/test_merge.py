@@ -92,6 +92,12 @@ def test_each_teacher_is_read_from_the_merged_store(stores, merged):
         store.verify()
         with pytest.raises(ValueError, match="leave `teacher` out"):
             TokenStore.open(folder, teacher=name)
+        with pytest.raises(ValueError, match="leave `teacher` out"):
+            alone.of_teacher(name)
+        for first in stores:
+            again = TokenStore.open(merged, teacher=first).of_teacher(name)
+            assert (again.info, again.ids) == (alone.info, alone.ids)
+            assert all(np.array_equal(again[id], alone[id]) for id in alone)
     assert TokenStore.open(f"{merged}#audio").num_codebooks == 2
     for teacher, message in ((None, "give teacher=speech or audio$"), ("music", "speech or audio, not 'music'")):
         with pytest.raises(ValueError, match=message):

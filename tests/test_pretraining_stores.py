@@ -21,6 +21,11 @@ from spear_hf.mvq.store import TokenStore
 from spear_hf.mvq.teachers import load_teacher
 from spear_hf.mvq.tokenize_corpus import tokenize_corpus
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
+from spear_hf.pretraining.config import load_config
+from spear_hf.pretraining.corpus import load_corpus
+from spear_hf.pretraining.run_folder import RunFolder
+from spear_hf.pretraining.sources import settle_sources
+from spear_hf.pretraining.targets import prepare_stores
 
 from .conftest import ROOT
 from .hub_process import GOOD, Client
@@ -132,6 +137,22 @@ def test_a_store_of_the_hub_trains_as_the_files_do_and_stays_at_its_commit(runs,
     # The first half validated at its own end.
     assert (output / "evaluation.jsonl").read_text() == (from_files / "evaluation.jsonl").read_text()
     assert_same_run(output, from_files)
+
+
+def test_the_index_of_a_store_is_held_once(runs, stores, tmp_path):
+    teachers = [f"targets.{name}.store={stores['both']}#{name}" for name in ("speech", "audio")]
+    folder = RunFolder(tmp_path / "run")
+    for heard in (), (f"data.store={stores['speech']}",):
+        config = load_config("tiny", runs.overrides(folder.path, "data.manifest=null", *teachers, *heard))
+        config = settle_sources(config, folder)
+        corpus = load_corpus(config.data, config.seed)
+        opened = prepare_stores(config, config.targets, corpus, folder)
+        held = {id(store._ids) for store in (corpus.store, *opened.values())}
+        assert len(held) == 1 + len(heard)
+        for name, store in opened.items():
+            alone = TokenStore.open(stores[name])
+            assert store.info == alone.info
+            assert store.rows_of_utterances(corpus.training).tolist() == alone.rows_of(corpus.training.ids).tolist()
 
 
 def call(runs: Runs, output: Path, *more: str) -> str:

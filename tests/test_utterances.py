@@ -6,10 +6,11 @@ import pickle
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from spear_hf.data.manifest import Utterance
-from spear_hf.data.utterances import known_domains, listed
+from spear_hf.data.utterances import Column, known_domains, listed
 from spear_hf.mvq.store import TokenRow, TokenStore, TokenStoreWriter
 
 from .test_store import INFO
@@ -62,6 +63,51 @@ def test_rows_are_found_for_many_ids_at_once(store):
     assert store.rows_of(ids).tolist() == [3, 19, -1, 0, 3]
     assert store.shards_of(ids).tolist() == [0, 2, -1, 0, 0]
     assert store.rows_of([]).tolist() == []
+
+
+def write_part(folder, ids) -> TokenStore:
+    with TokenStoreWriter(folder, INFO) as writer:
+        for id in ids:
+            writer.add(id, np.zeros((5, 4), np.uint8), 16000)
+    return TokenStore.open(folder)
+
+
+def test_rows_of_another_store_are_those_of_its_ids(store, tmp_path):
+    """Of the same utterances, of some in another order, of others, and of none."""
+    everything = store.utterances()
+    some = [f"utterance-{number}" for number in (7, 3, 19, 0)]
+    for name, ids in {"same": store.ids, "some": some, "more": [*some, "x", *store.ids[8:12]], "none": []}.items():
+        other = write_part(tmp_path / name, ids)
+        expected = [ids.index(id) if id in ids else -1 for id in store.ids]
+        assert other.rows_of_store(store).tolist() == expected, name
+        assert store.rows_of_store(other).tolist() == store.rows_of(ids).tolist(), name
+        taken = everything.take(np.array([3, 3, 0, 12]))
+        for utterances in (taken, listed(list(taken))):
+            assert other.rows_of_utterances(utterances).tolist() == [expected[row] for row in (3, 3, 0, 12)], name
+    assert store.rows_of_utterances(taken).tolist() == [3, 3, 0, 12]
+
+
+def test_equal_hashes_are_told_apart_by_their_ids(store):
+    """As if all ids had one hash."""
+    store._hashes = np.full_like(store._hashes, store._hashes[0])
+    hashes = np.full(2, store._hashes[0])
+    for row in range(len(store)):
+        wanted = pa.array([store.id_at(row), f"other-{row}"], pa.large_string())
+        assert store._rows_by_hash(hashes, wanted).tolist() == [row, -1]
+
+
+def test_a_column_is_a_value_for_each():
+    items = [None, "b", "a", "b", None, "c"]
+    column = Column.of(items)
+    assert list(column) == [column[place] for place in range(6)] == items
+    assert list(column[1:4]) == list(column.take(np.array([1, 2, 3]))) == items[1:4]
+    assert column.present == {None, "a", "b", "c"}
+    assert column.take(np.array([0, 1])).present == {None, "b"}
+    assert column.among({"a", None}).tolist() == [True, False, True, False, True, False]
+    assert column.each(lambda value: 0 if value is None else ord(value), np.int64).tolist() == [0, 98, 97, 98, 0, 99]
+    assert list(column.filled("b")) == ["b", "b", "a", "b", "b", "c"]
+    assert list(column.filled("d")) == ["d", "b", "a", "b", "d", "c"]
+    assert list(Column.of([])) == list(Column.of([]).filled("a")) == []
 
 
 def test_many_take_little_memory(store):

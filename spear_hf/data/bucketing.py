@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .seeding import keyed_generator
+from .utterances import Column
 
 
 class GlobalBatches(ABC):
@@ -41,10 +42,14 @@ class GlobalBatches(ABC):
 
     def batch(self, position: int) -> tuple[int, np.ndarray]:
         """The batch after `position` earlier ones since the start of training: (epoch, utterance indices)."""
+        epoch, place = self._divided(position)
+        return epoch, self.plan(epoch)[place]
+
+    def _divided(self, position: int) -> tuple[int, int]:
+        """Epoch, and place therein, of a position."""
         if position < 0:
             raise ValueError(f"position must not be negative, not {position}.")
-        epoch, place = divmod(position, self.batches_per_epoch)
-        return epoch, self.plan(epoch)[place]
+        return divmod(position, self.batches_per_epoch)
 
     def at_hand(self, position: int) -> np.ndarray:
         """The utterances whose shards are there while the batch at `position` is made: here all, ascending."""
@@ -105,7 +110,7 @@ class BucketingSampler(GlobalBatches):
             )
         self._groups = self._group_by_rate(rates)
         self._batch_starts = self._cut_batches()
-        self._planned: tuple[int, list[np.ndarray]] | None = None
+        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None  # as of `_order`
 
     @property
     def batches_per_epoch(self) -> int:
@@ -130,11 +135,11 @@ class BucketingSampler(GlobalBatches):
         The place i of the group is heard when (i + epoch) * m / n passes a whole number: exactly m an epoch, each of
         them in every n/m-th epoch (rounded down or up), and none twice in one.
         """
-        chosen = []
+        heard = np.zeros(len(self.lengths), dtype=bool)
         for members, count in self._groups:
             places = (np.arange(len(members)) + epoch) % len(members)
-            chosen.append(members[(places + 1) * count // len(members) > places * count // len(members)])
-        return np.sort(np.concatenate(chosen))
+            heard[members[(places + 1) * count // len(members) > places * count // len(members)]] = True
+        return np.flatnonzero(heard)
 
     def _cut_batches(self) -> np.ndarray:
         """First place of each batch in an epoch's sorted sequence, the same for any draw of the random factors.
@@ -155,31 +160,61 @@ class BucketingSampler(GlobalBatches):
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """All batches of an epoch in their order, each an array of utterance indices."""
-        if self._planned is not None and self._planned[0] == epoch:
-            return self._planned[1]
+        return [self.planned(epoch, place) for place in range(self.batches_per_epoch)]
+
+    def batch(self, position: int) -> tuple[int, np.ndarray]:
+        """As of `GlobalBatches`, made from what is held of the epoch's order."""
+        epoch, place = self._divided(position)
+        return epoch, self.planned(epoch, place)
+
+    def planned(self, epoch: int, place: int) -> np.ndarray:
+        """The batch at a place of an epoch."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = None  # its memory is for the next one
+            self._planned = (epoch, *self._order(epoch))
+        _, utterances, order = self._planned
+        number = int(order[place])
+        start, *stop = self._batch_starts[number : number + 2]
+        return utterances[slice(start, *stop or [None])].astype(np.int64)
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The utterances of an epoch from long to short, 4 bytes each where that is enough, and its batches' order."""
         heard = self.heard(epoch)
-        keys = self.lengths[heard].astype(np.float64)
+        keys = -self.lengths[heard].astype(np.float64)
+        order = np.arange(self.batches_per_epoch)
         if self.shuffle:
             rng = keyed_generator(self.seed, epoch, "order of utterances")
-            keys *= 1 + self.jitter * rng.uniform(-1, 1, len(keys))
-        batches = np.split(heard[np.argsort(-keys, kind="stable")], self._batch_starts[1:])
-        if self.shuffle:
-            rng = keyed_generator(self.seed, epoch, "order of batches")
-            batches = [batches[place] for place in rng.permutation(len(batches))]
-        self._planned = (epoch, batches)
-        return batches
+            factors = rng.uniform(-1, 1, len(keys))
+            factors *= self.jitter
+            factors += 1
+            keys *= factors
+            order = keyed_generator(self.seed, epoch, "order of batches").permutation(len(order))
+        heard = heard.astype(np.min_scalar_type(len(self.lengths)))
+        return heard[stable_order(keys)], order
 
 
-def visiting_rates(domains: Sequence[str] | np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
+def stable_order(keys: np.ndarray) -> np.ndarray:
+    """`np.argsort(keys, kind="stable")`, by numpy's faster sort where few are equal."""
+    order = np.argsort(keys)
+    same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])  # to the next one
+    if len(same) > len(keys) // 100:
+        return np.argsort(keys, kind="stable")
+    for run in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1):
+        if len(run):
+            order[run[0] : run[-1] + 2].sort()
+    return order
+
+
+def visiting_rates(domains: Sequence[str | None] | np.ndarray, weights: Mapping[str, float]) -> np.ndarray:
     """The share of epochs in which each utterance is heard, so that domains are heard in proportion to `weights`.
 
     The domain of the largest weight is heard whole in every epoch, one of a third of that weight in every third. An
     epoch is thus one pass over the domain that is repeated most, no utterance comes twice in it, and every repetition
     has its own crop and masks, which are drawn by epoch. A domain without a weight has 1.
     """
-    present, place = np.unique(np.asarray(domains, dtype=str), return_inverse=True)
-    values = np.array([weights.get(str(domain), 1.0) for domain in present], dtype=np.float64)[place]
-    return values / values.max()
+    column = domains if isinstance(domains, Column) else Column.of(domains)
+    largest = max(float(weights.get(str(domain), 1.0)) for domain in column.present)
+    return column.each(lambda domain: weights.get(str(domain), 1.0) / largest, np.float64)
 
 
 def split_batch(

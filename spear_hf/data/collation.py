@@ -52,7 +52,7 @@ class TokenShape(Protocol):
 class Tokens(TokenShape, Protocol):
     """What is needed of a token store."""
 
-    def __contains__(self, id: object) -> bool: ...
+    def rows_of_utterances(self, utterances: UtteranceList) -> np.ndarray: ...
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -126,7 +126,8 @@ def check_tokens(
                 f"The {name} tokens have {have[0]} codebooks of {have[1]} entries at the encoder's frame rate, but "
                 f"the config's target has {want[0]} of {want[1]}: use the other tokens or change the target."
             )
-        missing = [id for id in needing_target(name, utterances, domains.get(name)).ids if id not in store]
+        needed = needing_target(name, utterances, domains.get(name))
+        missing = list(needed.take(np.flatnonzero(store.rows_of_utterances(needed) < 0)).ids)
         if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             cut = any(id.startswith(f"{missing[0]}@") for id in store)
@@ -157,9 +158,8 @@ def needs_target(name: str, domain: str | None, domains: Sequence[str] | None = 
 
 def needing_target(name: str, utterances: Sequence[Utterance], domains: Sequence[str] | None = None) -> UtteranceList:
     """Those of `utterances` for which `needs_target` holds."""
-    present = known_domains(utterances)
     chosen = [domain for domain in DOMAINS if needs_target(name, domain, domains)]
-    return listed(utterances).take(np.flatnonzero(np.isin(present.astype(str), chosen)))
+    return listed(utterances).take(np.flatnonzero(known_domains(utterances).among(chosen)))
 
 
 class PreTrainingDataset:

@@ -202,7 +202,7 @@ class Mixer:
             raise ValueError(f"{len(utterances)} utterances to mix, but {len(self.lengths)} lengths.")
         self.windows = np.zeros(len(utterances), dtype=np.int64) if windows is None else windows
         groups = members(self.windows)
-        audio = known_domains(self.utterances) == "audio"
+        audio = known_domains(self.utterances).among(["audio"])
         self.noise = [self.utterances.take(group[audio[group]]) for group in groups]
         if noise is not None:
             self.noise = [listed(noise)] * len(groups)

@@ -5,15 +5,79 @@ An `Utterance` takes about a kilobyte, and what Python objects are read by the w
 the 35 million utterances of 97,000 hours would not fit.
 """
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 
 from .audio import SAMPLING_RATE
 from .decoding import utterance_seconds
 from .manifest import Utterance
+
+
+CHUNK = 1 << 16  # utterances looked at together
+
+
+class Column(Sequence[str | None]):
+    """One of a few values for each utterance: held are the values, and for each utterance the place of its own.
+
+    Args:
+        values: all different.
+        places: of each utterance, whole numbers of any type.
+    """
+
+    def __init__(self, values: Sequence[str | None], places: np.ndarray) -> None:
+        self.values = list(values)
+        self.places = places
+
+    @classmethod
+    def of(cls, items: Iterable[str | None]) -> "Column":
+        """Of a value for each utterance."""
+        known: dict[str | None, int] = {}
+        places = np.fromiter((known.setdefault(item, len(known)) for item in items), np.int32)
+        return cls(list(known), places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, len(self), CHUNK):
+            yield from (self.values[place] for place in self.places[start : start + CHUNK].tolist())
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return Column(self.values, self.places[place])
+        return self.values[self.places[place]]
+
+    def take(self, places: np.ndarray) -> "Column":
+        """Of the utterances at `places`."""
+        return Column(self.values, self.places[places])
+
+    @property
+    def present(self) -> set[str | None]:
+        """The values that some utterance has."""
+        counts = np.bincount(self.places, minlength=len(self.values))
+        return {value for value, count in zip(self.values, counts) if count}
+
+    def among(self, wanted: Container[str | None]) -> np.ndarray:
+        """Whether the value of each utterance is one of these, bool."""
+        return self.each(lambda value: value in wanted, np.bool_)
+
+    def each(self, function: Callable[[str | None], Any], dtype: Any) -> np.ndarray:
+        """What a function makes of the value of each utterance; it is asked once for each value."""
+        return np.array([function(value) for value in self.values], dtype=dtype)[self.places]
+
+    def filled(self, value: str) -> "Column":
+        """The same with `value` where there is none."""
+        if None not in self.values:
+            return self
+        values = [known for known in self.values if known is not None]
+        values += [] if value in values else [value]
+        moved = np.array([values.index(value if known is None else known) for known in self.values])
+        return Column(values, moved.astype(self.places.dtype)[self.places])
 
 
 class UtteranceList(Sequence[Utterance]):
@@ -30,13 +94,13 @@ class UtteranceList(Sequence[Utterance]):
 
     @property
     @abstractmethod
-    def domains(self) -> np.ndarray:
-        """The domain of each, objects: str or None."""
+    def domains(self) -> Column:
+        """The domain of each."""
 
     @property
     @abstractmethod
-    def splits(self) -> np.ndarray:
-        """The split of each, objects: str or None."""
+    def splits(self) -> Column:
+        """The split of each."""
 
     @property
     @abstractmethod
@@ -57,6 +121,12 @@ class UtteranceList(Sequence[Utterance]):
     @abstractmethod
     def at(self, place: int) -> Utterance:
         """The one at a place from 0 on."""
+
+    def id_chunks(self) -> Iterator[pa.LargeStringArray]:
+        """All ids, so many at a time that work on them costs little memory."""
+        remaining = iter(self.ids)
+        while chunk := list(itertools.islice(remaining, CHUNK)):
+            yield pa.array(chunk, pa.large_string())
 
 
 class ListedUtterances(UtteranceList):
@@ -79,12 +149,12 @@ class ListedUtterances(UtteranceList):
         return (utterance.id for utterance in self._utterances)
 
     @property
-    def domains(self) -> np.ndarray:
-        return np.array([utterance.domain for utterance in self._utterances], dtype=object)
+    def domains(self) -> Column:
+        return Column.of(utterance.domain for utterance in self._utterances)
 
     @property
-    def splits(self) -> np.ndarray:
-        return np.array([utterance.split for utterance in self._utterances], dtype=object)
+    def splits(self) -> Column:
+        return Column.of(utterance.split for utterance in self._utterances)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -98,7 +168,6 @@ def listed(utterances: Sequence[Utterance]) -> UtteranceList:
     return utterances if isinstance(utterances, UtteranceList) else ListedUtterances(utterances)
 
 
-def known_domains(utterances: Sequence[Utterance]) -> np.ndarray:
-    """The domain of each, objects; those without one count as speech."""
-    domains = listed(utterances).domains
-    return np.where(domains == None, "speech", domains)  # noqa: E711 (elementwise)
+def known_domains(utterances: Sequence[Utterance]) -> Column:
+    """The domain of each; those without one count as speech."""
+    return listed(utterances).domains.filled("speech")

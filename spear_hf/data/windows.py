@@ -17,18 +17,19 @@ from .seeding import keyed_generator, keyed_seed
 
 def draw_windows(shards: np.ndarray, window_shards: int, seed: int) -> np.ndarray:
     """The window of each utterance, int64, from its shard: the fewest windows of at most `window_shards` shards."""
-    present, place = np.unique(shards, return_inverse=True)
+    present = np.flatnonzero(np.bincount(shards))
     order = keyed_generator(seed, "windows of shards").permutation(len(present))
-    window_of_shard = np.empty(len(present), dtype=np.int64)
+    window_of_shard = np.empty(present.max(initial=0) + 1, dtype=np.int64)
     for window, members in enumerate(np.array_split(order, -(-len(present) // window_shards))):
-        window_of_shard[members] = window
-    return window_of_shard[place]
+        window_of_shard[present[members]] = window
+    return window_of_shard[shards]
 
 
 def members(windows: np.ndarray) -> list[np.ndarray]:
     """The utterances of each window, in ascending order."""
     counts = np.bincount(windows)
-    return np.split(np.argsort(windows, kind="stable"), np.cumsum(counts)[:-1])
+    small = windows.astype(np.min_scalar_type(len(counts)))  # numpy sorts 16 bits by their digits
+    return np.split(np.argsort(small, kind="stable"), np.cumsum(counts)[:-1])
 
 
 class Turn(NamedTuple):
@@ -88,13 +89,11 @@ class WindowedSampler(GlobalBatches):
         """As of `GlobalBatches`; only the window that it lies in is planned."""
         turn = self.turn(position)
         epoch = position // self.batches_per_epoch
-        return epoch, self._members[turn.window][self._parts[turn.window].plan(epoch)[position - turn.start]]
+        return epoch, self._members[turn.window][self._parts[turn.window].planned(epoch, position - turn.start)]
 
     def turn(self, position: int) -> Turn:
         """The one that the batch at `position` belongs to."""
-        if position < 0:
-            raise ValueError(f"position must not be negative, not {position}.")
-        epoch, place = divmod(position, self.batches_per_epoch)
+        epoch, place = self._divided(position)
         order = self._order(epoch)
         ends = np.cumsum(self._counts[order])
         slot = int(np.searchsorted(ends, place, side="right"))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -40,46 +41,39 @@ def merge_stores(
     """
     opened = _opened(stores)
     first, *others = opened.values()
-    ids = first.ids
-    rows = np.stack([np.arange(len(ids)), *(store.rows_of(ids) for store in others)])  # (stores, ids of the first)
-    kept: np.ndarray = np.all(rows >= 0, axis=0)
-    everything = set(ids).union(*(store.ids for store in others))
+    rows = {name: store.rows_of_store(first) for name, store in opened.items()}  # of the first store's utterances
+    kept: np.ndarray = np.all([places >= 0 for places in rows.values()], axis=0)
+    extra = dict.fromkeys(id for store in others for id in _ids_at(store, first.rows_of_store(store) < 0))
     if not intersect:
-        _refuse_missing(opened, everything)
+        _refuse_missing(opened, rows, list(extra))
     if not kept.any():
         raise ValueError(f"the stores {', '.join(map(str, stores.values()))} have no utterance in common")
-    checksums = _refuse_other_audio(opened, ids, rows, kept)
+    checksums = _refuse_other_audio(opened, rows, kept)
 
-    audio = next((store for store in opened.values() if store.with_audio), None)
-    columns = _manifest_columns(audio, ids)
+    audio = next((name for name, store in opened.items() if store.with_audio), None)
     writer = StoreWriter(output, {name: store.info for name, store in opened.items()}, with_audio=audio is not None)
-    common = {id for id, is_kept in zip(ids, kept) if is_kept}
-    keys, start = [], 0
-    with tqdm(total=len(common), unit="utt", desc="merge", disable=not progress) as bar:
+    keys, start, total = [], 0, int(kept.sum())
+    with tqdm(total=total, unit="utt", desc="merge", disable=not progress) as bar:
         for index, size in enumerate(first.shard_sizes):
-            places = [place for place in range(start, start + size) if kept[place]]
+            places = start + np.flatnonzero(kept[start : start + size])
             start += size
-            keys.append(list_key((ids[place], int(first.lengths[place])) for place in places))
+            ids, lengths = first.ids_at(places).to_pylist(), first.lengths[places].tolist()
+            keys.append(list_key(zip(ids, lengths)))
             if not writer.has_shard(index, keys[-1]):
+                known = [None if checksum < 0 else int(checksum) for checksum in checksums[places]]
+                joined = [{}] * len(ids) if audio is None else _with_audio(opened[audio], rows[audio][places])
                 parts = {
                     name: [
-                        TokenRow(
-                            id=ids[place],
-                            codes=store[ids[place]],
-                            num_samples=int(first.lengths[place]),
-                            audio_checksum=None if checksums[place] < 0 else int(checksums[place]),
-                            audio=audio.audio_file(ids[place]) if audio is not None else None,
-                            **{column: values[place] for column, values in columns.items()},
-                        )
-                        for place in places
+                        TokenRow(id, store.codes_at(row), length, checksum, **more)
+                        for id, row, length, checksum, more in zip(ids, rows[name][places], lengths, known, joined)
                     ]
                     for name, store in opened.items()
                 }
                 # They belong to no one shard of the result; the first holds all of them.
-                writer.write(index, keys[-1], parts, _quarantine(opened, common) if index == 0 else ())
+                writer.write(index, keys[-1], parts, _quarantine(opened, kept) if index == 0 else ())
             bar.update(len(places))
     writer.finish(num_shards=len(keys), keys=keys)
-    return MergeSummary(len(common), len(everything) - len(common))
+    return MergeSummary(total, len(first) + len(extra) - total)
 
 
 def _opened(stores: Mapping[str, str | Path]) -> dict[str, TokenStore]:
@@ -105,10 +99,16 @@ def _opened(stores: Mapping[str, str | Path]) -> dict[str, TokenStore]:
     return opened
 
 
-def _refuse_missing(opened: Mapping[str, TokenStore], everything: set[str]) -> None:
+def _ids_at(store: TokenStore, chosen: np.ndarray) -> list[str]:
+    return store.ids_at(np.flatnonzero(chosen)).to_pylist()
+
+
+def _refuse_missing(opened: Mapping[str, TokenStore], rows: Mapping[str, np.ndarray], extra: list[str]) -> None:
+    """`extra` are utterances that the first store lacks."""
+    first = next(iter(opened.values()))
     lines = []
     for name, store in opened.items():
-        if missing := sorted(id for id in everything if id not in store):
+        if missing := sorted([*_ids_at(first, rows[name] < 0), *(id for id in extra if id not in store)]):
             more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
             lines.append(f"{name} ({store.location}) lacks {len(missing)}: {', '.join(missing[:SHOWN])}{more}")
     if lines:
@@ -119,41 +119,43 @@ def _refuse_missing(opened: Mapping[str, TokenStore], everything: set[str]) -> N
 
 
 def _refuse_other_audio(
-    opened: Mapping[str, TokenStore], ids: list[str], rows: np.ndarray, kept: np.ndarray
+    opened: Mapping[str, TokenStore], rows: Mapping[str, np.ndarray], kept: np.ndarray
 ) -> np.ndarray:
     """Checksums of the first store's audio, or of another's where it has none; -1 where nobody has.
 
-    `rows` (stores, ids): where an id is in every store. Lengths must agree, and checksums where both are known.
+    `rows`: where the first store's utterances are in every store. Lengths must agree, and checksums where both are
+    known.
     """
-    first, *others = opened.values()
-    names = list(opened)
+    (first_name, first), *others = opened.items()
     checksums = first.audio_checksums()
-    for store, name, places in zip(others, names[1:], rows[1:]):
+    for name, store in others:
+        places = rows[name]
         theirs = store.audio_checksums()[places]
         known = (checksums >= 0) & (theirs >= 0)
         differ = kept & ((first.lengths != store.lengths[places]) | (known & (checksums != theirs)))
         if differ.any():
-            found = [ids[place] for place in np.flatnonzero(differ)]
+            found = _ids_at(first, differ)
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise ValueError(
-                f"{names[0]} ({first.location}) and {name} ({store.location}) were made from different audio (length "
-                f"or checksum differ) of {len(found)} utterances: {', '.join(found[:SHOWN])}{more}. Tokenise the same "
-                "files with both, decoded by the same versions"
+                f"{first_name} ({first.location}) and {name} ({store.location}) were made from different audio "
+                f"(length or checksum differ) of {len(found)} utterances: {', '.join(found[:SHOWN])}{more}. Tokenise "
+                "the same files with both, decoded by the same versions"
             )
         checksums = np.where(checksums >= 0, checksums, np.where(places >= 0, theirs, -1))
     return checksums
 
 
-def _manifest_columns(audio: TokenStore | None, ids: list[str]) -> dict[str, list[str | None]]:
-    """What the store with audio knows of `ids`."""
-    if audio is None:
-        return {}
-    places = audio.rows_of(ids)
-    known = zip(MANIFEST_COLUMNS, audio.manifest_columns())
-    return {name: [None if place < 0 else values[place] for place in places] for name, values in known}
+def _with_audio(store: TokenStore, rows: np.ndarray) -> list[dict[str, Any]]:
+    """Of some rows the audio, and what the store with the audio knows of them."""
+    columns = {name: list(store.column(name).take(rows)) for name in MANIFEST_COLUMNS}
+    return [
+        {"audio": store.audio_at(row), **{name: values[place] for name, values in columns.items()}}
+        for place, row in enumerate(rows)
+    ]
 
 
-def _quarantine(opened: Mapping[str, TokenStore], common: set[str]) -> list[QuarantinedAudio]:
-    """What the stores set aside, each utterance once."""
+def _quarantine(opened: Mapping[str, TokenStore], kept: np.ndarray) -> list[QuarantinedAudio]:
+    """What the stores set aside, each utterance once; of the first store's utterances not those that are `kept`."""
     bad = {item.id: item for store in reversed(list(opened.values())) for item in store.quarantined}
-    return [item for item in bad.values() if item.id not in common]
+    rows = next(iter(opened.values())).rows_of(bad)
+    return [item for item, row in zip(bad.values(), rows) if row < 0 or not kept[row]]

@@ -19,20 +19,24 @@ and renamed; equal content gives equal bytes.
 Writing is in store_writer.py, the files in store_format.py, and what is public of them can be had from here.
 """
 
+import copy
 import io
 import itertools
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spear_hf.data.audio import load_audio
+from spear_hf.data.utterances import CHUNK, Column, UtteranceList
 from spear_hf.mvq.atomic_files import write_atomically
 from spear_hf.mvq.store_format import (
     FORMAT_VERSION,
@@ -40,6 +44,7 @@ from spear_hf.mvq.store_format import (
     MANIFEST_COLUMNS,
     METADATA,
     QUARANTINE,
+    READERS,
     SHARD_UTTERANCES,
     SINGLE,
     Infos,
@@ -81,13 +86,14 @@ __all__ = [
 
 CACHED_ROW_GROUPS = 32
 OPEN_FILES = 128  # of the many thousands of a large store; opening one takes about 1.5 ms
+Result = TypeVar("Result")
 _CONTENT_LOCK = threading.Lock()  # `tokenize` decodes in threads, and the cache is for one at a time
 
 
 class TokenStore:
     """Reads a store: `store[id]` -> uint8 (frames, codebooks). Codes are read when asked for, with their checksums.
 
-    Opening reads metadata and index alone. Held of an utterance are its id and 36 bytes, with audio 44. May be sent to
+    Opening reads metadata and index alone. Held of an utterance are its id and 32 bytes, with audio 34. May be sent to
     other processes (loader workers): it holds the index, and opens files where it is used.
     """
 
@@ -99,19 +105,21 @@ class TokenStore:
         shards: list[dict[str, Any]],
         table: pa.Table,
         with_audio: bool,
+        num_quarantined: int | None = None,
     ) -> None:
         self.location = location
         self.info = infos[teacher]
+        self._num_quarantined = num_quarantined
         self.with_audio = with_audio
         self._infos = infos
         self._prefix = prefix(teacher)
         self._checksum = checksum_column(teacher)
         self._shards = shards
         self._ids: pa.LargeStringArray = _one_chunk(table["id"])
-        self._frames = table[f"{self._prefix}num_frames"].to_numpy()
+        self._frames = _frames(table, teacher)
         self._samples = table["num_samples"].to_numpy()
         known = [name for name in MANIFEST_COLUMNS if name in table.column_names]
-        self._manifest = {name: table[name].combine_chunks().dictionary_encode() for name in known}
+        self._manifest = {name: _column(table[name]) for name in known}
         self._first_row = np.cumsum([0, *(shard["num_utterances"] for shard in shards)])
         self._hashes, self._order = hash_order(table, str(location))
         self._cache: OrderedDict[tuple[int, int, str], pa.Table] = OrderedDict()
@@ -154,12 +162,27 @@ class TokenStore:
             )
         columns = ["id", "num_samples", f"{prefix(name)}num_frames"]
         if metadata.get("complete") and metadata["format_version"] > 1:
-            table = _read_index(location.fetch(INDEX), [*columns, *MANIFEST_COLUMNS, "id_hash"])
-            if len(table) != sum(shard["num_utterances"] for shard in shards):
-                raise ValueError(f"{location}: {INDEX} is not of this store: delete it, and run tokenize again")
+            table = _read_index(location, [*columns, *MANIFEST_COLUMNS, "id_hash"], shards)
         else:
             table, shards = _scanned(location, shards, infos, columns)
-        return cls(location, infos, name, shards, table, bool(metadata.get("with_audio")))
+        return cls(
+            location,
+            infos,
+            name,
+            shards,
+            table,
+            bool(metadata.get("with_audio")),
+            metadata.get("num_quarantined") if metadata.get("complete") else None,
+        )
+
+    def of_teacher(self, teacher: str | None) -> "TokenStore":
+        """The same store with the tokens of one of its teachers, None if it has one, without another index."""
+        name = _chosen(self._infos, teacher, str(self.location))
+        other = copy.copy(self)  # without the open files, as it is sent to another process
+        other.info = self._infos[name]
+        other._prefix, other._checksum = prefix(name), checksum_column(name)
+        other._frames = _frames(_read_index(self.location, [f"{other._prefix}num_frames"], self._shards), name)
+        return other
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -168,18 +191,20 @@ class TokenStore:
         return isinstance(id, str) and self._find(id) is not None
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), 10_000):
-            yield from self._ids[start : start + 10_000].to_pylist()
+        for start in range(0, len(self), CHUNK):
+            yield from self._ids[start : start + CHUNK].to_pylist()
 
     def __getitem__(self, id: str) -> np.ndarray:
-        row = self._row(id)
+        return self.codes_at(self._row(id))
+
+    def codes_at(self, row: int) -> np.ndarray:
+        """The tokens in a row, uint8 (frames, codebooks)."""
         shard, table, place = self._place(row, f"{self._prefix}codes", self._checksum)
         codes = table[0][place].as_py()
         frames = int(self._frames[row])
         if len(codes) != frames * self.num_codebooks or zlib.crc32(codes) != table[1][place].as_py():
-            raise ValueError(
-                f"{self._shard(shard)[0]}: the codes of {id} are damaged; delete the shard and run tokenize again"
-            )
+            where = f"{self._shard(shard)[0]}: the codes of {self.id_at(row)}"
+            raise ValueError(f"{where} are damaged; delete the shard and run tokenize again")
         return np.frombuffer(codes, dtype=np.uint8).reshape(frames, self.num_codebooks).copy()
 
     def waveform(self, id: str) -> np.ndarray:
@@ -193,9 +218,13 @@ class TokenStore:
 
     def audio_file(self, id: str) -> tuple[bytes, str]:
         """(content of the audio file, its suffix); of a store with audio only."""
+        return self.audio_at(self._row(id))
+
+    def audio_at(self, row: int) -> tuple[bytes, str]:
+        """The same of a row."""
         if not self.with_audio:
             raise ValueError(f"{self.location} was made without audio; `spear-hf tokenize --with-audio` joins it")
-        _, table, place = self._place(self._row(id), "audio")
+        _, table, place = self._place(row, "audio")
         cell = table[0][place].as_py()
         return cell["bytes"], Path(cell["path"]).suffix
 
@@ -203,22 +232,18 @@ class TokenStore:
         """All of a store with audio, as a manifest would list them; the audio is read where it is decoded."""
         if not self.with_audio:
             raise ValueError(f"{self.location} was made without audio; `spear-hf tokenize --with-audio` joins it")
-        return StoreUtterances(self, np.arange(len(self)))
+        return StoreUtterances(self, self._rows())
 
-    def manifest_columns(self) -> list[list[str | None]]:
-        """The `MANIFEST_COLUMNS`, in the store's order; None where they are not known."""
-        unknown: list[str | None] = [None] * len(self)
-        return [self._manifest[name].to_pylist() if name in self._manifest else unknown for name in MANIFEST_COLUMNS]
+    def column(self, name: str) -> Column:
+        """One of the `MANIFEST_COLUMNS`; None where it is not known."""
+        return self._manifest.get(name) or Column([None], np.broadcast_to(np.int8(0), len(self)))
 
-    def column_at(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """One of the `MANIFEST_COLUMNS` in some rows, objects; None where it is not known."""
-        if name not in self._manifest:
-            return np.full(len(rows), None, dtype=object)
-        return self._manifest[name].take(pa.array(rows)).to_numpy(zero_copy_only=False)
-
-    def ids_at(self, rows: np.ndarray) -> list[str]:
+    def ids_at(self, rows: np.ndarray) -> pa.LargeStringArray:
         """The ids of some rows."""
-        return self._ids.take(pa.array(rows)).to_pylist()
+        return self._ids.take(pa.array(rows))
+
+    def id_at(self, row: int) -> str:
+        return self._ids[row].as_py()
 
     def audio_content(self, id: str) -> bytes:
         """The audio file of an utterance; for several threads."""
@@ -227,12 +252,12 @@ class TokenStore:
 
     def audio_checksums(self) -> np.ndarray:
         """CRC-32 of every waveform in the order of the ids, int64 (utterances,), -1 where it is not known."""
-        parts = [np.empty(0, np.int64)]
-        for shard in range(len(self._shards)):
-            path, file = self._shard(shard)
+
+        def read(path: Path, file: pq.ParquetFile) -> np.ndarray:
             column = read_columns(file, path, ["audio_checksum"])["audio_checksum"]
-            parts.append(column.cast(pa.int64()).fill_null(-1).to_numpy())
-        return np.concatenate(parts)
+            return column.cast(pa.int64()).fill_null(-1).to_numpy()
+
+        return np.concatenate([np.empty(0, np.int64), *self._of_every_shard(read)])
 
     def verify(self) -> None:
         """Reads everything; ValueError naming the first shard that is damaged."""
@@ -245,23 +270,36 @@ class TokenStore:
         """Places of utterances in the order of this store, int64; -1 where it has them not."""
         parts = [np.empty(0, np.int64)]
         wanted = iter(ids)
-        while chunk := list(itertools.islice(wanted, 10_000)):
-            if not len(self):
-                parts.append(np.full(len(chunk), -1))
-                continue
+        while chunk := list(itertools.islice(wanted, CHUNK)):
             hashes = np.fromiter((id_hash(id) for id in chunk), np.uint64, len(chunk))
-            places = np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)
-            rows = self._order[places].astype(np.int64)
-            other = [place for place, (id, there) in enumerate(zip(chunk, self.ids_at(rows))) if id != there]
-            for place in other:  # not here, or of equal hashes not the first
-                row = self._find(chunk[place])
-                rows[place] = -1 if row is None else row
-            parts.append(rows)
+            parts.append(self._rows_by_hash(hashes, pa.array(chunk, pa.large_string())))
         return np.concatenate(parts)
+
+    def rows_of_utterances(self, utterances: UtteranceList) -> np.ndarray:
+        """The same of a list: at once where they are of this store, and without hashing where they are of another."""
+        if not isinstance(utterances, StoreUtterances):
+            return self.rows_of(utterances.ids)
+        if utterances.store._ids is self._ids:
+            return utterances.rows
+        return self.rows_of_store(utterances.store)[utterances.rows]
+
+    def rows_of_store(self, other: "TokenStore") -> np.ndarray:
+        """Of all utterances of another store the places in the order of this one; -1 where it has them not."""
+        if self._ids.equals(other._ids):
+            return self._rows()
+        rows = np.empty(len(other), np.int64)
+        for start in range(0, len(other), CHUNK):  # by their hashes, so that those of a chunk lie together here
+            theirs = other._order[start : start + CHUNK]
+            rows[theirs] = self._rows_by_hash(other._hashes[start : start + CHUNK], other.ids_at(theirs))
+        return rows
+
+    def shards_of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the shards that rows are in, int64; -1 of -1."""
+        return np.searchsorted(self._first_row, rows, side="right") - 1
 
     def shards_of(self, ids: Iterable[str]) -> np.ndarray:
         """Numbers of the shards that utterances of this store are in, int64; -1 where it has them not."""
-        return np.searchsorted(self._first_row, self.rows_of(ids), side="right") - 1
+        return self.shards_of_rows(self.rows_of(ids))
 
     @property
     def shard_entries(self) -> list[dict[str, Any]]:
@@ -276,8 +314,10 @@ class TokenStore:
     @property
     def quarantined(self) -> list[QuarantinedAudio]:
         """Utterances that gave no tokens, read from the shards."""
-        shards = (self._shard(shard) for shard in range(len(self._shards)))
-        return [item for path, file in shards for item in read_footer(file, path).quarantine]
+        if self._num_quarantined == 0:
+            return []
+        parts = self._of_every_shard(lambda path, file: read_footer(file, path).quarantine)
+        return [item for part in parts for item in part]
 
     @property
     def ids(self) -> list[str]:
@@ -332,8 +372,26 @@ class TokenStore:
     def quantizer_id(self) -> str:
         return self.info.quantizer_id
 
+    def _rows(self) -> np.ndarray:
+        return np.arange(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
+
+    def _rows_by_hash(self, hashes: np.ndarray, ids: pa.LargeStringArray) -> np.ndarray:
+        """Places of the utterances with these ids, whose hashes are given; -1 where there are none."""
+        if not len(self):
+            return np.full(len(ids), -1)
+        places = np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)
+        rows = self._order[places].astype(np.int64)
+        other = np.flatnonzero(~pc.equal(self.ids_at(rows), ids).to_numpy(zero_copy_only=False))
+        rows[other] = -1
+        for place in other[self._hashes[places[other]] == hashes[other]]:  # of equal hashes perhaps another
+            row = self._with_hash(hashes[place], ids[int(place)].as_py())
+            rows[place] = -1 if row is None else row
+        return rows
+
     def _find(self, id: str) -> int | None:
-        wanted = np.uint64(id_hash(id))
+        return self._with_hash(np.uint64(id_hash(id)), id)
+
+    def _with_hash(self, wanted: np.uint64, id: str) -> int | None:
         place = int(np.searchsorted(self._hashes, wanted))
         while place < len(self._hashes) and self._hashes[place] == wanted:
             row = int(self._order[place])
@@ -366,6 +424,15 @@ class TokenStore:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
+        passing = isinstance(self.location, CachedFolder)
+        path, file = self._open_shard(shard)
+        if not passing:
+            self._files[shard] = path, file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        return path, file
+
+    def _open_shard(self, shard: int) -> tuple[Path, pq.ParquetFile]:
         entry = self._shards[shard]
         path = self.location.fetch(entry["file"])
         # Codes have checksums of their own, audio has those of its pages. A file that is open or mapped takes room on
@@ -373,11 +440,12 @@ class TokenStore:
         passing = isinstance(self.location, CachedFolder)
         file = open_shard(path, verify=self.with_audio, memory_map=not passing)
         _check_footer(file, path, self._infos, entry)
-        if not passing:
-            self._files[shard] = path, file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
         return path, file
+
+    def _of_every_shard(self, read: Callable[[Path, pq.ParquetFile], Result]) -> Iterator[Result]:
+        """What is read of each shard, in their order; some are read at a time."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(lambda shard: read(*self._open_shard(shard)), range(len(self._shards)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict(), "_files": OrderedDict()}
@@ -407,13 +475,19 @@ def _check_footer(file: pq.ParquetFile, path: Path, infos: Infos, entry: dict[st
         raise ValueError(f"{path} is of another list of utterances: delete the shard and run tokenize again")
 
 
-def _read_index(path: Path, columns: list[str]) -> pa.Table:
+def _read_index(
+    location: LocalFolder | HubFolder | CachedFolder, columns: list[str], shards: list[dict[str, Any]]
+) -> pa.Table:
+    path = location.fetch(INDEX)
     try:
         known = pq.read_schema(path).names  # of a store without audio, or of before they were, there are fewer
         columns = [name for name in columns if name in known or name not in MANIFEST_COLUMNS]
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table = pq.read_table(path, columns=columns, read_dictionary=MANIFEST_COLUMNS, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and run tokenize again to make it anew") from error
+    if len(table) != sum(shard["num_utterances"] for shard in shards):
+        raise ValueError(f"{location}: {INDEX} is not of this store: delete it, and run tokenize again")
+    return table
 
 
 def _scanned(
@@ -436,3 +510,15 @@ def _scanned(
 def _one_chunk(column: pa.ChunkedArray) -> pa.LargeStringArray:
     chunks = column.cast(pa.large_string()).combine_chunks()
     return pa.concat_arrays(chunks.chunks) if isinstance(chunks, pa.ChunkedArray) else chunks
+
+
+def _frames(table: pa.Table, teacher: str) -> np.ndarray:
+    return table[f"{prefix(teacher)}num_frames"].cast(pa.int32()).to_numpy()
+
+
+def _column(strings: pa.ChunkedArray) -> Column:
+    encoded = strings.dictionary_encode().unify_dictionaries()
+    values = [None, *(encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else [])]
+    kind = np.int8 if len(values) < 2**7 else np.int32
+    places = [chunk.indices.fill_null(-1).to_numpy().astype(kind) + kind(1) for chunk in encoded.chunks]
+    return Column(values, np.concatenate([np.empty(0, kind), *places]))

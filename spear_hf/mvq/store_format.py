@@ -27,6 +27,7 @@ CARD = "README.md"
 SHARD_UTTERANCES = 1000
 ROW_GROUP = 64  # utterances read together for one: about half a megabyte of 10 s utterances
 ROW_GROUP_WITH_AUDIO = 8  # likewise, 1.3 MB of 16-bit FLAC
+READERS = 8  # threads, where something is read of every shard: on a network's file system each takes a while
 SINGLE = ""
 MANIFEST_COLUMNS = ("domain", "split")  # of a store with audio, and of its index
 _FOOTER_KEY = b"spear_hf"
@@ -345,7 +346,7 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
     The hashes are those of the column id_hash, where there is one.
     """
     hashes = table["id_hash"].to_numpy() if "id_hash" in table.column_names else _hashes(table["id"])
-    order = np.argsort(hashes, kind="stable").astype(np.uint32)
+    order = np.argsort(hashes).astype(np.uint32)
     hashes = hashes[order]
     alike = np.flatnonzero(hashes[1:] == hashes[:-1])
     ids = [table["id"][int(order[place + offset])].as_py() for place in alike for offset in (0, 1)]

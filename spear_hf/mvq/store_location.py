@@ -4,7 +4,9 @@
 Or in a folder to which another process brings them from the Hub before they are used (shard_fetcher.py).
 """
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from spear_hf.mvq.shard_fetcher import FAILURE, PAUSE, SHARDS, is_served
 from spear_hf.mvq.store_format import METADATA, read_metadata
 
 
+_LOOKS = 16  # at files at a time: of a network's file system each takes a while
 LONGEST_WAIT = 3600.0  # seconds; shards are there before they are needed, or their process says why not
 
 
@@ -26,16 +29,21 @@ class LocalFolder:
 
     def check(self, shards: list[dict[str, Any]]) -> None:
         """ValueError unless the shards are there in the sizes listed; they are not opened."""
-        for entry in shards:
-            path = self.folder / entry["file"]
-            if not path.exists():
-                raise ValueError(f"{path} is missing: restore it, or run tokenize again to make it anew")
-            size = path.stat().st_size
-            if size != entry.get("bytes", size):
-                raise ValueError(
-                    f"{path} is truncated, or not the shard of this store: it has {size} bytes, {METADATA} says "
-                    f"{entry['bytes']}; delete it and run tokenize again"
-                )
+        with ThreadPoolExecutor(_LOOKS) as pool:
+            for _ in pool.map(self._check, shards):
+                pass
+
+    def _check(self, entry: dict[str, Any]) -> None:
+        path = self.folder / entry["file"]
+        try:
+            size = os.stat(path).st_size
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: restore it, or run tokenize again to make it anew") from None
+        if size != entry.get("bytes", size):
+            raise ValueError(
+                f"{path} is truncated, or not the shard of this store: it has {size} bytes, {METADATA} says "
+                f"{entry['bytes']}; delete it and run tokenize again"
+            )
 
     def __str__(self) -> str:
         return str(self.folder)

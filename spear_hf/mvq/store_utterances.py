@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from spear_hf.data.manifest import Utterance
-from spear_hf.data.utterances import UtteranceList
+from spear_hf.data.utterances import CHUNK, Column, UtteranceList
 
 
 if TYPE_CHECKING:
@@ -27,33 +28,37 @@ class StoreUtterances(UtteranceList):
         return len(self.rows)
 
     def at(self, place: int) -> Utterance:
-        row = self.rows[place : place + 1]
-        (id,) = self.store.ids_at(row)
-        domain, split = (self.store.column_at(name, row)[0] for name in ("domain", "split"))
+        row = int(self.rows[place])
+        store = self.store
+        id = store.id_at(row)
+        domain, split = (store.column(name)[row] for name in ("domain", "split"))
         return Utterance(
             id,
-            Path(str(self.store.location)) / id,
+            Path(str(store.location)) / id,
             domain=domain,
             split=split,
-            num_samples=int(self.store.lengths[row[0]]),
-            content=partial(self.store.audio_content, id),
+            num_samples=int(store.lengths[row]),
+            content=partial(store.audio_content, id),
         )
 
     def take(self, places: np.ndarray) -> "StoreUtterances":
         return StoreUtterances(self.store, self.rows[places])
 
+    def id_chunks(self) -> Iterator[pa.LargeStringArray]:
+        for start in range(0, len(self), CHUNK):
+            yield self.store.ids_at(self.rows[start : start + CHUNK])
+
     @property
     def ids(self) -> Iterator[str]:
-        for start in range(0, len(self), 10_000):
-            yield from self.store.ids_at(self.rows[start : start + 10_000])
+        return (id for chunk in self.id_chunks() for id in chunk.to_pylist())
 
     @property
-    def domains(self) -> np.ndarray:
-        return self.store.column_at("domain", self.rows)
+    def domains(self) -> Column:
+        return self.store.column("domain").take(self.rows)
 
     @property
-    def splits(self) -> np.ndarray:
-        return self.store.column_at("split", self.rows)
+    def splits(self) -> Column:
+        return self.store.column("split").take(self.rows)
 
     @property
     def lengths(self) -> np.ndarray:

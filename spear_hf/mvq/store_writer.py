@@ -6,11 +6,12 @@ them there may finish the store. Files appear whole (atomic_files.py), metadata.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from spear_hf.mvq.store_format import (
     MANIFEST_COLUMNS,
     METADATA,
     QUARANTINE,
+    READERS,
     SHARD_UTTERANCES,
     SINGLE,
     Footer,
@@ -47,6 +49,9 @@ from spear_hf.mvq.store_format import (
     shard_path,
     to_json,
 )
+
+
+Result = TypeVar("Result")
 
 
 class StoreWriter:
@@ -85,6 +90,9 @@ class StoreWriter:
         if not shard_path(self.folder, index).exists():
             return False
         footer = self.footer(index)
+        if footer.key != key:  # it may have been replaced since it was read
+            del self._footers[index]
+            footer = self.footer(index)
         if footer.key == key:
             return True
         if ids is not None:
@@ -141,8 +149,7 @@ class StoreWriter:
         entries: list[dict[str, Any]] = []
         bad: list[QuarantinedAudio] = []
         tables = [_empty_index(self.infos, self.with_audio)]
-        for index in planned:
-            footer, table = self._index_of(index)
+        for index, (footer, table) in zip(planned, self._of_shards(self._index_of, planned)):
             if keys is not None and footer.key != keys[index]:
                 self.has_shard(index, keys[index])  # says what is wrong
             bad += footer.quarantine
@@ -183,6 +190,16 @@ class StoreWriter:
             path = shard_path(self.folder, index)
             self._footers[index] = self._checked_footer(read_footer(open_shard(path), path), index)
         return self._footers[index]
+
+    def read_footers(self) -> None:
+        """Of all shards that are there, so that they need not be read one by one."""
+        for _ in self._of_shards(self.footer, self.shards):
+            pass
+
+    def _of_shards(self, read: Callable[[int], Result], indices: Iterable[int]) -> Iterator[Result]:
+        """What is read of each of them, in their order; some are read at a time."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(read, indices)
 
     def _checked_footer(self, footer: Footer, index: int) -> Footer:
         path = shard_path(self.folder, index)

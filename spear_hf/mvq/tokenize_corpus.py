@@ -101,6 +101,8 @@ def tokenize_corpus(
     # Of several ranks, each sees only its own.
     known = [len(piece.ids) for piece in mine if piece.ids is not None] if ranks.size == 1 else []
     total = sum(known) if len(known) == len(mine) else None
+    if ranks.size == 1 and share.count == 1:  # of many, each looks at few
+        writer.read_footers()
     counts = run.make(ranks.take(mine), total, progress and ranks.is_main)
     everyone = [_Counts(**values) for values in ranks.gather(asdict(counts))]
     missing = sorted({piece.index for piece in pieces} - set(writer.shards))

@@ -1,17 +1,20 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The utterances a run trains and validates on: chosen from a manifest or a token store, measured, fingerprinted."""
 
+import functools
 import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..data.audio import SAMPLING_RATE
 from ..data.manifest import DOMAINS, read_manifest
-from ..data.seeding import keyed_generator
-from ..data.utterances import UtteranceList, known_domains, listed
+from ..data.seeding import keyed_generator, keyed_uniforms
+from ..data.utterances import CHUNK, UtteranceList, known_domains, listed
 from ..data.windows import draw_windows
 from ..mvq.store import TokenStore
 from .config import DataConfig
@@ -36,19 +39,23 @@ class Corpus:
     store: TokenStore | None = None
     """Where the audio is, unless it is in files."""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Of the training ids, domains, lengths and windows in their order: equal ones give equal batches."""
         digest = hashlib.blake2b(b"" if self.windows is None else self.windows.tobytes(), digest_size=16)
-        columns = self.training.ids, known_domains(self.training), self.training_lengths
-        for id, domain, length in zip(*columns):
-            digest.update(f"{id}\0{domain}\0{length}\n".encode())
+        domains = known_domains(self.training)
+        names = pa.array(domains.values)
+        for start, ids in zip(range(0, len(self.training), CHUNK), self.training.id_chunks()):
+            here = slice(start, start + CHUNK)
+            lengths = pc.binary_join_element_wise(pa.array(self.training_lengths[here]).cast(pa.string()), "\n", "")
+            parts = ids.cast(pa.string()), names.take(pa.array(domains.places[here])), lengths
+            digest.update(_bytes_of(pc.binary_join_element_wise(*parts, "\0")))
         return digest.hexdigest()
 
-    @property
+    @functools.cached_property
     def domains(self) -> list[str]:
         """Domains of the training utterances, speech first."""
-        present = set(known_domains(self.training))
+        present = known_domains(self.training).present
         return [domain for domain in DOMAINS if domain in present]
 
     @property
@@ -107,7 +114,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
             )
         kept.append((group.take(np.flatnonzero(long_enough)), lengths[long_enough]))
     (training, training_lengths), (validation, validation_lengths) = kept
-    if unheard := sorted(set(config.domain_weights) - set(known_domains(training))):
+    if unheard := sorted(set(config.domain_weights) - known_domains(training).present):
         logger.warning("No training utterance has the domain %s of data.domain_weights.", " or ".join(unheard))
     if not len(training):
         raise ValueError(f"No utterance of {source} is left to train on: all are shorter than data.min_seconds.")
@@ -116,8 +123,9 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     if config.window_shards is None or store is None:
         chosen, windows = _some(len(validation), config, seed), None
     else:
-        chosen = _of_few_shards(store.shards_of(validation.ids), config, seed)
-        windows = draw_windows(store.shards_of(training.ids), config.window_shards, seed)
+        shards = [store.shards_of_rows(store.rows_of_utterances(group)) for group in (training, validation)]
+        chosen = _of_few_shards(shards[1], config, seed)
+        windows = draw_windows(shards[0], config.window_shards, seed)
     return Corpus(training, training_lengths, validation.take(chosen), validation_lengths[chosen], windows, store)
 
 
@@ -143,7 +151,7 @@ def _divide(
 ) -> tuple[UtteranceList, UtteranceList]:
     """Training and validation utterances, by split or by a hash of the id."""
     split_of = utterances.splits
-    splits = sorted({split for split in split_of if split is not None})
+    splits = sorted(split for split in split_of.present if split is not None)
     if not splits and (config.split or config.validation_split):
         logger.info("%s has no splits: data.split and data.validation_split are not used.", source)
     chosen = np.ones(len(utterances), dtype=bool)
@@ -151,15 +159,21 @@ def _divide(
         wanted = config.split.split("+")
         if unknown := [split for split in wanted if split not in splits]:
             raise ValueError(f"data.split={'+'.join(unknown)} is not in {source}, which has {', '.join(splits)}.")
-        chosen = np.isin(split_of.astype(str), wanted)
+        chosen = split_of.among(wanted)
     if splits and config.validation_split is not None:
         if config.validation_split not in splits:
             raise ValueError(
                 f"data.validation_split={config.validation_split} is not in {source}, which has {', '.join(splits)}."
             )
-        held_out = split_of == config.validation_split
+        held_out = split_of.among([config.validation_split])
         return utterances.take(np.flatnonzero(chosen & ~held_out)), utterances.take(np.flatnonzero(held_out))
     candidates = utterances.take(np.flatnonzero(chosen))
-    draws = np.fromiter((keyed_generator(seed, id, "held out").random() for id in candidates.ids), np.float64)
-    held_out = draws < config.validation_fraction
+    held_out = keyed_uniforms(seed, candidates.ids, "held out") < config.validation_fraction
     return candidates.take(np.flatnonzero(~held_out)), candidates.take(np.flatnonzero(held_out))
+
+
+def _bytes_of(strings: pa.StringArray) -> memoryview:
+    """All of them, one behind the other."""
+    _, offsets, content = strings.buffers()
+    first, last = np.frombuffer(offsets, np.int32)[[strings.offset, strings.offset + len(strings)]]
+    return memoryview(content)[first:last]

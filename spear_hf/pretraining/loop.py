@@ -240,6 +240,8 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             accelerator.num_processes,
             accelerator.device,
         )
+        if progress.step < config.max_steps:
+            sampler.batch(progress.step)  # plans the epoch before the loader's workers are forked, and share the plan
         loader = DataLoader(
             steps,
             sampler=range(progress.step, config.max_steps),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..data.audio import SAMPLING_RATE
@@ -139,7 +140,9 @@ def plan_run(config: PreTrainingConfig) -> Plan:
     samples, rows_of_largest = max(padded)
     heard = sampler.lengths[sampler.heard(0)]
     count = FlopCounter(model.config)
-    step_flops = count((heard // FRAME_SHIFT).tolist()) / sampler.batches_per_epoch
+    frames, times = np.unique(heard // FRAME_SHIFT, return_counts=True)
+    flops = sum(count([length]) * repeated for length, repeated in zip(frames.tolist(), times.tolist()))
+    step_flops = flops / sampler.batches_per_epoch
     epochs = config.max_steps / sampler.batches_per_epoch
     step, seconds, pace = _pace(config, step_flops, num_ranks)
     shards = num_ranks if config.execution.sharding == "fsdp" else 1

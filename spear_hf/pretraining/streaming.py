@@ -185,8 +185,9 @@ def plan_shards(config: PreTrainingConfig, corpus: Corpus, stores: list[TokenSto
 
 def _pairs(windows: np.ndarray, store: TokenStore, utterances: UtteranceList) -> np.ndarray:
     """(window, shard) of all utterances that the store has, each once."""
-    shards = store.shards_of(utterances.ids)
-    return np.unique(np.stack([windows, shards], axis=1)[shards >= 0], axis=0)
+    shards = store.shards_of_rows(store.rows_of_utterances(utterances))
+    pairs = np.unique((windows * len(store.shard_entries) + shards)[shards >= 0])
+    return np.stack(np.divmod(pairs, len(store.shard_entries)), axis=1)
 
 
 def cache_folder(config: PreTrainingConfig) -> Path:

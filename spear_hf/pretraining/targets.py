@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from ..data.collation import needing_target
 from ..data.manifest import Utterance
+from ..data.utterances import UtteranceList
 from ..mvq.quantize import train_tokenizer
 from ..mvq.quantizer_files import CONFIG_NAME
 from ..mvq.store import TokenStore
+from ..mvq.store_location import find_store, named_teacher
 from ..mvq.teachers import load_teacher
 from ..mvq.tokenize_corpus import tokenize_corpus
 from ..mvq.tokenizer import MvqTokenizer
@@ -34,10 +36,10 @@ def prepare_stores(
     Quantisers made here are saved in OUTPUT/tokenizers and tokens in OUTPUT/tokens, both whole or not at all, so an
     interrupted start goes on where it was. A store is only checked against the data by `collation.check_tokens`.
     """
-    stores = {}
+    stores: dict[str, TokenStore] = {}
     for name, target in targets.items():
         if target.store is not None:
-            stores[name] = TokenStore.open(target.store)
+            stores[name] = _open(target.store, [corpus.store, *stores.values()])
             continue
         if target.tokenizer is None and target.teacher is None:
             raise ValueError(
@@ -50,18 +52,26 @@ def prepare_stores(
         if not training:
             raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")
         folder.create(config)
-        store = _existing_store(folder, name, [*training, *validation])
+        store = _existing_store(folder, name, training, validation)
         stores[name] = store or _make_store(config.seed, name, target, training, validation, folder, device)
     return stores
 
 
-def _existing_store(folder: RunFolder, name: str, needed: Sequence[Utterance]) -> TokenStore | None:
+def _open(source: str, opened: Sequence[TokenStore | None]) -> TokenStore:
+    """The store, with the index of one of those `opened` where it is the same."""
+    place, teacher = named_teacher(source)
+    location = find_store(place)
+    same = next((store for store in opened if store is not None and store.location == location), None)
+    return TokenStore.open(source) if same is None else same.of_teacher(teacher)
+
+
+def _existing_store(folder: RunFolder, name: str, *needed: UtteranceList) -> TokenStore | None:
     """The store of an earlier start, if it is complete and has these utterances."""
     try:
         store = TokenStore.open(folder.tokens / name)
     except ValueError:
         return None
-    return store if all(utterance.id in store for utterance in needed) else None
+    return store if all((store.rows_of_utterances(group) >= 0).all() for group in needed) else None
 
 
 def _make_store(

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ from .run_folder import RunFolder
 UNIGRAM_UTTERANCES = 2000
 
 
+Some = TypeVar("Some", Sequence[str], np.ndarray)
+
+
+def evenly_spaced(values: Some) -> Some:
+    """At most twice `UNIGRAM_UTTERANCES` of them; so many are all of them another time."""
+    return values[:: max(1, len(values) // UNIGRAM_UTTERANCES)]  # type: ignore[return-value]
+
+
 class Unigram:
     """The distribution of each codebook's tokens, whatever the audio: what a model without input could know.
 
@@ -43,8 +51,7 @@ class Unigram:
     def of_tokens(cls, store: Tokens, ids: Sequence[str]) -> "Unigram":
         """Counted over the utterances `ids`, or evenly spaced ones if there are many."""
         counts = np.zeros((store.num_codebooks, store.codebook_size), dtype=np.int64)
-        chosen = ids[:: max(1, len(ids) // UNIGRAM_UTTERANCES)]
-        for utterance_id in chosen:
+        for utterance_id in evenly_spaced(ids):
             for codebook, codes in enumerate(store[utterance_id].T):
                 counts[codebook] += np.bincount(codes, minlength=store.codebook_size)
         return cls(counts)
@@ -79,8 +86,9 @@ def load_unigrams(
         return {name: Unigram(np.array(stored[name])) for name in stores}
     unigrams = {}
     for name, store in stores.items():
-        ids = corpus.training.take(at_hand).ids
-        unigrams[name] = Unigram.of_tokens(store, [id for id in ids if id in store])
+        heard = corpus.training.take(at_hand)
+        with_tokens = np.flatnonzero(store.rows_of_utterances(heard) >= 0)
+        unigrams[name] = Unigram.of_tokens(store, list(heard.take(evenly_spaced(with_tokens)).ids))
     counts = {name: unigram.counts.tolist() for name, unigram in unigrams.items()}
     write_atomically(folder.unigrams, json.dumps(counts).encode())
     return unigrams
@@ -105,7 +113,7 @@ class Validator:
         accelerator: Accelerator,
     ) -> None:
         self.unigrams = dict(unigrams)
-        present = set(known_domains(dataset.utterances))
+        present = known_domains(dataset.utterances).present
         self.domains = [domain for domain in DOMAINS if domain in present]
         self.target_domains = dataset.domains
         self.accelerator = accelerator
