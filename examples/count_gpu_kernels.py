@@ -135,7 +135,8 @@ class Scheduler:
         GraphLowering.compile_to_module = count  # type: ignore[method-assign,assignment]
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
-        return compile_fx.compile_fx(graph, inputs, inner_compile=self._count)
+        with inductor_config.patch(layout_optimization=False):  # as `compile_layers` does
+            return compile_fx.compile_fx(graph, inputs, inner_compile=self._count)
 
     def _count(self, graph: Any, inputs: Any, **settings: Any) -> Any:
         try:
@@ -211,7 +212,7 @@ def part_rows(name: str, times: int, module: nn.Module, args: tuple, scheduler: 
     torch.compiler.reset()
     scheduler.kernels = scheduler.bytes = 0
     with FakeTensorMode(allow_non_fake_inputs=True):
-        backward(torch.compile(module, backend=scheduler, dynamic=False), *given)
+        backward(torch.compile(module, backend=scheduler, dynamic=True), *given)
     yield Row(name, "compiled", times, times * scheduler.kernels, times * scheduler.bytes / 1e9)
 
 
