@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..devices import pick_device
 from .bootstrap import Estimate, difference
-from .embedding import pick_device
 from .embedding_cache import EmbeddingCache
 from .protocols import VERSION, Result, Settings, run_task
 from .representations import (

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
 
 from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
+from ..loading_errors import loading
 from .arguments import ModelArguments
 
 
@@ -29,7 +30,8 @@ def load_config(arguments: ModelArguments) -> SpearConfig:
                 "give --model_config for random weights (or try --smoke)"
             )
         return SpearConfig(**changes)
-    config = AutoConfig.from_pretrained(arguments.model, **changes)
+    with loading(arguments.model):
+        config = AutoConfig.from_pretrained(arguments.model, **changes)
     if not isinstance(config, SpearConfig):
         raise ValueError(f"model={arguments.model} is of the kind {config.model_type!r}; a SPEAR model is needed")
     return config
@@ -39,7 +41,8 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: SpearConfig) 
     """With the head of `auto_class`; weights that the checkpoint has not, or in other sizes, are random."""
     if arguments.model is None:
         return auto_class.from_config(config)
-    return auto_class.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
+    with loading(arguments.model):
+        return auto_class.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
 
 
 def load_feature_extractor(arguments: ModelArguments, config: SpearConfig) -> SpearFeatureExtractor:
