@@ -74,9 +74,9 @@ def test_models_that_do_not_load(desk, command, model, message):
 
 
 def test_evaluate_names_the_model(desk):
-    row = '{"id": "%s", "path": "clip.wav", "split": "probe_%s", "label": "x"}\n'
+    row = '{"id": "%s", "path": "clip.wav", "split": "probe_%s", "probe": "p", "label": "x"}\n'
     (desk / "manifest.jsonl").write_text(row % ("a", "train") + row % ("b", "test"))
-    refused("evaluate --tasks manifest.jsonl --output out --model nowhere", "there is no model nowhere here")
+    refused("evaluate --tasks manifest.jsonl#probe=p --output out --model nowhere", "there is no model nowhere here")
 
 
 def test_pretraining_names_the_model(desk):
@@ -103,10 +103,8 @@ def test_wrong_arguments(desk, command, message):
 
 
 def test_negative_passes_make_no_store(desk):
-    result = CliRunner().invoke(
-        app, "quantize --teacher kaldi-mfcc --codebooks 2 --steps 2 --data . --output q".split()
-    )
-    assert result.exit_code == 0, result.output
+    command = "quantize --teacher kaldi-mfcc --codebooks 2 --steps 2 --data . --output q"
+    assert CliRunner().invoke(app, command.split()).exit_code == 0
     refused(
         "tokenize --tokenizer q --data . --output out --refine-iters -1", "refine_iters must be at least 0, not -1"
     )
