@@ -119,11 +119,15 @@ def test_negative_passes_make_no_store(desk):
         ("quantize --teacher kaldi-mfcc --codebooks 2 --steps 2 --data . --output out", "out"),
         ("segment --data clip.jsonl --output out.jsonl", "out.jsonl"),
         ("convert whole out", "out"),
+        ("evaluate --model whole --tasks probe.jsonl#probe=p --no-default-baselines --output out", ""),
     ],
 )
 def test_full_disks(desk, command, output):
     row = '{"id": "%d", "path": "clip.wav"}\n'
     (desk / "clip.jsonl").write_text("".join(row % number for number in range(500)))
+    probe = '{"id": "%s", "path": "clip.wav", "split": "probe_%s", "probe": "p", "label": "%s"}\n'
+    rows = (("a", "train", "x"), ("b", "train", "y"), ("c", "test", "x"), ("d", "test", "y"))
+    (desk / "probe.jsonl").write_text("".join(probe % row for row in rows))
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
@@ -132,8 +136,8 @@ def test_full_disks(desk, command, output):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     left = {path.name for path in desk.glob("out*/*")} if (desk / output).is_dir() else {output} & set(os.listdir())
-    assert left <= {"metrics.jsonl", "report.json"}
-    assert not list(desk.glob(".out*"))
+    assert left <= {"metrics.jsonl", "report.json", "cache", "results"}
+    assert not list(desk.rglob(".*"))
 
 
 def test_other_errors_pass():
