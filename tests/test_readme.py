@@ -69,7 +69,7 @@ def test_python_and_shell_blocks_run(reader):
         result = subprocess.run(command, cwd=reader, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, f"{body}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
         outputs.append(result.stdout)
-    assert "(139, 32)" in outputs[0]
+    assert "(329, 32)" in outputs[0]
     assert "torch.Size([1, 46, 32])" in outputs[0]
     assert "9 torch.Size([2, 32])" in outputs[0]
     assert "(49, 4) uint8" in outputs[2]

@@ -55,14 +55,17 @@ def load_feature_extractor(arguments: ModelArguments, config: SpearConfig) -> Sp
     return SpearFeatureExtractor(feature_size=config.num_mel_bins)
 
 
-def set_labels(config: SpearConfig, labels: Sequence[str]) -> dict[str, int]:
+def set_labels(config: SpearConfig, labels: Sequence[str], classes: int = 2) -> dict[str, int]:
     """Label -> class id, also written to the configuration: the model's own if it knows them all, else new ones.
 
-    `labels` may repeat and come in any order; new ids follow their alphabetical order.
+    `labels` may repeat and come in any order; new ids follow their alphabetical order. ValueError for fewer than
+    `classes`: of labels that exclude each other there are two at least.
     """
     names = sorted(set(labels))
     if not names:
         raise ValueError("the training rows have no labels: which column holds them? See --label_column.")
+    if len(names) < classes:
+        raise ValueError(f"all training rows have the label {names[0]!r}: {classes} classes are needed at least")
     known = {name: int(index) for name, index in (config.label2id or {}).items()}
     if set(names) <= set(known):
         return known
