@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The `spear-hf` command. Every subcommand imports what it needs when it runs, so `spear-hf --help` stays quick."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -535,7 +536,13 @@ def publish(
 
 def main() -> None:
     """Entry point of the `spear-hf` console script."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"spear-hf: the package {error.name} is not installed. In a clone of spear_hf, `pip install .` brings all "
+            "that is needed, and `pip install '.[onnx]'` what export needs."
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
+import spear_hf
 from spear_hf.cli import app
 from spear_hf.loading_errors import loading
 
+from .conftest import ROOT
+
 
 MARK = "unpickled"
+PROBE = (("a", "train", "x"), ("b", "train", "y"), ("c", "test", "x"), ("d", "test", "y"))  # id, split, label
 
 
 class Harmful:
@@ -74,8 +80,8 @@ def test_models_that_do_not_load(desk, command, model, message):
 
 
 def test_evaluate_names_the_model(desk):
-    row = '{"id": "%s", "path": "clip.wav", "split": "probe_%s", "probe": "p", "label": "x"}\n'
-    (desk / "manifest.jsonl").write_text(row % ("a", "train") + row % ("b", "test"))
+    row = '{"id": "%s", "path": "clip.wav", "split": "probe_%s", "probe": "p", "label": "%s"}\n'
+    (desk / "manifest.jsonl").write_text("".join(row % values for values in PROBE))
     refused("evaluate --tasks manifest.jsonl#probe=p --output out --model nowhere", "there is no model nowhere here")
 
 
@@ -126,8 +132,7 @@ def test_full_disks(desk, command, output):
     row = '{"id": "%d", "path": "clip.wav"}\n'
     (desk / "clip.jsonl").write_text("".join(row % number for number in range(500)))
     probe = '{"id": "%s", "path": "clip.wav", "split": "probe_%s", "probe": "p", "label": "%s"}\n'
-    rows = (("a", "train", "x"), ("b", "train", "y"), ("c", "test", "x"), ("d", "test", "y"))
-    (desk / "probe.jsonl").write_text("".join(probe % row for row in rows))
+    (desk / "probe.jsonl").write_text("".join(probe % row for row in PROBE))
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
@@ -143,3 +148,27 @@ def test_full_disks(desk, command, output):
 def test_other_errors_pass():
     with pytest.raises(KeyError), loading("x"):
         raise KeyError("x")
+
+
+def test_missing_packages_are_named(desk):
+    """One line in place of a traceback, of a package that a command imports when it runs."""
+    (desk / "jiwer.py").write_text("raise ModuleNotFoundError('No module named jiwer', name='jiwer')")
+    command = "from spear_hf.cli import main; main()"
+    arguments = ["evaluate", "--model", "whole", "--tasks", "clip.wav", "--output", "out"]
+    path = os.pathsep.join([str(desk), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("spear-hf: the package jiwer is not installed.")
+
+
+def test_versions_and_order_of_the_commands():
+    assert CliRunner().invoke(app, ["--version"]).output.startswith(f"spear_hf {spear_hf.__version__}, transformers ")
+    text = CliRunner().invoke(app, ["--help"]).output
+    commands = ["embed", "evaluate", "quantize", "tokenize", "pretrain", "convert", "publish"]
+    places = [re.search(rf"^\W*{name} ", text, re.M).start() for name in commands]
+    assert places == sorted(places)
