@@ -60,8 +60,8 @@ class AudioEmbeddingPipeline(Pipeline):
             )
         if feature_extractor is None or isinstance(feature_extractor, (str, os.PathLike)):
             feature_extractor = _load_feature_extractor(feature_extractor, model)
-        encoder = cast(PreTrainedModel, model.base_model)
-        super().__init__(encoder, *args, feature_extractor=feature_extractor, **kwargs)
+        kwargs["feature_extractor"] = feature_extractor
+        super().__init__(cast(PreTrainedModel, model.base_model), *args, **kwargs)
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
         if unknown := set(parameters) - {"layer", "pool"}:
