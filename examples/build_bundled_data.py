@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
-import soxr
 from tqdm import tqdm
 
 
@@ -114,6 +113,12 @@ class Clip:
         return re.sub(r"[^a-z0-9]+", "-", f"{self.source} {self.name}".lower()).strip("-")
 
 
+def resample(x: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    import soxr  # no dependency of spear_hf
+
+    return soxr.resample(x, rate, new_rate)
+
+
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -163,7 +168,7 @@ def decode(path: Path) -> np.ndarray:
         x, rate = sf.read(path, format="RAW", subtype="GSM610", samplerate=8000, channels=1, dtype="float32")
     else:
         x, rate = sf.read(path, dtype="float32")
-    return soxr.resample(x if x.ndim == 1 else x.mean(axis=1), rate, RATE)
+    return resample(x if x.ndim == 1 else x.mean(axis=1), rate, RATE)
 
 
 def seconds(path: Path) -> float:
@@ -178,7 +183,7 @@ def normalise(x: np.ndarray) -> np.ndarray:
 
 def narrowband(path: Path) -> np.ndarray:
     """Through 8 kHz, as one of the voices is a telephone recording: the bandwidth must not tell the splits apart."""
-    return normalise(soxr.resample(soxr.resample(decode(path), RATE, 8000), 8000, RATE))
+    return normalise(resample(resample(decode(path), RATE, 8000), 8000, RATE))
 
 
 Note = tuple[float, float, int, int]  # start and end in seconds, key, velocity
@@ -210,7 +215,7 @@ def render(bank: Path, program: int, notes: list[Note], length: float) -> np.nda
             synth.noteon(0, key, velocity)
         else:
             synth.noteoff(0, key)
-    return normalise(soxr.resample(np.concatenate(blocks), RENDER_RATE, RATE))
+    return normalise(resample(np.concatenate(blocks), RENDER_RATE, RATE))
 
 
 def family_keys(program: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from spear_hf.finetuning.collation import ClassificationCollator
 from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with_column
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import class_ids, load_config, load_feature_extractor, load_model, set_labels
-from spear_hf.finetuning.reporting import run
+from spear_hf.finetuning.reporting import exit_code, run
 from spear_hf.finetuning.sampling import balancing_weights
 from spear_hf.finetuning.trainer import FineTuningTrainer
 from spear_hf.pretraining.corpus import BUNDLED
@@ -120,7 +120,7 @@ def fine_tune(
     config = load_config(model_arguments)
     train, evaluation = train_and_eval_rows(data, labels.label_column, args.seed)
     train_labels, eval_labels = row_labels(train, labels), row_labels(evaluation, labels)
-    label2id = set_labels(config, [label for row in train_labels for label in row])
+    label2id = set_labels(config, [label for row in train_labels for label in row], 1 if labels.multi_label else 2)
     config.problem_type = "multi_label_classification" if labels.multi_label else "single_label_classification"
     model = load_model(AutoModelForAudioClassification, model_arguments, config)
     extractor = load_feature_extractor(model_arguments, config)
@@ -153,13 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(
         __doc__, given, smoke, [ModelArguments, DataArguments, LabelArguments, ClassificationTrainingArguments]
     )
-    try:
-        metrics = fine_tune(*arguments)
-    except (ValueError, OSError) as error:
-        print(f"finetune_audio_classification: {error}", file=sys.stderr)
-        return 1
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))))
-    return 0
+    return exit_code("finetune_audio_classification", fine_tune, arguments)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from spear_hf.finetuning.collation import IGNORED, CTCCollator
 from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with_column, without_long_rows
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model
-from spear_hf.finetuning.reporting import run
+from spear_hf.finetuning.reporting import exit_code, run
 from spear_hf.finetuning.trainer import CTCTrainer
 from spear_hf.finetuning.transcripts import ctc_tokenizer, normalize
 from spear_hf.pretraining.corpus import BUNDLED
@@ -147,13 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(
         __doc__, argv, SMOKE, [ModelArguments, DataArguments, TextArguments, CTCTrainingArguments]
     )
-    try:
-        metrics = fine_tune(*arguments)
-    except (ValueError, OSError) as error:
-        print(f"finetune_ctc: {error}", file=sys.stderr)
-        return 1
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))))
-    return 0
+    return exit_code("finetune_ctc", fine_tune, arguments)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from spear_hf.finetuning.collation import IGNORED, FrameCollator
 from spear_hf.finetuning.datasets import decode_row, load_rows, train_and_eval_rows
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model, set_labels
-from spear_hf.finetuning.reporting import run
+from spear_hf.finetuning.reporting import exit_code, run
 from spear_hf.finetuning.trainer import FineTuningTrainer
 from spear_hf.pretraining.corpus import BUNDLED
 
@@ -168,7 +168,7 @@ def fine_tune(
     names = [segment["label"] for row in train["segments"] for segment in row]
     if not arguments.multi_label:
         names.append(arguments.background_label)
-    label2id = set_labels(config, names)
+    label2id = set_labels(config, names, 1 if arguments.multi_label else 2)
     config.problem_type = "multi_label_classification" if arguments.multi_label else "single_label_classification"
     model = load_model(AutoModelForAudioFrameClassification, model_arguments, config)
     extractor = load_feature_extractor(model_arguments, config)
@@ -199,13 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(
         __doc__, argv, SMOKE, [ModelArguments, DataArguments, SegmentArguments, FrameTrainingArguments]
     )
-    try:
-        metrics = fine_tune(*arguments)
-    except (ValueError, OSError) as error:
-        print(f"finetune_frame_classification: {error}", file=sys.stderr)
-        return 1
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))))
-    return 0
+    return exit_code("finetune_frame_classification", fine_tune, arguments)
 
 
 if __name__ == "__main__":

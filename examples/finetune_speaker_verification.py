@@ -31,7 +31,7 @@ from spear_hf.finetuning.collation import ClassificationCollator, SpeakerCollato
 from spear_hf.finetuning.datasets import single_texts, train_and_eval_rows, with_column
 from spear_hf.finetuning.epochs import EpochCounter
 from spear_hf.finetuning.models import load_config, load_feature_extractor, load_model, set_labels
-from spear_hf.finetuning.reporting import run
+from spear_hf.finetuning.reporting import exit_code, run
 from spear_hf.finetuning.trainer import SpeakerTrainer
 from spear_hf.finetuning.trials import all_pairs, cosine_scores, read_trials
 from spear_hf.pretraining.corpus import BUNDLED
@@ -119,13 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(
         __doc__, argv, SMOKE, [ModelArguments, DataArguments, SpeakerArguments, SpeakerTrainingArguments]
     )
-    try:
-        metrics = fine_tune(*arguments)
-    except (ValueError, OSError) as error:
-        print(f"finetune_speaker_verification: {error}", file=sys.stderr)
-        return 1
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))))
-    return 0
+    return exit_code("finetune_speaker_verification", fine_tune, arguments)
 
 
 if __name__ == "__main__":

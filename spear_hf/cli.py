@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The `spear-hf` command. Every subcommand imports what it needs when it runs, so `spear-hf --help` stays quick."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,9 @@ import typer
 
 app = typer.Typer(
     name="spear-hf",
-    help="Use, tokenise, pre-train and evaluate SPEAR speech and audio encoders.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     add_completion=False,
 )
 
@@ -30,44 +31,24 @@ Cut = Annotated[str, typer.Option(help="Where longer audio is cut: silence, fixe
 MaxSeconds = Annotated[float, typer.Option(help="Longer audio is cut.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+        import transformers
+
+        from . import __version__
+
+        typer.echo(f"spear_hf {__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keeps `spear-hf COMMAND` a group, whatever the number of commands."""
-
-
-@app.command(context_settings={"allow_extra_args": True})
-def pretrain(
-    context: typer.Context,
-    config: Annotated[str, typer.Option(help="A shipped configuration (tiny, base-speech, ...) or a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Settings, as in: max_steps=100.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last complete checkpoint in output_dir.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print batches, parameters, memory and steps; train nothing.")] = False,
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
 ) -> None:
-    """Pre-train an encoder by masked prediction of tokens.
-
-    On several GPUs: `torchrun --nproc-per-node 8 -m spear_hf.cli pretrain ...`, or `accelerate launch` in place of
-    torchrun; on several nodes with their options for that, and output_dir on a disk that all nodes share. Exit code 0:
-    finished. 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C after saving; --resume goes on. 1: an error, printed.
-    """
-    from .pretraining.command import run_pretraining
-
-    # Of `--set a=1 b=2` the option takes a=1, and what follows arrives as extra arguments.
-    raise typer.Exit(run_pretraining(config, [*(overrides or []), *context.args], resume=resume, dry_run=dry_run))
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of `spear-hf pretrain` runs.")],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder to write; of one run by default RUN/report, of several needed.")
-    ] = None,
-) -> None:
-    """Draw what runs have recorded, one or several compared: report.md and report.png."""
-    from .pretraining.command import run_report
-
-    raise typer.Exit(run_report(runs, output))
+    """Use, evaluate and pre-train SPEAR speech and audio encoders, and turn audio into tokens."""
 
 
 @app.command()
@@ -136,7 +117,7 @@ def evaluate(
     card: Annotated[Path | None, typer.Option(help="README.md that gets the results, in text and metadata.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of embeddings; default: OUTPUT/cache.")] = None,
     batch_seconds: Annotated[float, typer.Option(help="Of audio that is embedded at once, padding included.")] = 30.0,
-    max_seconds: Annotated[float, typer.Option(help="Refuse longer clips: memory grows with length squared.")] = 120.0,
+    max_seconds: Annotated[float, typer.Option(help="Refuse longer clips: time grows with length squared.")] = 120.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the encoders: float32, bfloat16 or float16.")] = "float32",
 ) -> None:
@@ -167,31 +148,6 @@ def evaluate(
         resamples=resamples,
     )
     raise typer.Exit(code)
-
-
-@app.command()
-def benchmark(
-    against: Annotated[
-        str, typer.Option(help="Encoders of transformers to compare with: wavlm, hubert or both.")
-    ] = "",
-    output: Annotated[Path | None, typer.Option(help="Table to write, .csv, with a chart beside it, .png.")] = None,
-    measure: Annotated[
-        str, typer.Option(help="encoder, features, lengths (of files to embed), training, or memory.")
-    ] = "encoder",
-    cases: Annotated[
-        str | None, typer.Option(help="Utterances x seconds of each batch, such as 1x10,4x15; lengths: 64x2-30.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Turns of each encoder, of which the median counts.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Of torch; default: its own choice.")] = None,
-) -> None:
-    """Time the encoder on the CPU of this machine, features included, with random weights of the base size.
-
-    Or its features, files of unlike lengths, a training step, or its memory. Its results are compared with those of a
-    plain path first.
-    """
-    from .evaluation.speed_command import run_benchmark
-
-    raise typer.Exit(run_benchmark(measure, against, output, cases, repeats, threads))
 
 
 @app.command()
@@ -408,6 +364,66 @@ def segment(
     raise typer.Exit(run_segment(options, output, min_seconds))
 
 
+@app.command(context_settings={"allow_extra_args": True})
+def pretrain(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="A shipped configuration (tiny, base-speech, ...) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Settings, as in: max_steps=100.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last complete checkpoint in output_dir.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print batches, parameters, memory and steps; train nothing.")] = False,
+) -> None:
+    """Pre-train an encoder by masked prediction of tokens.
+
+    On several GPUs: `torchrun --nproc-per-node 8 -m spear_hf.cli pretrain ...`, or `accelerate launch` in place of
+    torchrun; on several nodes with their options for that, and output_dir on a disk that all nodes share. Exit code 0:
+    finished. 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C after saving; --resume goes on. 1: an error, printed.
+    """
+    from .pretraining.command import run_pretraining
+
+    # Of `--set a=1 b=2` the option takes a=1, and what follows arrives as extra arguments.
+    raise typer.Exit(run_pretraining(config, [*(overrides or []), *context.args], resume=resume, dry_run=dry_run))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of `spear-hf pretrain` runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; of one run by default RUN/report, of several needed.")
+    ] = None,
+) -> None:
+    """Draw what runs have recorded, one or several compared: report.md and report.png."""
+    from .pretraining.command import run_report
+
+    raise typer.Exit(run_report(runs, output))
+
+
+@app.command()
+def benchmark(
+    against: Annotated[
+        str, typer.Option(help="Encoders of transformers to compare with: wavlm, hubert or both.")
+    ] = "",
+    output: Annotated[Path | None, typer.Option(help="Table to write, .csv, with a chart beside it, .png.")] = None,
+    measure: Annotated[
+        str, typer.Option(help="encoder, features, lengths (of files to embed), training, or memory.")
+    ] = "encoder",
+    cases: Annotated[
+        str | None, typer.Option(help="Utterances x seconds of each batch, such as 1x10,4x15; lengths: 64x2-30.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each encoder, of which the median counts.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of torch; default: its own choice.")] = None,
+) -> None:
+    """Time the encoder on the CPU of this machine, features included, with random weights of the base size.
+
+    Or its features, files of unlike lengths, a training step, or its memory. Its results are compared with those of a
+    plain path first.
+    """
+    from .evaluation.speed_command import run_benchmark
+
+    raise typer.Exit(run_benchmark(measure, against, output, cases, repeats, threads))
+
+
 @app.command()
 def convert(
     source: Annotated[
@@ -483,7 +499,7 @@ def publish(
         bool, typer.Option("--with-code", help="Add the model code, for trust_remote_code=True without spear_hf.")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to commit to [main].")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to commit to; default: main.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, send nothing.")] = False,
     token: Annotated[
@@ -520,7 +536,13 @@ def publish(
 
 def main() -> None:
     """Entry point of the `spear-hf` console script."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"spear-hf: the package {error.name} is not installed. In a clone of spear_hf, `pip install .` brings all "
+            "that is needed, and `pip install '.[onnx]'` what export needs."
+        )
 
 
 if __name__ == "__main__":

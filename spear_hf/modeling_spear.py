@@ -435,6 +435,8 @@ class SpearConvolution(nn.Module):
 
 
 class SpearLayer(GradientCheckpointingLayer):
+    """A Zipformer layer: modules around shared attention weights, and a bypass around all; (batch, frames, dim)."""
+
     def __init__(self, config: SpearConfig, kernel_size: int):
         super().__init__()
         size = config.hidden_size

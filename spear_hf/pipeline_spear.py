@@ -4,11 +4,12 @@
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoModel, Pipeline, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoModel, Pipeline, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
@@ -39,7 +40,7 @@ class AudioEmbeddingPipeline(Pipeline):
 
     An array is (frames, dim), with layer="all" (num_hidden_layers + 1, frames, dim); pooling takes the frames away,
     and "mean+std" doubles dim. It does not depend on `batch_size` beyond rounding. A model without a
-    preprocessor_config.json, as the published ones are, needs `feature_extractor=SpearFeatureExtractor()`.
+    preprocessor_config.json, as the published ones are, gets the default SpearFeatureExtractor.
 
     Raises:
         ValueError: an unknown layer or pool, a model that is not SPEAR, audio that cannot be used.
@@ -48,15 +49,18 @@ class AudioEmbeddingPipeline(Pipeline):
 
     _load_processor = False  # type: ignore[assignment]
     _load_image_processor = False  # type: ignore[assignment]
-    _load_feature_extractor = True  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]  # which would fail without preprocessor_config.json
     _load_tokenizer = False  # type: ignore[assignment]
 
-    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *args: Any, feature_extractor: Any = None, **kwargs: Any) -> None:
         if not isinstance(model, SpearPreTrainedModel):
             raise ValueError(
                 f"the pipeline {TASK!r} is for SPEAR models, and {type(model).__name__} is none: "
                 "spear_hf.evaluation.embedding.embed_files takes any audio encoder"
             )
+        if feature_extractor is None or isinstance(feature_extractor, (str, os.PathLike)):
+            feature_extractor = _load_feature_extractor(feature_extractor, model)
+        kwargs["feature_extractor"] = feature_extractor
         super().__init__(cast(PreTrainedModel, model.base_model), *args, **kwargs)
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
@@ -140,6 +144,18 @@ class AudioEmbeddingPipeline(Pipeline):
         elif pool == "mean+std":
             frames = torch.cat([frames.mean(dim=1), frames.std(dim=1, correction=0)], dim=1)
         return (frames if model_outputs["keep_layers"][0] else frames[0]).numpy()
+
+
+def _load_feature_extractor(source: str | os.PathLike | None, model: SpearPreTrainedModel) -> Any:
+    """Of the folder or Hub id given, else of the model's, else the default."""
+    if source is not None:
+        return AutoFeatureExtractor.from_pretrained(source)
+    if model.name_or_path:
+        with suppress(OSError):
+            return AutoFeatureExtractor.from_pretrained(
+                model.name_or_path, revision=getattr(model.config, "_commit_hash", None)
+            )
+    return SpearFeatureExtractor(feature_size=model.config.num_mel_bins)
 
 
 def register_pipeline() -> None:

@@ -523,8 +523,10 @@ def test_arguments(tmp_path, capsys):
         with pytest.raises((SystemExit, ValueError)) as caught:
             parse("--output_dir", str(folder), *given)
         assert message in capsys.readouterr().err + str(caught.value)
-    (folder / "checkpoint-3").mkdir(parents=True)
-    (folder / "checkpoint-12").mkdir()
+    for number in (3, 12, 20):
+        (folder / f"checkpoint-{number}").mkdir(parents=True)
+    for number in (3, 12):  # the last one was not finished
+        (folder / f"checkpoint-{number}" / "trainer_state.json").touch()
     with pytest.raises(SystemExit):
         parse("--output_dir", str(folder))
     assert "--resume_from_checkpoint last goes on" in capsys.readouterr().err

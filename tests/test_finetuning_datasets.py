@@ -75,6 +75,21 @@ def test_manifest(folder, suffix):
     assert (len(train), evaluation["id"][:]) == (2, ["cat/2.wav"])
 
 
+def test_splits_of_a_manifest_are_kept_apart(folder):
+    """Rows of other splits are not trained on because no split was named."""
+    rows = [("dog/0.wav", "train"), ("dog/1.wav", "train"), ("cat/2.wav", "validation")]
+    manifest = folder / "list.csv"
+    manifest.write_text("path,split\n" + "".join(f"{path},{split}\n" for path, split in rows))
+    arguments = DataArguments(dataset=str(manifest), eval_share=0.5)
+    train, evaluation = train_and_eval_rows(arguments, [], seed=0)
+    assert (train["id"][:], evaluation["id"][:]) == (["dog/0.wav", "dog/1.wav"], ["cat/2.wav"])
+    manifest.write_text(manifest.read_text().replace("validation", "test"))
+    assert "cat/2.wav" not in {id for part in train_and_eval_rows(arguments, [], seed=0) for id in part["id"]}
+    manifest.write_text(manifest.read_text().replace("train", "fold1"))
+    with pytest.raises(ValueError, match=r"has the splits fold1, test: name one with --train_split"):
+        train_and_eval_rows(arguments, [], seed=0)
+
+
 def test_several_labels(folder):
     manifest = folder / "list.jsonl"
     rows = [{"path": "dog/0.wav", "label": ["a", "b"]}, {"path": "dog/1.wav"}, {"path": "cat/2.wav", "label": "c"}]
@@ -119,9 +134,9 @@ def test_wrong_names(folder):
 
 
 def test_held_out_rows():
-    arguments = DataArguments(dataset="bundled", where=["language=en"], eval_share=0.25)
+    arguments = DataArguments(dataset="bundled", train_split="pretrain", where=["language=en"], eval_share=0.25)
     train, evaluation = train_and_eval_rows(arguments, [], seed=1)
-    assert (len(train), len(evaluation)) == (56, 18)
+    assert (len(train), len(evaluation)) == (52, 17)
     assert not set(train["id"]) & set(evaluation["id"])
     assert evaluation["length"][:] == sorted(evaluation["length"])
     again, other = (train_and_eval_rows(arguments, [], seed=seed)[1]["id"][:] for seed in (1, 2))
@@ -165,6 +180,9 @@ def test_model_of_a_checkpoint(tmp_path):
     again = load_config(ModelArguments(model=str(tmp_path / "tuned")))
     assert set_labels(again, ["a", "b"]) == {"b": 0, "a": 1}
     assert set_labels(again, ["a", "z"]) == {"a": 0, "z": 1}
+    assert set_labels(again, ["a"], classes=1) == {"a": 0, "z": 1}  # of several labels at a time, one is a task
+    with pytest.raises(ValueError, match="all training rows have the label 'a': 2 classes"):
+        set_labels(again, ["a", "a"])
 
 
 def test_wrong_models(tmp_path):

@@ -88,6 +88,12 @@ def test_splits(tmp_path):
         read_manifest(manifest, ["train", "tset"])
 
 
+def test_columns_as_datasets_names_them(tmp_path):
+    (tmp_path / "m.csv").write_text("file_name,text\na.wav,one\n")
+    (utterance,) = read_manifest(tmp_path / "m.csv")
+    assert (utterance.path, utterance.id, utterance.transcript) == (tmp_path / "a.wav", "a.wav", "one")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -99,6 +105,7 @@ def test_splits(tmp_path):
         ([{"path": "a.wav", "num_samples": -3}], "line 1: num_samples=-3 must be a whole number"),
         ([{"path": "a.wav", "num_samples": 2.5}], "line 1: num_samples=2.5 must be a whole number"),
         ([{"path": "a.wav", "transcript": ["a"]}], r"line 1: transcript=\['a'\] must be text"),
+        ([{"path": "a.wav", "text": "a", "transcript": "a"}], "line 1: text and transcript are the same column"),
         ([], "lists no utterance"),
     ],
 )

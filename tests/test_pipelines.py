@@ -246,6 +246,18 @@ def test_embeddings_at_25_hz(golden_ds2_folder):
             assert every.shape[1] == frames
 
 
+def test_published_folders_get_the_default_feature_extractor(golden_folder, tmp_path):
+    assert not (golden_folder / "preprocessor_config.json").exists()
+    default = pipeline("audio-feature-extraction", model=str(golden_folder), device="cpu")
+    assert default.feature_extractor.to_dict() == SpearFeatureExtractor().to_dict()
+    SpearFeatureExtractor(preemphasis=0.5).save_pretrained(tmp_path)
+    given = pipeline("audio-feature-extraction", str(golden_folder), feature_extractor=str(tmp_path), device="cpu")
+    assert given.feature_extractor.preemphasis == 0.5
+    default.save_pretrained(tmp_path / "saved")
+    SpearFeatureExtractor(preemphasis=0.25).save_pretrained(tmp_path / "saved")
+    assert pipeline("audio-feature-extraction", str(tmp_path / "saved")).feature_extractor.preemphasis == 0.25
+
+
 @pytest.mark.parametrize("settings", [{}, {"layer": "all"}, {"layer": "mean", "pool": "mean"}, {"pool": "mean+std"}])
 def test_embeddings_in_batches(embed, settings):
     waves = [tones(text) for text in ("abc", "a", "cb", "b|c", "ac")]

@@ -54,6 +54,7 @@ def test_errors_of_manifests(corpus, tmp_path):
         (f"{corpus}#kind=events,segments={tmp_path}/other.jsonl", "none of its clips.*'zebra'.*'test6'"),
         (f"{corpus}#config=clean,revision=v1", "config, revision of a dataset of the Hub"),
         (f"{corpus}#where=label=zebra", r"where label=zebra: no row.*a \(2\)"),
+        (f"{corpus}#where=label=a", "all training clips have the label a; two classes"),
         (f"{corpus}#where=label", "must read COLUMN=VALUE"),
         (f"{corpus}#kind=singing", "kind='singing'"),
         (f"{corpus}#probe=x", "split|probe"),

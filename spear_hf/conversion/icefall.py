@@ -107,7 +107,8 @@ def _infer_config(
     for name in shapes:
         if match := re.match(r"^stacks\.(\d+)\.(?:stack\.)?layers\.(\d+)\.", name):
             layers.setdefault(int(match[1]), set()).add(int(match[2]))
-    if sorted(layers) != list(range(len(layers))) or any(sorted(s) != list(range(len(s))) for s in layers.values()):
+    complete = all(sorted(numbers) == list(range(len(numbers))) for numbers in (layers, *layers.values()))
+    if not layers or not complete:
         raise ConversionError(f"{label}: numbers of stacks and layers have gaps: {layers or 'there are none'}.")
     factors, kernels = [], []
     for stack in range(len(layers)):

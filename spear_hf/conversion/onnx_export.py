@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from .. import __version__, modeling_spear
+from ..loading_errors import loading
 from ..modeling_spear import SpearPreTrainedModel
 from .errors import ConversionError
 
@@ -72,12 +73,14 @@ def save_checked(program: Any, exported: "Exported", output: Path, tolerance: fl
 
 def load_model(model: str, revision: str | None = None) -> SpearPreTrainedModel:
     """By the class that its configuration names; a published checkpoint is an encoder."""
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    with loading(model):
+        config = AutoConfig.from_pretrained(model, revision=revision)
     if config.model_type != "spear":
         raise ConversionError(f"{model} is of the type {config.model_type!r}, not 'spear'.")
     name = (config.architectures or [""])[0]
     model_class = getattr(modeling_spear, name) if name in modeling_spear.__all__ else modeling_spear.SpearModel
-    return model_class.from_pretrained(model, revision=revision, dtype=torch.float32).eval()
+    with loading(model):
+        return model_class.from_pretrained(model, revision=revision, dtype=torch.float32).eval()
 
 
 def run_export(

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import ConversionError, listed
 from .reading import CONFIG, INDEX, LEFT_OVER_FILE, SHARDS, WEIGHTS
 
@@ -55,6 +57,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
             raise
         _sync(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
+    except SafetensorError as error:
+        raise ConversionError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

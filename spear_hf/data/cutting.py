@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..mvq.atomic_files import NOT_KEPT, explained
 from .audio import SAMPLING_RATE, AudioError, AudioReader
 from .audio_encoding import encode_float_wav
 from .decoding import audio_file
@@ -238,7 +239,11 @@ def write_segments(utterances: Iterable[Utterance], rule: CutRule, output: str |
     bad: list[tuple[str, str]] = []
     remaining = iter(utterances)
     try:
-        with open(temporary, "w", encoding="utf-8") as file, ThreadPoolExecutor(_READERS) as pool:
+        with (
+            explained(output, NOT_KEPT),
+            open(temporary, "w", encoding="utf-8") as file,
+            ThreadPoolExecutor(_READERS) as pool,
+        ):
             while some := list(islice(remaining, _PLANNED)):
                 for utterance, planned in zip(some, pool.map(lambda item: _planned(item, rule), some)):
                     if isinstance(planned, str):

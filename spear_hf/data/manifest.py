@@ -2,7 +2,8 @@
 """Lists of utterances: from a folder of audio files, or from a manifest (JSON lines, CSV or TSV).
 
 A manifest has one utterance a row. Only `path` is compulsory, relative to the manifest's folder or absolute; the other
-columns are the fields of `Utterance`. With `start` and `num_samples` a row is a stretch of its file. A folder that
+columns are the fields of `Utterance`; `file_name` and `text`, as `datasets` has them, stand for `path` and
+`transcript`. With `start` and `num_samples` a row is a stretch of its file. A folder that
 holds a `manifest.jsonl` is read by it, any other folder is searched for audio files, whose ids are their paths
 relative to the folder.
 """
@@ -67,6 +68,7 @@ class Utterance:
 COLUMNS = tuple(entry.name for entry in fields(Utterance) if entry.name != "content")  # of a manifest
 _TEXT_COLUMNS = frozenset(COLUMNS) - {"id", "path", "label", "num_samples", "start"}
 _COLUMNS = frozenset((*COLUMNS, "sampling_rate"))
+_ALIASES = {"file_name": "path", "text": "transcript"}
 
 
 def find_audio(folder: str | os.PathLike) -> list[Path]:
@@ -211,6 +213,11 @@ def _json_row(text: str, place: str) -> dict[str, Any]:
 
 
 def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
+    if not row.keys().isdisjoint(_ALIASES):
+        for alias, name in _ALIASES.items():
+            if alias in row and name in row:
+                raise ValueError(f"{place}: {alias} and {name} are the same column: leave one out")
+        row = {_ALIASES.get(name, name): value for name, value in row.items()}
     if not row.keys() <= _COLUMNS:
         unknown = sorted(row.keys() - _COLUMNS)
         raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")

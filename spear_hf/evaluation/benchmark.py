@@ -7,6 +7,7 @@ OUTPUT/report.md, *.png                 for people
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..devices import pick_device
+from ..mvq.atomic_files import write_atomically
 from .bootstrap import Estimate, difference
-from .embedding import pick_device
 from .embedding_cache import EmbeddingCache
 from .protocols import VERSION, Result, Settings, run_task
 from .representations import (
@@ -80,6 +82,7 @@ def evaluate(
     for spec in specs.values():
         check_model(spec)  # before the first one has been run for hours
     folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     store = EmbeddingCache(cache or folder / "cache", batch_seconds, max_seconds, settings.progress)
     entries: dict[str, dict[str, Any]] = {}
     samples: dict[tuple[str, str], np.ndarray] = {}
@@ -172,10 +175,9 @@ def _key(task: Task, representation: Representation, store: EmbeddingCache, sett
 
 
 def _write_samples(path: Path, key: str, result: Result) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        np.savez(file, key=np.array(key), samples=result.estimate.samples)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.array(key), samples=result.estimate.samples)
+    write_atomically(path, buffer.getvalue())
 
 
 def _report(
@@ -260,9 +262,7 @@ def _file_name(name: str) -> str:
 def write_json(path: Path, content: Any) -> None:
     """In one step; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, (json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,9 @@ from transformers import AutoFeatureExtractor, AutoModel, BatchFeature, PreTrain
 from ..data.audio import AudioError
 from ..data.decoding import load_utterance, utterance_seconds
 from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
+from ..devices import pick_device
 from ..feature_extraction_spear import SpearFeatureExtractor
+from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from .embedding_files import FORMAT_VERSION, check_output, embedding_writer
 from .windows import encode_in_windows
@@ -56,12 +58,14 @@ def load_encoder(
 
     Raises:
         ValueError: an unknown dtype, or a device that cannot be used.
-        OSError: there is no such model.
+        OSError: there is no such model, or it is damaged.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     place = pick_device(device)  # before a model is loaded in vain
-    encoder = AutoModel.from_pretrained(model, dtype=DTYPES[dtype]).to(place).eval()
+    with loading(model):
+        encoder = AutoModel.from_pretrained(model, dtype=DTYPES[dtype])
+    encoder = encoder.to(place).eval()
     try:
         feature_extractor = AutoFeatureExtractor.from_pretrained(model)
     except OSError:
@@ -69,17 +73,6 @@ def load_encoder(
             raise
         feature_extractor = SpearFeatureExtractor(feature_size=encoder.config.num_mel_bins)
     return encoder, feature_extractor
-
-
-def pick_device(device: str) -> torch.device:
-    """The device of that name, or for "auto" the first of cuda, mps and cpu. ValueError if it cannot be used."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used: {error}") from error
-    return torch.device(device)
 
 
 def embed_files(
@@ -120,13 +113,12 @@ def embed_files(
         raise ValueError(f"pool={pool!r} must be one of {', '.join(POOLS)}")
     if batch_seconds is None:
         batch_seconds = _BATCH_SECONDS_CPU if encoder.device.type == "cpu" else _BATCH_SECONDS_ACCELERATOR
-    if batch_seconds <= 0 or max_seconds <= 0:
+    if not (batch_seconds > 0 and max_seconds > 0):
         raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
-    if window_seconds is not None and (window_seconds < batch_seconds or not isinstance(encoder, SpearModel)):
-        raise ValueError(
-            f"window_seconds={window_seconds} must be at least batch_seconds={batch_seconds}, and the encoder SPEAR, "
-            f"not {type(encoder).__name__}"
-        )
+    if window_seconds is not None and not isinstance(encoder, SpearModel):
+        raise ValueError(f"window_seconds={window_seconds} is for SPEAR, not for {type(encoder).__name__}")
+    if window_seconds is not None and not window_seconds >= batch_seconds:
+        raise ValueError(f"window_seconds={window_seconds} must be at least batch_seconds={batch_seconds}")
     utterances = collect_utterances(paths)
     return _embed(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds)
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
+from ..mvq.atomic_files import explained
 from .representations import Representation
 from .tasks import Clip, StoredAudio
 
@@ -142,8 +143,13 @@ def _kept(states: np.ndarray, keep: str) -> np.ndarray:
 def _write(path: Path, features: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({_TENSOR: np.ascontiguousarray(features)}, partial, metadata={"format_version": str(FORMAT_VERSION)})
-    partial.replace(path)
+    content = save({_TENSOR: np.ascontiguousarray(features)}, metadata={"format_version": str(FORMAT_VERSION)})
+    try:
+        with explained(path):
+            partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, layer: int | None = None) -> np.ndarray:

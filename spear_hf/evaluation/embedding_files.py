@@ -23,6 +23,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..mvq.atomic_files import NOT_KEPT, explained
+
 
 FORMAT_VERSION = 1
 # The comment of a zip archive has room for this many bytes.
@@ -169,7 +171,7 @@ def embedding_writer(output: Path) -> Iterator[EmbeddingWriter]:
     check_output(output)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with explained(output, NOT_KEPT), open(temporary, "wb") as file:
             with contextlib.closing(WRITERS[output.suffix](file)) as writer:
                 yield writer
             file.flush()

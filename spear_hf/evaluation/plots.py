@@ -107,12 +107,16 @@ def plot_losses(
 
 
 def running_mean(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Mean over a centred window of `share` of the values, narrower towards the ends."""
+    """Mean over a centred window of `share` of the values.
+
+    It is narrower towards the start, where losses fall fast, and cut off at the end, where single values would show.
+    """
     reach = max(1, round(len(values) * share / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    near = np.minimum(np.minimum(places, len(values) - 1 - places), reach)
-    return (sums[places + near + 1] - sums[places - near]) / (2 * near + 1)
+    before = np.minimum(places, reach)
+    after = np.minimum(before, len(values) - 1 - places)
+    return (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
 
 
 @styled

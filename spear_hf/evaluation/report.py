@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
 
+from ..mvq.atomic_files import write_atomically
 from .benchmark import FORMAT, FORMAT_VERSION
 from .heads import HEADS
 from .plots import plot_confusion, plot_feature_scores, plot_layer_weights, save_figure
@@ -162,7 +163,7 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike) -> Path:
     images = write_plots(report, folder)
     text = markdown(report) + "".join(f"\n![{image.stem}]({image.name})\n" for image in images)
     path = Path(folder) / "report.md"
-    _write(path, text)
+    write_atomically(path, text.encode())
     return path
 
 
@@ -238,7 +239,8 @@ def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | 
     taken = {result.dataset_name for result in ours}
     data.eval_results = [*(old for old in data.eval_results or [] if old.dataset_name not in taken), *ours]
     data.model_name = data.model_name or name.split("/")[-1]
-    _write(path, f"---\n{data.to_yaml()}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}")
+    start = "" if text.startswith("\n") else "\n"
+    write_atomically(path, f"---\n{data.to_yaml()}\n---\n{start}{text}".encode())
 
 
 def name_of(report: Mapping[str, Any], model: nn.Module) -> str:
@@ -253,9 +255,3 @@ def name_of(report: Mapping[str, Any], model: nn.Module) -> str:
 def _known(report: Mapping[str, Any], name: str) -> None:
     if name not in report["representations"]:
         raise ValueError(f"{name} is not in the report, which has {', '.join(report['representations'])}")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

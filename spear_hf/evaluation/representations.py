@@ -25,12 +25,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, SequenceFeature
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
 from ..data.segments import FrameGrid
+from ..devices import pick_device
 from ..feature_extraction_spear import SpearFeatureExtractor
+from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.mfcc import FEATURE_SIZE as MFCC_SIZE
 from ..mvq.mfcc import FRAME_LENGTH, FRAME_RATE, KaldiMfcc
 from ..mvq.teachers import Teacher, WindowRule, is_factory, load_teacher
-from .embedding import embed_waveforms, load_encoder, pick_device
+from .embedding import embed_waveforms, load_encoder
 from .options import split_options
 from .segments import FILTER_BANK_CENTRE, FILTER_BANK_STEP
 
@@ -207,10 +209,8 @@ def check_model(spec: str) -> None:
     source = spec.removeprefix(f"{RANDOM}:")
     if source in (LOG_MEL, MFCC) or source.startswith(TEACHER) or Path(source).is_file():
         return
-    try:
+    with loading(source):
         AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise OSError(f"there is no model {source} here, and the Hub gives none: {error}") from error
 
 
 def _random_encoder(

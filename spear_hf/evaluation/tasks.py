@@ -356,7 +356,10 @@ def _checked(task: Task) -> Task:
     for fold in task.folds:
         if not fold.test or not (fold.train or task.kind in ("query", "verification")):
             raise ValueError(f"{task.name}: {len(fold.train)} clips to train on and {len(fold.test)} to test on")
-        unknown = sorted(_labels_of(fold.test) - _labels_of(fold.train))
+        known = _labels_of(fold.train)
+        if task.kind == "classification" and len(known) < 2:
+            raise ValueError(f"{task.name}: all training clips have the label {min(known)}; two classes are needed")
+        unknown = sorted(_labels_of(fold.test) - known)
         # A task with a vocabulary of its own, HEAR's, may have rare labels, which are then missed.
         if task.kind in ("classification", "frames") and unknown and not task.labels:
             raise ValueError(f"{task.name}: test labels that no training clip has: {', '.join(unknown[:10])}")

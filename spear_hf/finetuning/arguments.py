@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 
 LAST = "last"
@@ -55,14 +54,14 @@ class DataArguments:
         default=None, metadata={"help": "Branch, tag or commit of a dataset of the Hub."}
     )
     train_split: str | None = field(
-        default=None, metadata={"help": "Default: `train` of the Hub, all rows of a folder or manifest."}
+        default=None, metadata={"help": "Default: `train`; all rows of a folder, or of a manifest without splits."}
     )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Where the evaluation audio is, if not in --dataset."}
     )
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "Default, if there is no --eval_dataset either: --eval_share of the training rows."},
+        metadata={"help": "Default: `validation` of a manifest that has it, else --eval_share of the training rows."},
     )
     eval_share: float = field(
         default=0.1, metadata={"help": "Share of the training rows that is held out when no evaluation set is named."}
@@ -149,7 +148,7 @@ def parse_arguments(
 def _resolve_checkpoint(training: FineTuningArguments) -> None:
     """`--resume_from_checkpoint last` becomes a folder; ValueError if there is none, or if runs would be mixed up."""
     folder = Path(str(training.output_dir))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = _last_checkpoint(folder)
     wanted = training.resume_from_checkpoint
     if wanted in (LAST, "True", "true"):
         if last is None:
@@ -162,3 +161,9 @@ def _resolve_checkpoint(training: FineTuningArguments) -> None:
             f"output_dir={folder} holds checkpoints of an earlier training: --resume_from_checkpoint {LAST} goes on "
             "with it; otherwise choose another folder"
         )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The one of the latest step that is complete: the Trainer writes its state last."""
+    states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdecimal()]
+    return str(max(states, key=lambda path: int(path.parent.name[11:])).parent) if states else None

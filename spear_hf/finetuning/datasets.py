@@ -41,6 +41,7 @@ LOCAL_COLUMNS = ("domain", "split", "label", "transcript", "probe", "language", 
 # What lies in an Audio column: built so, as datasets wants torchcodec even to put a path into one.
 ENCODED_AUDIO = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 STRETCH = "stretch_start"  # column, where rows are stretches of files: the first sample at 16 kHz, `length` of them
+TRAIN, VALIDATION = "train", "validation"  # splits, as datasets of the Hub call them
 REPORTED = 5  # bad files that an error names
 
 
@@ -133,12 +134,21 @@ def train_and_eval_rows(
 ) -> tuple[Dataset, Dataset]:
     """The rows that the arguments name for training and for evaluation, the latter sorted by length.
 
-    Without an evaluation split or dataset, `eval_share` of the training rows, chosen by the seed, are held out.
+    Of a manifest with several splits these are `train` and `validation`, if none are named. Without an evaluation
+    split or dataset, `eval_share` of the training rows, chosen by the seed, are held out.
     """
     if arguments.dataset is None:
         raise ValueError("dataset is not set: name a folder, a manifest or a dataset of the Hub (or try --smoke)")
-    train = load_rows(arguments.dataset, columns, arguments.train_split, arguments, unchanged)
-    if arguments.eval_dataset is None and arguments.eval_split is None:
+    splits = _splits(arguments.dataset)
+    train_split, eval_split = arguments.train_split, arguments.eval_split
+    if train_split is None and len(splits) > 1:
+        if TRAIN not in splits:
+            raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}: name one with --train_split")
+        train_split = TRAIN
+        if eval_split is None and arguments.eval_dataset is None and VALIDATION in splits:
+            eval_split = VALIDATION
+    train = load_rows(arguments.dataset, columns, train_split, arguments, unchanged)
+    if arguments.eval_dataset is None and eval_split is None:
         if len(train) < 2:
             raise ValueError(f"{arguments.dataset} has {len(train)} row: none can be held out for the evaluation")
         order = keyed_generator(seed, "held-out rows").permutation(len(train))
@@ -147,10 +157,18 @@ def train_and_eval_rows(
         train = train.select(sorted(order[held_out:].tolist()))
     else:
         source = arguments.eval_dataset or arguments.dataset
-        evaluation = load_rows(source, columns, arguments.eval_split, arguments, unchanged)
+        evaluation = load_rows(source, columns, eval_split, arguments, unchanged)
     train = _some_rows(train, arguments.max_train_samples, seed)
     evaluation = _some_rows(evaluation, arguments.max_eval_samples, seed)
     return train, evaluation.select(np.argsort(evaluation["length"], kind="stable"))
+
+
+def _splits(source: str) -> list[str]:
+    """Of a manifest; none of a folder of audio, or of a dataset of the Hub."""
+    if not is_local(source):
+        return []
+    utterances = read_manifest(manifest_source(source) if source == BUNDLED else source)
+    return sorted({utterance.split for utterance in utterances if utterance.split is not None})
 
 
 def _some_rows(dataset: Dataset, number: int | None, seed: int) -> Dataset:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
 
 from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
+from ..loading_errors import loading
 from .arguments import ModelArguments
 
 
@@ -29,7 +30,8 @@ def load_config(arguments: ModelArguments) -> SpearConfig:
                 "give --model_config for random weights (or try --smoke)"
             )
         return SpearConfig(**changes)
-    config = AutoConfig.from_pretrained(arguments.model, **changes)
+    with loading(arguments.model):
+        config = AutoConfig.from_pretrained(arguments.model, **changes)
     if not isinstance(config, SpearConfig):
         raise ValueError(f"model={arguments.model} is of the kind {config.model_type!r}; a SPEAR model is needed")
     return config
@@ -39,7 +41,8 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: SpearConfig) 
     """With the head of `auto_class`; weights that the checkpoint has not, or in other sizes, are random."""
     if arguments.model is None:
         return auto_class.from_config(config)
-    return auto_class.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
+    with loading(arguments.model):
+        return auto_class.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
 
 
 def load_feature_extractor(arguments: ModelArguments, config: SpearConfig) -> SpearFeatureExtractor:
@@ -52,14 +55,17 @@ def load_feature_extractor(arguments: ModelArguments, config: SpearConfig) -> Sp
     return SpearFeatureExtractor(feature_size=config.num_mel_bins)
 
 
-def set_labels(config: SpearConfig, labels: Sequence[str]) -> dict[str, int]:
+def set_labels(config: SpearConfig, labels: Sequence[str], classes: int = 2) -> dict[str, int]:
     """Label -> class id, also written to the configuration: the model's own if it knows them all, else new ones.
 
-    `labels` may repeat and come in any order; new ids follow their alphabetical order.
+    `labels` may repeat and come in any order; new ids follow their alphabetical order. ValueError for fewer than
+    `classes`: of labels that exclude each other there are two at least.
     """
     names = sorted(set(labels))
     if not names:
         raise ValueError("the training rows have no labels: which column holds them? See --label_column.")
+    if len(names) < classes:
+        raise ValueError(f"all training rows have the label {names[0]!r}: {classes} classes are needed at least")
     known = {name: int(index) for name, index in (config.label2id or {}).items()}
     if set(names) <= set(known):
         return known

@@ -1,12 +1,14 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What a fine-tuning script does around the training: run, evaluate, save, plot, push."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
+from safetensors import SafetensorError
 
 from ..evaluation.plots import BLUE, ORANGE, new_figure, running_mean, save_figure, styled
 from .datasets import is_local
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS_PLOT = "loss.png"
+TRANSPORTS = ("httpx", "httpx2")  # of huggingface_hub, whose errors are no OSError
 
 
 def run(trainer: FineTuningTrainer, eval_dataset: Dataset, task: str, dataset: str | None) -> dict[str, float]:
@@ -52,6 +55,25 @@ def run(trainer: FineTuningTrainer, eval_dataset: Dataset, task: str, dataset: s
     elif args.do_train:
         trainer.create_model_card(**card)
     return evaluation
+
+
+def exit_code(name: str, fine_tune: Callable[..., Mapping[str, float]], arguments: Sequence[Any]) -> int:
+    """Of the script `name`: 0 and the metrics printed, or 1 and what the user can do something about, in a line."""
+    try:
+        metrics = fine_tune(*arguments)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in TRANSPORTS:
+            reason = f"the Hub cannot be reached: {error}"
+        elif isinstance(error, SafetensorError):
+            reason = f"the model cannot be read or saved: {error}"
+        elif isinstance(error, (ValueError, OSError)):
+            reason = str(error)
+        else:
+            raise
+        print(f"{name}: {reason}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))))
+    return 0
 
 
 @styled

@@ -23,6 +23,9 @@ except ImportError:  # Windows: leftovers go by their age alone
 LEFTOVER_SECONDS = 24 * 3600.0  # where the file system has no locks: no write takes so long
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "it is too large"}
 
+KEPT = "What was finished before is kept; make room, then run the same command again: it goes on from there"
+NOT_KEPT = "Make room, or name another place, and run the same command again"
+
 
 class StorageFullError(OSError):
     """There is no room for a file; str() names it and says what to do."""
@@ -36,7 +39,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
     StorageFullError where there is no room; nothing of the file is left then, nor after any other error.
     """
-    with _temporary(path) as temporary, _explained(path):
+    with _temporary(path) as temporary, explained(path):
         _fill(temporary, content)
         os.replace(temporary.name, path)
     _sync_folder(path.parent)
@@ -44,7 +47,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 def create_atomically(path: Path, content: bytes) -> bool:
     """As `write_atomically`, but a file that is there stays as it is: False. Of several at once, one succeeds."""
-    with _temporary(path) as temporary, _explained(path):
+    with _temporary(path) as temporary, explained(path):
         _fill(temporary, content)
         try:
             os.link(temporary.name, path)
@@ -108,16 +111,16 @@ def _lock(file: BinaryIO, wait: bool) -> bool | None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path, kept: str = KEPT) -> Iterator[None]:
+    """StorageFullError in place of an OSError that says there is no room for `path`; `kept`: what is there already."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _FULL or isinstance(error, StorageFullError):
             raise
         raise StorageFullError(
             error.errno,
-            f"{path} cannot be written: {_FULL[error.errno]} ({os.strerror(error.errno)}). What was finished before "
-            "is kept; make room, then run the same command again: it goes on from there",
+            f"{path} cannot be written: {_FULL[error.errno]} ({os.strerror(error.errno)}). {kept}",
         ) from error
 
 

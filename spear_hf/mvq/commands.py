@@ -12,6 +12,7 @@ import yaml
 
 from spear_hf.data.commands import DataOptions
 from spear_hf.data.sources import PIECE_HOURS, PIECE_UTTERANCES
+from spear_hf.devices import pick_device
 from spear_hf.mvq.known_teachers import resolve_settings
 from spear_hf.mvq.merge import merge_stores
 from spear_hf.mvq.quantize import train_tokenizer
@@ -209,9 +210,9 @@ def _still_missing(summary: TokenizeSummary) -> str:
 
 def _resolved(device: str, local_rank: int | None = None) -> str:
     """`local_rank`: of several processes of a machine, each has the GPU of its number."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return f"cuda:{local_rank}" if device == "cuda" and local_rank else device
+    if device in ("auto", "cuda") and local_rank and torch.cuda.is_available():
+        device = f"cuda:{local_rank}"
+    return str(pick_device(device))
 
 
 def _batch_seconds(device: str) -> float:

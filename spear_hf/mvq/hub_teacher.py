@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor
 
+from spear_hf.loading_errors import loading
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule
 
 
@@ -286,20 +287,20 @@ def _source(spec: str) -> str:
 def _load_encoder(source: str, revision: str | None) -> tuple[Any, PreTrainedModel]:
     """Config and encoder (float32, eval); refuses checkpoints that lack parameters of the encoder."""
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        with loading(source, "teacher"):
+            config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"teacher {source!r} is not kaldi-mfcc, not module:factory, and no model could be found there: {error}"
-        ) from error
+        raise ValueError(f"teacher {source!r} is not kaldi-mfcc and not module:factory, and {error}") from error
     model_class: Any = AutoModel
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture.endswith("Encoder") and type(config) in AutoModel._model_mapping:
         # A folder that holds the encoder of an encoder-decoder model alone.
         module = importlib.import_module(AutoModel._model_mapping[type(config)].__module__)
         model_class = getattr(module, architecture, AutoModel)
-    model, report = model_class.from_pretrained(
-        source, revision=revision, dtype=torch.float32, output_loading_info=True
-    )
+    with loading(source):
+        model, report = model_class.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
     missing = set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}
     if config.is_encoder_decoder and model_class is AutoModel:
         model = model.get_encoder()

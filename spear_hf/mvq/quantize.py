@@ -27,11 +27,11 @@ from spear_hf import __version__
 from spear_hf.data.manifest import Utterance
 from spear_hf.data.seeding import keyed_seed
 from spear_hf.data.sources import AudioSource, ListSource
+from spear_hf.mvq.atomic_files import NOT_KEPT, explained, write_atomically
 from spear_hf.mvq.corpus import Decoded, computed, decoded_pieces, display_path
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.quantizer_files import CONFIG_NAME
 from spear_hf.mvq.reservoir import FrameReservoir
-from spear_hf.mvq.store import write_atomically
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher
 from spear_hf.mvq.tokenizer import quantizer_metadata
 from spear_hf.mvq.training import QuantizerTrainer, QuantizerTrainingConfig
@@ -212,7 +212,9 @@ def train_tokenizer(
     """
     output = Path(output)
     if (output / CONFIG_NAME).exists() and not overwrite:
-        raise ValueError(f"{output} holds a quantiser, and stores may depend on it: name another folder, or overwrite")
+        raise ValueError(
+            f"{output} holds a quantiser, and stores may depend on it: name another folder, or overwrite (--overwrite)"
+        )
     sample = sample_frames(
         teacher,
         corpus,
@@ -241,17 +243,18 @@ def train_on_sample(
     trainer = QuantizerTrainer(
         training, metadata=metadata, device=teacher.device, progress=progress, metrics_path=output / METRICS
     )
-    quantizer = trainer.train(sample.frames)
-    report = {
-        "quantizer_id": quantizer.quantizer_id,
-        "bits_per_second": teacher.frame_rate * training.num_codebooks * math.log2(training.codebook_size),
-        "heldout": heldout_report(quantizer, sample.heldout),
-        **metadata["provenance"],
-        "bad": sample.bad,
-    }
-    write_atomically(output / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
-    _plot(output, report)
-    quantizer.save_pretrained(output)
+    with explained(output, NOT_KEPT):
+        quantizer = trainer.train(sample.frames)
+        report = {
+            "quantizer_id": quantizer.quantizer_id,
+            "bits_per_second": teacher.frame_rate * training.num_codebooks * math.log2(training.codebook_size),
+            "heldout": heldout_report(quantizer, sample.heldout),
+            **metadata["provenance"],
+            "bad": sample.bad,
+        }
+        write_atomically(output / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        _plot(output, report)
+        quantizer.save_pretrained(output)
     return report
 
 

@@ -21,6 +21,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from spear_hf.loading_errors import loading
+
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -67,7 +69,8 @@ def find_quantizer(name: str | os.PathLike, revision: str | None = None) -> Path
         raise FileNotFoundError(f"{name} is not a folder; give the folder of a quantiser or a Hub id OWNER/NAME.")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name), revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    with loading(name, "quantiser"):
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
 
 
 def read_quantizer(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

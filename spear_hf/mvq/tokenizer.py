@@ -35,6 +35,8 @@ class MvqTokenizer:
     """
 
     def __init__(self, teacher: Teacher, quantizer: MultiCodebookQuantizer, refine_iters: int = PASSES) -> None:
+        if refine_iters < 0:
+            raise ValueError(f"refine_iters must be at least 0, not {refine_iters}")
         _check_pair(teacher, quantizer.config)
         self.teacher = teacher
         self.quantizer = quantizer.to(teacher.device).eval()

@@ -17,6 +17,7 @@ from ..data.seeding import keyed_seed
 from ..data.utterances import known_domains
 from ..data.windows import WindowedSampler
 from ..feature_extraction_spear import SpearFeatureExtractor
+from ..loading_errors import loading
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import label_ratio
 from .config import ExecutionConfig, ModelConfig, PreTrainingConfig, TargetConfig
@@ -40,7 +41,8 @@ def pretraining_targets(
 def model_config(config: ModelConfig) -> SpearConfig:
     """The architecture, still with the default targets."""
     if config.init_from is not None:
-        loaded = SpearConfig.from_pretrained(config.init_from)
+        with loading(config.init_from):
+            loaded = SpearConfig.from_pretrained(config.init_from)
         assert isinstance(loaded, SpearConfig)
         return loaded
     make = SpearConfig if config.size is None else getattr(SpearConfig, config.size)
@@ -64,9 +66,10 @@ def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> 
     torch.manual_seed(keyed_seed(config.seed, "initialisation"))
     if config.model.init_from is None:
         return SpearForPreTraining(architecture)
-    return SpearForPreTraining.from_pretrained(
-        config.model.init_from, config=architecture, ignore_mismatched_sizes=True
-    )
+    with loading(config.model.init_from):
+        return SpearForPreTraining.from_pretrained(
+            config.model.init_from, config=architecture, ignore_mismatched_sizes=True
+        )
 
 
 def uses_bf16(config: ExecutionConfig) -> bool:

@@ -1,0 +1,15 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The device that a name stands for."""
+
+import torch
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name, or for "auto" the first of cuda, mps and cpu. ValueError if it cannot be used."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used: {error}") from error
+    return torch.device(device)
