@@ -837,6 +837,19 @@ class SpearModel(SpearPreTrainedModel):
             input_features = input_features + 0.0 * embedding
         return input_features
 
+    def _with_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Reentrant checkpoints, whose inputs have no gradient under a frozen stem, would give none to adapters."""
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+            and not torch.compiler.is_compiling()
+            and self.is_gradient_checkpointing
+            and any(param.requires_grad for param in self.stacks.parameters())
+        ):
+            return hidden_states.requires_grad_()
+        return hidden_states
+
     def _check_shapes(self, input_features: torch.Tensor, **masks: torch.Tensor | None) -> None:
         bins = self.config.num_mel_bins
         if input_features.dim() != 3 or input_features.shape[2] != bins:
@@ -900,7 +913,7 @@ class SpearModel(SpearPreTrainedModel):
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         kwargs.pop("output_hidden_states", None)  # layers do the same either way, compiled ones in the same graph
-        hidden_states = self.stem(input_features, valid_mask)
+        hidden_states = self._with_gradient(self.stem(input_features, valid_mask))
         position_table = relative_position_table(
             frames, self.config.pos_dim, hidden_states.device, hidden_states.dtype
         )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 from transformers.utils import ModelOutput
 
 from spear_hf import (
@@ -227,7 +227,8 @@ def test_gradient_checkpointing_changes_nothing(model_class, reentrant):
 
 
 @every_model
-def test_adapters_of_a_frozen_encoder_are_trained(model_class):
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_adapters_of_a_frozen_encoder_are_trained(model_class, asked_for):
     """With reentrant gradient checkpointing, which needs an input that has a gradient."""
     model = tiny_model(model_class).train().requires_grad_(False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -478,6 +479,16 @@ def test_offloaded_weights(dtype):
 def test_empty_batches(model_class):
     values = {name: value[:0] for name, value in inputs().items()}
     assert len(main_output(tiny_model(model_class)(**values))) == 0
+
+
+def test_trainer_joins_batches_of_different_lengths(tmp_path):
+    """Whatever else the model gives."""
+    rows = [
+        {"input_features": torch.randn(frames, BINS), "labels": torch.tensor(1)} for frames in (60, FRAMES, FRAMES, 60)
+    ]
+    model = tiny_model(SpearForSequenceClassification, output_hidden_states=True, output_attentions=True)
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=1, report_to="none", use_cpu=True)
+    assert Trainer(model, arguments).predict(rows).predictions.shape == (4, 3)
 
 
 @every_model
