@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
@@ -51,13 +52,16 @@ def are_blocks_possible(hidden_states: torch.Tensor) -> bool:
 
 
 def is_watched(*modules: nn.Module) -> bool:
-    """Whether hooks want the inputs or outputs of one of these modules as the plain path has them.
+    """Whether hooks want the inputs, outputs or gradients of one of these modules as the plain path has them.
 
     The recorder of transformers stays on modules once anything was recorded, and is no reason: what it records is
     known from `output_attentions`. A replaced `forward` is one.
     """
+    if _has_any_global_hook():
+        return True
     for module in modules:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
         if "forward" in vars(module) or any(
             getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks
         ):
@@ -87,6 +91,7 @@ def project(linear: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     if (
         not are_blocks_possible(hidden_states)  # first, as a compiled graph must not depend on the length
         or type(linear) is not nn.Linear
+        or type(linear.weight) not in (torch.Tensor, nn.Parameter)  # of torchao, say, which knows products alone
         or hidden_states.dtype != torch.float32
         or hidden_states.shape[0] * hidden_states.shape[1] < MIN_FRAMES_TO_CONVOLVE
         or min(linear.weight.shape) < MIN_WIDTH_TO_CONVOLVE
@@ -173,7 +178,7 @@ class BlockwiseAttention:
         """Per utterance how many keys are used, and which of these are masked nevertheless, bool `(keys,)`."""
         if key_mask is None:
             return [self.frames] * batch, [None] * batch
-        places = torch.arange(1, self.frames + 1) * key_mask  # (batch, frames)
+        places = torch.arange(1, self.frames + 1, device=key_mask.device) * key_mask  # (batch, frames)
         # Without any valid key the plain path weighs all keys alike.
         num_keys = [int(last) or self.frames for last in places.amax(dim=1)]
         used = [mask[:keys] for mask, keys in zip(key_mask, num_keys)]

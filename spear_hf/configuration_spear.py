@@ -114,6 +114,8 @@ class SpearConfig(PreTrainedConfig):
     """
 
     model_type = "spear"
+    # Their sizes follow from the longest utterance of a batch: a Trainer cannot join those of several batches.
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
 
     hidden_size: int = 512
     num_layers_per_stack: list[int] | tuple[int, ...] = (1, 2, 3, 3, 1, 1, 1)

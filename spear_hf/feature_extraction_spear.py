@@ -51,12 +51,13 @@ def _tables(
     differ from torchaudio's in the last bits, which moves the bins near the floor of loud frames: by 1.8e-4 on the
     golden utterances, 3.3e-4 on white noise and 2.4e-2 on a full-scale chirp, where these stay within 1e-6.
     """
-    window = torch.hann_window(win_length, periodic=False, dtype=torch.float32).pow(0.85)
+    exact: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    window = torch.hann_window(win_length, periodic=False, **exact).pow(0.85)
     low, high = (1127.0 * math.log(1.0 + frequency / 700.0) for frequency in (min_frequency, max_frequency))
     step = (high - low) / (num_mel_bins + 1)
-    index = torch.arange(num_mel_bins).unsqueeze(1)
+    index = torch.arange(num_mel_bins, **exact).unsqueeze(1)
     left, centre, right = low + index * step, low + (index + 1.0) * step, low + (index + 2.0) * step
-    frequencies = (sampling_rate / n_fft) * torch.arange(n_fft // 2)
+    frequencies = (sampling_rate / n_fft) * torch.arange(n_fft // 2, **exact)
     mel = (1127.0 * (1.0 + frequencies / 700.0).log()).unsqueeze(0)
     triangles = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp_(min=0.0)
     weights = torch.nn.functional.pad(
@@ -308,9 +309,9 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
             weights = weights.double()
         largest = _SLAB_FRAMES_CPU if device.type == "cpu" else _SLAB_FRAMES_ACCELERATOR
         slab = min(largest, _round_up(number, _ROW_MULTIPLE))
-        centred = torch.empty(slab, window_size, device=device)
-        windowed = torch.zeros(slab, self.n_fft, device=device)
-        features = torch.empty(number, self.feature_size, device=device)
+        centred = frames.new_empty(slab, window_size)
+        windowed = frames.new_zeros(slab, self.n_fft)
+        features = frames.new_empty(number, self.feature_size)
         with torch.autocast(device.type, enabled=False):
             for begin in range(0, number, slab):
                 chosen = frames[begin : begin + slab]

@@ -252,15 +252,15 @@ class SpearFeedForward(nn.Module):
         self.out_proj = with_init_scale(nn.Linear(intermediate_size, config.hidden_size), 0.1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        at_once = max(1, FRAMES_AT_ONCE // hidden_states.shape[0])
         # For the memory of long recordings: the inner tensors are several times as wide as the others.
         # The length last: an exported graph must not depend on it.
         if (
             not can_run_in_blocks(self, hidden_states)
-            or hidden_states.shape[1] <= at_once
+            or hidden_states.shape[0] * hidden_states.shape[1] <= FRAMES_AT_ONCE
             or is_watched(*self.children())
         ):
             return self._compute(hidden_states)
+        at_once = max(1, FRAMES_AT_ONCE // hidden_states.shape[0])
         return torch.cat([self._compute(block) for block in hidden_states.split(at_once, dim=1)], dim=1)
 
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -371,9 +371,15 @@ class SpearNonlinAttention(nn.Module):
             # A product of two activations, which overflows long before its projection: the scale goes around that.
             scale = out_gate.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1.0)  # (batch, frames, 1)
             projected = self.out_proj(context * (out_gate / scale))
-            bias = self.out_proj.bias.to(projected.dtype)
+            bias = self._output_bias(context).to(projected.dtype)
             return (projected - bias) * scale + bias
         return project(self.out_proj, context * out_gate)
+
+    def _output_bias(self, context: torch.Tensor) -> torch.Tensor:
+        """What `out_proj` gives for zeros; asked of it where it is an adapter, say, or its weights are offloaded."""
+        if type(self.out_proj) is nn.Linear and self.out_proj.bias.device == context.device:
+            return self.out_proj.bias
+        return self.out_proj(torch.zeros_like(context[:1, :1]))  # (1, 1, dim)
 
 
 def channels_last(weight: torch.Tensor) -> torch.Tensor:
@@ -693,6 +699,7 @@ class SpearPreTrainedModel(PreTrainedModel):
     base_model_prefix = "spear"
     main_input_name = "input_features"
     input_modalities = "audio"
+    _input_embed_layer = "stem"  # where adapters under a frozen stem have gradients begin
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpearLayer", "SpearStem"]
     # The weights are shared by three modules of a layer: there is no call of a fused attention to switch to.
@@ -832,6 +839,38 @@ class SpearModel(SpearPreTrainedModel):
             input_features = input_features + 0.0 * embedding
         return input_features
 
+    def _with_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Reentrant checkpoints, whose inputs have no gradient under a frozen stem, would give none to adapters."""
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and not hidden_states.requires_grad
+            and not torch.compiler.is_compiling()
+            and self.is_gradient_checkpointing
+            and any(param.requires_grad for param in self.stacks.parameters())
+        ):
+            return hidden_states.requires_grad_()
+        return hidden_states
+
+    def _check_shapes(self, input_features: torch.Tensor, **masks: torch.Tensor | None) -> None:
+        bins = self.config.num_mel_bins
+        if input_features.dim() != 3 or input_features.shape[2] != bins:
+            raise ValueError(
+                f"`input_features` has shape {tuple(input_features.shape)}, but (batch, frames, {bins}) is needed: "
+                "the filter bank that `SpearFeatureExtractor` makes of waveforms."
+            )
+        if input_features.shape[1] < MIN_FRAMES:
+            raise ValueError(
+                f"`input_features` has {input_features.shape[1]} frames, but the encoder needs at least {MIN_FRAMES} "
+                "(1360 samples, 85 ms); pad the audio, for example with `pad_short=True` in the feature extractor."
+            )
+        for name, mask in masks.items():
+            if mask is not None and mask.shape != input_features.shape[:2]:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(mask.shape)}, but that of the frames of `input_features` is needed: "
+                    f"{tuple(input_features.shape[:2])}."
+                )
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
@@ -864,11 +903,7 @@ class SpearModel(SpearPreTrainedModel):
         torch.Size([1, 46, 64])
         ```
         """
-        if input_features.shape[1] < MIN_FRAMES:
-            raise ValueError(
-                f"`input_features` has {input_features.shape[1]} frames, but the encoder needs at least {MIN_FRAMES} "
-                "(1360 samples, 85 ms); pad the audio, for example with `pad_short=True` in the feature extractor."
-            )
+        self._check_shapes(input_features, attention_mask=attention_mask, mask_time_indices=mask_time_indices)
         input_features = self._mask_input_features(
             input_features.to(self.stem.conv1.weight.dtype), mask_time_indices, mask_feature_indices
         )
@@ -880,7 +915,7 @@ class SpearModel(SpearPreTrainedModel):
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         kwargs.pop("output_hidden_states", None)  # layers do the same either way, compiled ones in the same graph
-        hidden_states = self.stem(input_features, valid_mask)
+        hidden_states = self._with_gradient(self.stem(input_features, valid_mask))
         position_table = relative_position_table(
             frames, self.config.pos_dim, hidden_states.device, hidden_states.dtype
         )
@@ -942,6 +977,7 @@ class SpearHeadModel(SpearPreTrainedModel):
         The weighted sum runs over all hidden states, at 50 Hz; where the last hidden state is at 25 Hz the sum takes
         the encoder's own way there.
         """
+        kwargs["return_dict"] = True  # whatever the configuration says of what the user gets
         if self.layer_weights is None:
             outputs = self.spear(input_features, attention_mask=attention_mask, **kwargs)
             hidden_states = outputs.last_hidden_state
@@ -1035,13 +1071,15 @@ class SpearForCTC(SpearHeadModel):
             Label ids in `[0, ..., config.vocab_size - 1]`; -100 and the blank (`config.pad_token_id`) are padding.
         """
         if labels is not None:
+            if self.config.pad_token_id is None:
+                raise ValueError("`pad_token_id=None`, but CTC needs a blank: set `config.pad_token_id`.")
             self._check_class_labels(labels, self.config.vocab_size)
         hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
         logits = self.lm_head(self.dropout(hidden_states))
         if self.config.pad_token_id is not None:
             # Padding says blank: whoever decodes a batch greedily, padding and all, gets what each row alone gives.
             is_blank = torch.arange(logits.shape[-1], device=logits.device) == self.config.pad_token_id
-            blank = torch.zeros_like(logits[0, 0]).masked_fill(~is_blank, torch.finfo(logits.dtype).min)
+            blank = logits.new_zeros(logits.shape[-1]).masked_fill(~is_blank, torch.finfo(logits.dtype).min)
             logits = torch.where(valid_mask[:, :, None], logits, blank)
         loss = None
         if labels is not None:
@@ -1196,7 +1234,7 @@ class SpearAMSoftmaxLoss(nn.Module):
         """`(batch, input_dim)` and class ids `(batch,)`."""
         labels = labels.flatten().long()
         cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(self.weight.float(), dim=0)
-        cosines = cosines - self.margin * F.one_hot(labels, self.weight.shape[1])
+        cosines = cosines - self.margin * F.one_hot(labels.clamp(min=0), self.weight.shape[1])  # -100: no loss
         return F.cross_entropy(self.scale * cosines, labels)
 
 
@@ -1434,7 +1472,7 @@ class SpearForPreTraining(SpearHeadModel):
             attention_mask=attention_mask,
             mask_time_indices=mask_time_indices,
             mask_feature_indices=mask_feature_indices,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         hidden_states = outputs.last_hidden_state
         result = SpearForPreTrainingOutput(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from spear_hf import SpearConfig, SpearModel, blockwise_spear, modeling_spear
 from spear_hf.modeling_spear import (
@@ -191,6 +192,40 @@ def test_who_gets_the_tensor_of_all_weights(small_blocks):
     assert seen[0].shape == (1, HEADS, 26, 26)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_every_hook_is_called(small_blocks, monkeypatch, kind, everywhere):
+    """Of a module or of all at once, with gradients, though attention and linear layers have faster ways."""
+    monkeypatch.setattr(blockwise_spear, "are_convolutions_faster", lambda: True)
+    model = SpearModel(make_config(hidden_size=256, intermediate_size=512))
+    features = torch.randn(1, 700, 128, generator=torch.Generator().manual_seed(0))
+    modules = {module for module in model.modules() if module is not model and not isinstance(module, nn.ModuleList)}
+    called = set()
+
+    def hook(module, *_):
+        called.add(module)
+
+    if everywhere:
+        handles = [getattr(torch.nn.modules.module, f"register_module_{kind}_hook")(hook)]
+    else:
+        handles = [getattr(module, f"register_{kind}_hook")(hook) for module in modules]
+    try:
+        model(features.requires_grad_()).last_hidden_state.sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert modules <= called
+
+
+def test_the_default_device_does_not_matter(small_blocks):
+    model = SpearModel(make_config()).eval()
+    features, mask = torch.randn(1, 60, 128), torch.ones(1, 60)
+    with torch.no_grad():
+        expected = model(features, attention_mask=mask).last_hidden_state
+        with torch.device("meta"):
+            assert torch.equal(model(features, attention_mask=mask).last_hidden_state, expected)
+
+
 def test_transformed_functions_take_the_plain_path(small_blocks):
     """`torch.func` refuses autograd functions like ours, and `vmap` what is in place."""
     model = SpearModel(make_config()).eval()
@@ -248,10 +283,16 @@ def test_swoosh(swoosh, offset, constant):
 
 
 PEAKS = """
-import resource, torch
+import re, resource, sys, torch
+from pathlib import Path
 from spear_hf import SpearConfig
 from spear_hf.modeling_spear import SpearLayer, relative_position_table
 torch.set_num_threads(1)
+def peak():
+    # In bytes. On Linux not ru_maxrss, which a process takes over from the one that started it.
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 frames, device = 3000, torch.device("cpu")
 layer = SpearLayer(SpearConfig(hidden_size=64, intermediate_size=64), 31).eval()
 hidden_states = torch.randn(1, frames, 64)
@@ -259,10 +300,10 @@ table = relative_position_table(frames, 48, device, torch.float32)
 peaks = []
 with torch.no_grad():
     layer(hidden_states[:, :400], table[frames - 400 : frames + 400])
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peaks.append(peak())
     for recorded in (False, True):
         layer(hidden_states, table, output_attentions=recorded)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        peaks.append(peak())
 print(*peaks)
 """
 
@@ -271,9 +312,7 @@ def test_memory_of_a_minute():
     """At most a third of a layer's weights, 8 x 3000 x 3000 in float32: 288 MB; with the tensor of them it is more."""
     weights = 8 * 3000 * 3000 * 4
     result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
-    before, in_blocks, plain = [
-        int(peak) * (1 if sys.platform == "darwin" else 1024) for peak in result.stdout.split()
-    ]
+    before, in_blocks, plain = map(int, result.stdout.split())
     assert in_blocks - before < weights / 3
     assert plain - before > weights
 
@@ -334,6 +373,25 @@ def test_linear_layers_as_convolutions(monkeypatch, threads):
         assert len(convolutions) == 1
     finally:
         torch.set_num_threads(1)
+
+
+class OnlyProducts(torch.Tensor):
+    """Like the weights of quantised layers: refuses convolutions, and the views that these need."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.nn.functional.conv2d, torch.Tensor.__getitem__):
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_of_other_types_are_multiplied_only(monkeypatch):
+    monkeypatch.setattr(blockwise_spear, "are_convolutions_faster", lambda: True)
+    linear, inputs = torch.nn.Linear(300, 280).requires_grad_(False), torch.randn(2, 30, 300)
+    expected = linear(inputs)
+    linear.weight = torch.nn.Parameter(linear.weight.as_subclass(OnlyProducts), requires_grad=False)
+    with torch.no_grad():
+        assert torch.equal(blockwise_spear.project(linear, inputs).as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("inputs",)])

@@ -112,6 +112,20 @@ def test_precision_settings_of_the_caller_do_not_reach_the_features(extractor):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_defaults_of_the_caller_do_not_reach_the_features(extractor):
+    (waveform,) = random_waveforms(16000)
+    expected = features(extractor, waveform)
+    try:
+        torch.set_default_dtype(torch.float64)
+        module._tables.cache_clear()
+        with torch.device("meta"):
+            found = features(extractor, waveform)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.gpu
 def test_cuda(extractor, golden):
     waveforms = [golden[f"{i}.waveform"] for i in range(5)]

@@ -92,6 +92,11 @@ def test_ctc_labels_out_of_range(bad):
 
 
 @torch.no_grad()
+def test_ctc_needs_a_blank():
+    with pytest.raises(ValueError, match="pad_token_id"):
+        tiny_model(SpearForCTC, pad_token_id=None)(**inputs(SpearForCTC, labels=True))
+
+
 def test_sequence_classification_pools_valid_frames_only():
     model = tiny_model(SpearForSequenceClassification)
     values = inputs()
@@ -147,6 +152,14 @@ def test_xvector_loss_is_am_softmax():
     cosines = F.normalize(output.logits, dim=-1) @ F.normalize(model.objective.weight, dim=0)
     cosines[range(3), values["labels"]] -= 0.4
     assert torch.allclose(output.loss, F.cross_entropy(30 * cosines, values["labels"]), atol=1e-5)
+
+
+def test_xvector_ignores_rows_without_a_speaker():
+    model = tiny_model(SpearForXVector)
+    values = inputs(SpearForXVector, labels=True)
+    expected = model(**{name: value[:2] for name, value in values.items()}).loss
+    values["labels"][2] = -100
+    assert torch.allclose(model(**values).loss, expected, atol=1e-5)
 
 
 @torch.no_grad()

@@ -235,6 +235,21 @@ def test_too_short_input_is_refused(golden_folder):
         load(golden_folder)(torch.zeros(1, 8, 128))
 
 
+@pytest.mark.parametrize(
+    ("features", "masks", "words"),
+    [
+        (torch.zeros(1, 16000), {}, r"\(1, 16000\).*\(batch, frames, 128\)"),
+        (torch.zeros(1, 128, 50), {}, r"\(1, 128, 50\).*\(batch, frames, 128\)"),
+        (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(2, 8000)}, r"attention_mask.*\(2, 8000\).*\(2, 50\)"),
+        (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(1, 50)}, r"attention_mask.*\(1, 50\).*\(2, 50\)"),
+        (torch.zeros(2, 50, 128), {"mask_time_indices": torch.ones(2, 21)}, r"mask_time_indices.*\(2, 21\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(golden_folder, features, masks, words):
+    with pytest.raises(ValueError, match=words):
+        load(golden_folder)(features, **masks)
+
+
 @torch.no_grad()
 def test_masks_are_applied_to_the_input(golden_folder, golden):
     model = load(golden_folder)

@@ -4,13 +4,14 @@
 import copy
 import itertools
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 from transformers.utils import ModelOutput
 
 from spear_hf import (
@@ -163,6 +164,8 @@ def test_tuples_equal_dictionaries(model_class):
     for a, b in zip(output.to_tuple(), as_tuple, strict=True):
         a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    model.config.return_dict = False
+    assert len(model(**values)) == len(as_tuple)
 
 
 @every_model
@@ -221,6 +224,23 @@ def test_gradient_checkpointing_changes_nothing(model_class, reentrant):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6, rtol=1e-5), name
+
+
+@every_model
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_adapters_of_a_frozen_encoder_are_trained(model_class, asked_for):
+    """With reentrant gradient checkpointing, which needs an input that has a gradient."""
+    model = tiny_model(model_class).train().requires_grad_(False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    first, last = (
+        model.base_model.stacks[0].layers[0].feed_forward1,
+        model.base_model.stacks[2].layers[0].feed_forward1,
+    )
+    for module in (first, last):
+        module.out_proj.weight.requires_grad_(True)
+    loss_of(model, inputs(model_class, labels=True)).backward()
+    assert all(module.out_proj.weight.grad.abs().sum() > 0 for module in (first, last))
 
 
 def test_mismatched_sizes_are_refused_or_reported(tmp_path):
@@ -441,6 +461,34 @@ def test_device_map(tmp_path):
     device_map = {name: "cpu" for name, _ in model.named_children()} | {"spear": "disk"}
     offloaded = SpearForCTC.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
     assert torch.allclose(offloaded.eval()(**inputs()).logits, model(**inputs()).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_offloaded_weights(dtype):
+    """A module's weights are on the meta device but while it runs itself."""
+    model = tiny_model(SpearModel).to(dtype)
+    expected = model(**inputs()).last_hidden_state
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert offloaded.stem.conv1.weight.device.type == "meta"
+    assert torch.allclose(offloaded(**inputs()).last_hidden_state, expected, atol=1e-5)
+
+
+@every_model
+@torch.no_grad()
+def test_empty_batches(model_class):
+    values = {name: value[:0] for name, value in inputs().items()}
+    assert len(main_output(tiny_model(model_class)(**values))) == 0
+
+
+def test_trainer_joins_batches_of_different_lengths(tmp_path):
+    """Whatever else the model gives."""
+    rows = [
+        {"input_features": torch.randn(frames, BINS), "labels": torch.tensor(1)} for frames in (60, FRAMES, FRAMES, 60)
+    ]
+    model = tiny_model(SpearForSequenceClassification, output_hidden_states=True, output_attentions=True)
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=1, report_to="none", use_cpu=True)
+    assert Trainer(model, arguments).predict(rows).predictions.shape == (4, 3)
 
 
 @every_model
