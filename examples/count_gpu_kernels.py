@@ -204,7 +204,8 @@ def part_rows(name: str, times: int, module: nn.Module, args: tuple, scheduler: 
         output.backward(torch.empty_like(output))
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        given = [arg.detach().requires_grad_(arg.is_floating_point()) if torch.is_tensor(arg) else arg for arg in args]
+        given = [arg.detach().requires_grad_(arg.requires_grad) if torch.is_tensor(arg) else arg for arg in args]
+        module.zero_grad()  # of the whole step: what is there would be added to
         counter = Kernels()
         with counter:
             backward(module, *given)
