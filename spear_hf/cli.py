@@ -543,6 +543,9 @@ def main() -> None:
             f"spear-hf: the package {error.name} is not installed. In a clone of spear_hf, `pip install .` brings all "
             "that is needed, and `pip install '.[onnx]'` what export needs."
         )
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        sys.exit(130)  # as shells have it: 128 and the number of SIGINT
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 
 from . import __version__
@@ -175,7 +174,7 @@ def _measured(staged: Path, path: Path, report: dict[str, Any]) -> str:
     from .pretraining.run_folder import RunFolder
 
     run = RunFolder(path)
-    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    settings = run.read_config()
     metrics, evaluation = read_json_lines(run.metrics), read_json_lines(run.evaluation)
     last = metrics[-1] if metrics else {}
     report["run"] = {

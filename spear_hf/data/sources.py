@@ -218,6 +218,8 @@ def open_source(
         ValueError: no such source, split or column, nothing in it, or options that it does not take.
     """
     spec = os.fspath(spec)
+    if not spec:
+        raise ValueError("the data has an empty name: name a folder, a manifest, files, or a dataset of the Hub")
     splits = [split] if isinstance(split, str) else list(split or ())
     if domain not in (None, *DOMAINS):
         raise ValueError(f"domain={domain!r} must be one of {', '.join(DOMAINS)}")

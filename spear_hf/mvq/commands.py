@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 
 from spear_hf.data.commands import DataOptions
@@ -76,10 +75,10 @@ def run_quantize(
             num_frames=frames,
             num_heldout=heldout_frames,
             max_hours=max_hours,
-            batch_seconds=batch_seconds or _batch_seconds(device),
+            batch_seconds=_batch_seconds(batch_seconds, device),
             overwrite=overwrite,
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"spear-hf quantize: {error}", file=sys.stderr)
         return 1
     _list_bad([(entry["id"], entry["error"]) for entry in report["bad"]], output / "report.json")
@@ -125,7 +124,7 @@ def run_tokenize(
             loaded,
             source,
             output,
-            batch_seconds=batch_seconds or _batch_seconds(device),
+            batch_seconds=_batch_seconds(batch_seconds, device),
             share=share,
             ranks=ranks,
             with_audio=with_audio,
@@ -210,14 +209,17 @@ def _still_missing(summary: TokenizeSummary) -> str:
 
 def _resolved(device: str, local_rank: int | None = None) -> str:
     """`local_rank`: of several processes of a machine, each has the GPU of its number."""
-    if device in ("auto", "cuda") and local_rank and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
-    return str(pick_device(device))
+    picked = str(pick_device(device))
+    return str(pick_device(f"cuda:{local_rank}")) if picked == "cuda" and local_rank else picked
 
 
-def _batch_seconds(device: str) -> float:
-    """Of audio in the teacher at a time: enough for full use of the device, within the memory of ordinary ones."""
-    return 120.0 if device == "cpu" else 600.0
+def _batch_seconds(given: float | None, device: str) -> float:
+    """Of audio in the teacher at a time; by default enough for full use of the device, within ordinary memory."""
+    if given is None:
+        return 120.0 if device == "cpu" else 600.0
+    if not given > 0:
+        raise ValueError(f"batch_seconds must be positive, not {given}")
+    return given
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any] | None:
@@ -227,7 +229,10 @@ def _options(pairs: Sequence[str]) -> dict[str, Any] | None:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"--teacher-option {pair!r} is not NAME=VALUE")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--teacher-option {pair!r}: the value is not valid YAML ({error})") from None
     return options or None
 
 

@@ -53,7 +53,7 @@ def write_preview(
         raise ValueError(f"the preview is a PNG: name a file that ends in .png, not {output}")
     waveform = load_audio(audio)
     total = len(waveform) / SAMPLING_RATE
-    if not 0 <= start < total or seconds <= 0:
+    if not 0 <= start < total or not seconds > 0:
         raise ValueError(f"{os.fspath(audio)} lasts {total:.2f} s: it has nothing at {start} s for {seconds} s")
     stop = min(start + seconds, total)
     figure = draw_preview(tokenizer, waveform, start, stop, Path(audio).name, marks)

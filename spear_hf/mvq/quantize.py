@@ -9,6 +9,7 @@ OUTPUT/
 """
 
 import hashlib
+import io
 import json
 import math
 import platform
@@ -69,9 +70,11 @@ def sample_frames(
     The corpus is read once, piece by piece. `max_hours` of audio at most, about, are computed (`AudioSource.subset`
     says which); None is all of it. ValueError with fewer than two usable utterances: one is held out.
     """
+    if num_frames < 1 or num_heldout < 1:
+        raise ValueError(f"frames={num_frames} and heldout_frames={num_heldout} must be at least 1")
     source = corpus if isinstance(corpus, AudioSource) else ListSource(corpus)
     if max_hours is not None:
-        if max_hours <= 0:
+        if not max_hours > 0:
             raise ValueError(f"max_hours must be positive, not {max_hours}")
         source = source.subset(seed, max_hours)
     sampling = _Sampling(num_frames, num_heldout, seed)
@@ -215,6 +218,9 @@ def train_tokenizer(
         raise ValueError(
             f"{output} holds a quantiser, and stores may depend on it: name another folder, or overwrite (--overwrite)"
         )
+    if output.is_file():
+        raise ValueError(f"{output} is a file: a quantiser is a folder")
+    output.mkdir(parents=True, exist_ok=True)  # before the hours that sampling may take
     sample = sample_frames(
         teacher,
         corpus,
@@ -285,6 +291,6 @@ def _plot(output: Path, report: dict[str, Any]) -> None:
     use.legend(loc="lower right")
     for axes in (loss, error, use):
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = output / f".{PLOT}"
-    figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
-    temporary.replace(output / PLOT)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100, metadata={"Software": None})
+    write_atomically(output / PLOT, drawn.getbuffer())

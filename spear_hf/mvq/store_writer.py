@@ -65,12 +65,20 @@ class StoreWriter:
         self.folder = Path(folder)
         self.infos = dict(infos)
         self.with_audio = with_audio
+        if self.folder.is_file():
+            raise ValueError(f"{self.folder} is a file: a token store is a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         path = self.folder / METADATA
+        others = sorted(item.name for item in self.folder.iterdir() if not item.name.startswith("."))
         if not path.exists():
             if shard_files(self.folder):
                 raise ValueError(f"{self.folder} holds shards but no {METADATA}: restore it, or write to a new folder")
+            if others:  # which may be of the names that are written here
+                raise ValueError(
+                    f"{self.folder} is not empty, and no token store (it has {', '.join(others[:3])}): write to a new "
+                    "folder"
+                )
             create_atomically(path, self._metadata({}, complete=False))
         metadata = read_metadata(self.folder)
         if metadata["format_version"] != FORMAT_VERSION:

@@ -13,6 +13,7 @@ from .config import load_config
 from .loop import NonFiniteLossError, pretrain
 from .planning import plan_run
 from .report import write_report
+from .signals import Stopped, stop_signals_raise
 
 
 # EX_TEMPFAIL of sysexits.h: "try again later", here with --resume.
@@ -23,7 +24,7 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
     """Trains, or with `dry_run` prints the plan. Exit code 0: finished; 75: stopped by a signal; 1: error."""
     transformers_logging.disable_progress_bar()  # one for every checkpoint
     try:
-        with messages_shown():
+        with messages_shown(), stop_signals_raise():
             config = load_config(name_or_file, overrides)
             if dry_run:
                 print(plan_run(config))
@@ -32,6 +33,13 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
     except (ValueError, NonFiniteLossError, OSError) as error:
         print(f"spear-hf pretrain: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(
+            f"Stopped by {stop.received.name} with no step under way, so there was nothing to save. The same command "
+            f"goes on, with --resume if there is a run in {config.output_dir}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     if outcome.interrupted_by is not None:
         print(
             f"Stopped by {outcome.interrupted_by} after step {outcome.step}, which is saved in {config.output_dir}. "

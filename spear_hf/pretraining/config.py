@@ -253,8 +253,10 @@ class OptimizerConfig:
                 "weight_decay and max_grad_norm are of adamw: set them to null. scaled_adam learns the size of "
                 "tensors within bounds, and clips by scaled_adam.clipping_scale."
             )
-        if self.peak_rate <= 0 or self.eps <= 0 or (self.max_grad_norm or 1) <= 0 or (self.weight_decay or 0) < 0:
-            raise ValueError("learning_rate, eps and max_grad_norm must be positive, weight_decay not negative.")
+        if min(self.peak_rate, self.eps) <= 0 or (self.max_grad_norm is not None and self.max_grad_norm <= 0):
+            raise ValueError("learning_rate, eps and max_grad_norm must be positive.")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), not {list(self.betas)}.")
 
@@ -492,7 +494,10 @@ def load_config(name_or_file: str | Path, overrides: list[str] | tuple[str, ...]
     """A shipped configuration by name, or a YAML file, with `a.b=value` overrides applied and everything checked."""
     path = Path(name_or_file)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name_or_file} is not UTF-8 text: {error}.") from None
     elif str(name_or_file) in shipped_configs():
         text = (resources.files(__package__) / "configs" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
     else:

@@ -70,7 +70,7 @@ def manifest_source(manifest: str, key: str = "data.manifest") -> Path:
     `bundled` is looked for in the current folder and beside the package.
     """
     if manifest != BUNDLED:
-        if not Path(manifest).exists():
+        if not manifest or not Path(manifest).exists():
             raise ValueError(f"{key}={manifest} does not exist.")
         return Path(manifest)
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
@@ -117,7 +117,10 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     if unheard := sorted(set(config.domain_weights) - known_domains(training).present):
         logger.warning("No training utterance has the domain %s of data.domain_weights.", " or ".join(unheard))
     if not len(training):
-        raise ValueError(f"No utterance of {source} is left to train on: all are shorter than data.min_seconds.")
+        raise ValueError(
+            f"No utterance of {source} is left to train on: all are shorter than data.min_seconds="
+            f"{config.min_seconds:g}, or held out for validation (data.validation_split, data.validation_fraction)."
+        )
     if config.window_shards is not None and store is None:
         raise ValueError(f"data.window_shards={config.window_shards} is of token stores: {source} has no shards.")
     if config.window_shards is None or store is None:

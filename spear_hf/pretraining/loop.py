@@ -344,6 +344,11 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.execution.timeout_minutes))],
     )
+    if missing := set(config.logging.trackers) - {str(tracker) for tracker in accelerator.log_with} - {"all"}:
+        raise ValueError(
+            f"logging.trackers: {', '.join(sorted(missing))} cannot be used: install it, or leave it out with --set "
+            "logging.trackers=[tensorboard]."
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"accelerate is configured for {accelerator.distributed_type.value}: configure it for plain multi-GPU, "

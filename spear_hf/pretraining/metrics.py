@@ -2,10 +2,11 @@
 """What is recorded of every step, summed exactly over micro-batches and ranks, and the JSON-lines files it goes to."""
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from ..data.audio import SAMPLING_RATE
 from ..data.collation import MicroBatch, needs_target
 from ..modeling_spear import SpearForPreTraining, SpearForPreTrainingOutput
 
+
+logger = logging.getLogger(__name__)
 
 # Fields of a metrics line that differ between two runs of the same training.
 TIMING_FIELDS = ("step_seconds", "audio_seconds_per_second", "data_wait_share", "mfu", "memory_mb")
@@ -232,7 +235,7 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_until: int | None = None) -> None:
         self.path = path
-        kept = [] if keep_until is None else [line for line in _whole_lines(path) if _step(line) <= keep_until]
+        kept = [] if keep_until is None else [line for line, row in _records(path) if row["step"] <= keep_until]
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(kept)
@@ -265,17 +268,20 @@ class JsonLines:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a torn last line is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    return [row for _, row in _records(path)]
 
 
-def _whole_lines(path: Path) -> Iterable[str]:
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines and what they hold; without those that a crash has damaged, of which only a torn last one is expected."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("}\n"):
-                yield line
-
-
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.endswith("}\n") else None
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield line, row
+            elif line.endswith("\n"):
+                logger.warning("Line %d of %s is damaged and left out.", number, path)

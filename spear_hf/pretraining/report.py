@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .config_loading import changed_keys
 from .metrics import read_json_lines
 from .run_folder import RunFolder
@@ -60,7 +58,7 @@ def read_run(path: str | Path) -> RunRecord:
         raise ValueError(f"{path} has recorded no step yet, so there is nothing to report.")
     return RunRecord(
         name=folder.path.resolve().name,
-        config=yaml.safe_load(folder.config.read_text(encoding="utf-8")),
+        config=folder.read_config(),
         metrics=metrics,
         evaluation=read_json_lines(folder.evaluation),
         averaged=read_json_lines(folder.averaged),

@@ -17,13 +17,16 @@ OUTPUT/
         README.md       model card with the curves of the run, plots/
 """
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from ..mvq.atomic_files import write_atomically
 from .config import FREE_ON_RESUME, PreTrainingConfig
-from .config_loading import build, changed_keys, to_plain
+from .config_loading import build, changed_keys, parse_yaml, to_plain
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ class RunFolder:
                 raise ValueError(f"{self.path} is not the folder of a run (it has no config.yaml): nothing to resume.")
             logger.warning("%s does not exist yet: the run starts from the beginning.", self.path)
             return
-        earlier = to_plain(build(PreTrainingConfig, yaml.safe_load(self.config.read_text(encoding="utf-8"))))
+        earlier = to_plain(build(PreTrainingConfig, self.read_config()))
         changed = changed_keys(earlier, to_plain(config))
         refused = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME]
         if refused:
@@ -77,9 +80,27 @@ class RunFolder:
     def create(self, config: PreTrainingConfig) -> None:
         """Makes the folder and writes config.yaml."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.config.with_name(self.config.name + ".partial")
-        partial.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
-        partial.rename(self.config)
+        write_atomically(self.config, yaml.safe_dump(to_plain(config), sort_keys=False).encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """What config.yaml holds. ValueError if it is damaged."""
+        try:
+            values = parse_yaml(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.config} is damaged: restore it, as it says what the run is. {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.config} is damaged: restore it. It has no keys and values, as every run's has.")
+        return values
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder. ValueError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it, or delete it, and the next start makes it anew."
+        ) from None
 
 
 def _look_up(values: dict, key: str) -> object:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
@@ -22,6 +23,9 @@ from ..modeling_spear import SpearForPreTraining
 from ..mvq.alignment import label_ratio
 from .config import ExecutionConfig, ModelConfig, PreTrainingConfig, TargetConfig
 from .corpus import Corpus
+
+
+NUM_MEL_BINS = 128  # of the feature extractor in pre-training
 
 
 def pretraining_targets(
@@ -42,14 +46,22 @@ def model_config(config: ModelConfig) -> SpearConfig:
     """The architecture, still with the default targets."""
     if config.init_from is not None:
         with loading(config.init_from):
+            kind = SpearConfig.get_config_dict(config.init_from)[0].get("model_type")
             loaded = SpearConfig.from_pretrained(config.init_from)
+        if kind != SpearConfig.model_type:
+            raise ValueError(f"model.init_from={config.init_from} is not a SPEAR model (its model_type is {kind}).")
         assert isinstance(loaded, SpearConfig)
         return loaded
     make = SpearConfig if config.size is None else getattr(SpearConfig, config.size)
     try:
-        return make(**config.config)
+        made = make(**config.config)
     except TypeError as error:
         raise ValueError(f"model.config does not go with model.size={config.size}: {error}") from None
+    except StrictDataclassError as error:  # says which check failed, its cause why
+        raise ValueError(f"model.config: {error.__cause__ or error}") from None
+    if made.num_mel_bins != NUM_MEL_BINS:
+        raise ValueError(f"model.config.num_mel_bins={made.num_mel_bins}: what is heard has {NUM_MEL_BINS} mel bins.")
+    return made
 
 
 def planned_architecture(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> SpearConfig:
@@ -67,9 +79,15 @@ def build_model(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> 
     if config.model.init_from is None:
         return SpearForPreTraining(architecture)
     with loading(config.model.init_from):
-        return SpearForPreTraining.from_pretrained(
-            config.model.init_from, config=architecture, ignore_mismatched_sizes=True
+        model, report = SpearForPreTraining.from_pretrained(
+            config.model.init_from, config=architecture, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    if missing := sorted(name for name in report["missing_keys"] if name.startswith("spear.")):
+        raise ValueError(
+            f"model.init_from={config.model.init_from} lacks {len(missing)} tensors of the encoder, such as "
+            f"{missing[0]}: it would start at random."
+        )
+    return model
 
 
 def uses_bf16(config: ExecutionConfig) -> bool:

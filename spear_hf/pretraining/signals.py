@@ -1,8 +1,10 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Signals that ask a run to save at the next step and leave."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,6 +20,32 @@ def ignore_stop_signals(worker: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class Stopped(BaseException):
+    """A stop signal came while no step was under way; like KeyboardInterrupt, it passes what catches errors."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received.name)
+        self.received = received
+
+
+@contextlib.contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """While entered, a stop signal raises `Stopped`, but where `StopRequest` notes it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals nowhere else
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -7,7 +7,7 @@ import json
 from ..mvq.atomic_files import write_atomically
 from ..mvq.store_location import is_joined, pinned
 from .config import PreTrainingConfig
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_record
 
 
 def settle_sources(config: PreTrainingConfig, folder: RunFolder) -> PreTrainingConfig:
@@ -31,7 +31,7 @@ def settle_sources(config: PreTrainingConfig, folder: RunFolder) -> PreTrainingC
 
 def recorded_sources(folder: RunFolder) -> dict[str, str]:
     """Stores by their names in the configuration, at the commits that the run has begun with; empty for a new run."""
-    return json.loads(folder.sources.read_text(encoding="utf-8")) if folder.sources.is_file() else {}
+    return read_record(folder.sources) if folder.sources.is_file() else {}
 
 
 def record_sources(folder: RunFolder, config: PreTrainingConfig, settled: PreTrainingConfig) -> None:

@@ -38,6 +38,15 @@ def prepare_stores(
     """
     stores: dict[str, TokenStore] = {}
     for name, target in targets.items():
+        training, validation = (
+            needing_target(name, group, target.domains) for group in (corpus.training, corpus.validation)
+        )
+        if not training:
+            raise ValueError(
+                f"No training utterance is of a domain that targets.{name} is for, so it would learn nothing: give "
+                f"utterances their domain (speech or audio), change targets.{name}.domains, or leave the target out "
+                f"with --set targets.{name}=null."
+            )
         if target.store is not None:
             stores[name] = _open(target.store, [corpus.store, *stores.values()])
             continue
@@ -46,11 +55,6 @@ def prepare_stores(
                 f"targets.{name} has no tokens: name a token store with --set targets.{name}.store=PATH, or a "
                 f"tokenizer with --set targets.{name}.tokenizer=PATH."
             )
-        training, validation = (
-            needing_target(name, group, target.domains) for group in (corpus.training, corpus.validation)
-        )
-        if not training:
-            raise ValueError(f"No utterance has the domain that targets.{name} is for, so it would learn nothing.")
         folder.create(config)
         store = _existing_store(folder, name, training, validation)
         stores[name] = store or _make_store(config.seed, name, target, training, validation, folder, device)

@@ -19,7 +19,7 @@ from ..mvq.alignment import IGNORED
 from ..mvq.atomic_files import write_atomically
 from .corpus import Corpus
 from .metrics import StepSums, codebooks_of, ratio
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_record
 
 
 # So many utterances are enough for the distribution of the tokens: 2,000 of 10 s are a million frames.
@@ -82,7 +82,7 @@ def load_unigrams(
     So a resumed run compares with what the run began with, whichever shards are there now.
     """
     if folder.unigrams.is_file():
-        stored = json.loads(folder.unigrams.read_text(encoding="utf-8"))
+        stored = read_record(folder.unigrams)
         return {name: Unigram(np.array(stored[name])) for name in stores}
     unigrams = {}
     for name, store in stores.items():
