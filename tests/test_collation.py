@@ -22,7 +22,9 @@ from spear_hf.data.collation import (
 from spear_hf.data.manifest import Utterance
 from spear_hf.data.masking import MaskingConfig
 from spear_hf.mvq.store import StoreInfo, TokenStore, TokenStoreWriter
+from spear_hf.pretraining.config import load_config
 from spear_hf.pretraining.corpus import Corpus, load_corpus
+from spear_hf.pretraining.setup import cropped
 
 from .pretraining_corpus import small_config, write_manifest
 
@@ -94,6 +96,19 @@ def test_a_batch_is_what_the_model_takes(prepared, factor):
     frames = batch.inputs["input_features"].shape[1]
     assert encoder_frames(frames, dataset.config) == model._get_feat_extract_output_lengths(frames)
     assert batch.num_samples < batch.num_padded_samples == len(dataset) * 19200
+
+
+def test_a_domain_is_cropped_to_its_own_seconds(prepared):
+    dataset = make_dataset(prepared, domain_max_seconds={"audio": 1.0})
+    config = load_config("tiny", ["data.max_seconds=1.2", "data.domain_max_seconds.audio=1.0"])
+    lengths = cropped(prepared.corpus.training, prepared.corpus.training_lengths, config)
+    examples = [dataset.example(index, epoch=3) for index in range(len(dataset))]
+    assert [len(example.waveform) for example in examples] == lengths.tolist()
+    assert {example.domain: len(example.waveform) for example in examples} == {"speech": 19200, "audio": 16000}
+    for index in (0, len(dataset) - 1):  # the same crop, and its labels, as where all have that limit
+        same = make_dataset(prepared, max_seconds=len(examples[index].waveform) / 16000).example(index, epoch=3)
+        assert np.array_equal(examples[index].waveform, same.waveform)
+        assert all(np.array_equal(examples[index].labels[name], same.labels[name]) for name in same.labels)
 
 
 def test_rows_equal_what_they_are_alone(prepared):

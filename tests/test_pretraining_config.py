@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
-from spear_hf import SpearModel
+from spear_hf import SpearConfig, SpearModel
 from spear_hf.data.mixing import MixingConfig
 from spear_hf.pretraining import config as config_module
 from spear_hf.pretraining.config import (
@@ -22,7 +23,7 @@ from spear_hf.pretraining.config import (
 )
 from spear_hf.pretraining.config_loading import build, changed_keys, to_plain
 from spear_hf.pretraining.planning import PlannedTokens
-from spear_hf.pretraining.setup import build_model
+from spear_hf.pretraining.setup import build_model, model_config
 
 
 def test_the_shipped_names():
@@ -55,6 +56,8 @@ def test_the_papers_runs(size, gpus, steps, hours):
         config = load_config(f"{size}-{domains}")
         assert (config.model.size, config.max_steps, config.schedule.eden_hours) == (size, steps, hours)
         assert 4800 <= config.data.batch_seconds <= 6400
+        assert (config.data.min_seconds, config.data.max_seconds) == (0.9, 32.0)
+        assert config.data.domain_max_seconds == ({"audio": 10.0} if domains == "speech-audio" else {})
         assert config.execution.batch_seconds_per_device == config.data.batch_seconds / gpus  # no accumulation
 
 
@@ -127,6 +130,12 @@ def test_a_target_can_be_removed():
         ("optimizer.max_grad_norm=0", "learning_rate, eps and max_grad_norm must be positive"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate='nan' must be a finite number"),
         ("targets.speech.weight=.inf", "targets.speech.weight=inf must be a finite number"),
+        (
+            "data.domain_max_seconds.audio=20",
+            "domain_max_seconds.audio=20.0: of speech and audio, from min_seconds=0.3",
+        ),
+        ("data.domain_max_seconds.audio=1.01", "must be a multiple of 0.04 (a 25 Hz token), not 1.01"),
+        ("execution.timeout_minutes=1e20", "timeout_minutes must be at most a million"),
         ("data.batch_seconds=.nan", "data.batch_seconds=nan must be a finite number"),
         ("optimizer.name=adam", "must be one of 'adamw', 'scaled_adam'"),
         ("optimizer.scaled_adam.clipping_scale=3", "scaled_adam is set, but name is adamw"),
@@ -225,3 +234,33 @@ def test_the_seed_decides_the_initialisation():
     weights = [model.prediction_heads["speech"].weight for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config": {"hidden_size": 33}}, "model.config: `hidden_size=33` must be a positive multiple of 4"),
+        ({"config": {"hidden_size": "wide"}}, "model.config: Field 'hidden_size' expected int, got str"),
+        ({"config": {"num_mel_bins": 80}}, "model.config.num_mel_bins=80: what is heard has 128 mel bins"),
+    ],
+)
+def test_an_encoder_that_cannot_be_is_a_mistake_in_the_settings(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_config(ModelConfig(**settings))
+
+
+def test_a_run_does_not_start_from_what_is_no_encoder(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_codebooks": 4}')
+    settings = ["model.config={}", f"model.init_from={tmp_path}"]
+    with pytest.raises(ValueError, match="is not a SPEAR model"):
+        build_model(load_config("tiny", settings), {"speech": PlannedTokens(1, 64)})
+    SpearConfig(num_layers_per_stack=[1] * 7, hidden_size=32, unmasked_hidden_size=32).save_pretrained(tmp_path)
+    save_file({"prediction_heads.speech.bias": torch.zeros(64)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors of the encoder, such as spear\."):
+        build_model(load_config("tiny", settings), {"speech": PlannedTokens(1, 64)})
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "settings.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"settings\.yaml is not UTF-8 text"):
+        load_config(tmp_path / "settings.yaml")

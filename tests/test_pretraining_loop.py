@@ -32,6 +32,7 @@ from spear_hf.pretraining.config import load_config
 from spear_hf.pretraining.loop import make_accelerator
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
 from spear_hf.pretraining.run_folder import RunFolder
+from spear_hf.pretraining.setup import build_sampler
 
 from .pretraining_runs import Runs, assert_same_run, free_port, has_steps, metrics, wait_for
 
@@ -448,6 +449,9 @@ def test_ranks_wait_for_each_other_as_long_as_configured(runs):
         ("data.min_seconds=40 data.max_seconds=40 data.batch_seconds=40", "No utterance of .* is left to train on"),
         ("model.size=large", "hidden_size"),
         ("execution.sharding=fsdp", "needs two or more ranks"),
+        ("model.config.hidden_size=33", "model.config: `hidden_size=33` must be a positive multiple of 4"),
+        ("data.validation_split=null data.validation_fraction=0.9999", "or held out for validation"),
+        ("logging.trackers=[aim]", "logging.trackers: aim cannot be used"),
         ("logging.probe_every=1 logging.probe_manifest=bundled logging.probes=[words]", "probe words has 0 labelled"),
     ],
 )
@@ -511,3 +515,39 @@ def test_a_compiled_model_learns_the_same(runs, finished):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     assert isinstance(AutoModelForPreTraining.from_pretrained(output / "final"), SpearForPreTraining)
+
+
+def test_a_target_that_no_utterance_is_for_is_an_error(runs, finished, tmp_path):
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    manifest = tmp_path / "speech.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows if row["domain"] == "speech"))
+    settings = [f"data.manifest={manifest}", f"targets.audio.store={runs.store}"]
+    code, output = call(runs, tmp_path / "run", *settings)
+    assert code == 1
+    assert "No training utterance is of a domain that targets.audio is for" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, finished, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return build_sampler(*arguments)
+
+    monkeypatch.setattr("spear_hf.pretraining.loop.build_sampler", stopped)
+    handler = signal.getsignal(signal.SIGUSR1)
+    code, output = call(runs, tmp_path / "run")
+    assert code == INTERRUPTED
+    assert "Stopped by SIGUSR1 with no step under way" in output
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGUSR1) == handler
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "sources.json", "unigrams.json"])
+def test_a_damaged_record_of_a_run_is_named(runs, finished, name):
+    output = runs.folder / "damaged"
+    shutil.copytree(finished, output, dirs_exist_ok=True)
+    (output / name).write_bytes(b'{"a": 1,\0')
+    code, message = call(runs, output, "max_steps=13", flags=("--resume",))
+    assert code == 1
+    assert f"{output / name} is damaged" in message
+    shutil.rmtree(output)

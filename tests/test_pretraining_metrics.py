@@ -145,3 +145,19 @@ def test_json_lines_go_on_where_the_checkpoint_was(tmp_path):
     assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3, 4]
     assert read_json_lines(path)[1]["loss"] is None
     assert json.loads(path.read_text().splitlines()[-1])["loss"] == 2.0
+
+
+def test_lines_that_a_crash_has_damaged_are_left_out(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with JsonLines(path) as file:
+        for step in (1, 2, 3, 4):
+            file.write({"step": step})
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(
+        lines[0] + b"\0" * 10 + lines[1][10:] + lines[2] + b'{"step": "\xff"}\n' + lines[3] + b'{"step": 5'
+    )
+    assert [record["step"] for record in read_json_lines(path)] == [1, 3, 4]
+    assert [record.message[:6] for record in caplog.records] == ["Line 2", "Line 4"]
+    with JsonLines(path, keep_until=3) as file:
+        file.write({"step": 4})
+    assert path.read_bytes() == lines[0] + lines[2] + lines[3]

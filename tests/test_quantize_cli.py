@@ -264,3 +264,52 @@ def test_heldout_report_of_a_perfect_and_an_idle_quantizer():
     assert report["relative_error"]["0"] == pytest.approx(2.0)  # code 0 for all: the mean is half as far
     assert report["perplexity"] == [2.0]
     assert report["used"] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--learning-rate", "1e10"), "losses are not finite"),
+        (("--device", "warp"), "device='warp' cannot be used"),
+        (("--teacher-option", "x=[1"), "--teacher-option 'x=[1': the value is not valid YAML"),
+        (("--batch-seconds", 0), "batch_seconds must be positive, not 0"),
+        (("--batch-seconds", "nan"), "batch_seconds must be positive, not nan"),
+        (("--max-hours", "nan"), "max_hours must be positive, not nan"),
+        (("--heldout-frames", 0), "frames=2000 and heldout_frames=0 must be at least 1"),
+        (("--data", ""), "the data has an empty name"),
+    ],
+)
+def test_options_that_cannot_be_are_errors(corpus, tmp_path, options, message):
+    code, printed = quantize(corpus, tmp_path / "quantizer", "--split", "train", *options)
+    assert code == 1
+    assert message in printed
+    assert not (tmp_path / "quantizer" / "config.json").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_teacher_runs(corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, printed = quantize(corpus, tmp_path / "file")
+    assert code == 1
+    assert "is a file: a quantiser is a folder" in printed
+    assert "features:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--refine-iters", -1), "refine_iters must be at least 0, not -1"),
+        (("--batch-seconds", -1), "batch_seconds must be positive"),
+        (("--device", "warp"), "device='warp' cannot be used"),
+        (("--tokenizer", "nowhere"), "nowhere is neither a folder here nor a quantiser on the Hub"),
+    ],
+)
+def test_tokenizing_with_options_that_cannot_be_writes_nothing(
+    corpus, tokenizer_folder, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, printed = run(
+        "tokenize", "--tokenizer", tokenizer_folder, "--data", corpus, "--output", tmp_path / "tokens", *options
+    )
+    assert code == 1
+    assert message in printed
+    assert not (tmp_path / "tokens").exists()

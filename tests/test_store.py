@@ -458,3 +458,12 @@ def test_waveform_checksum_ignores_the_precision_given():
     waveform = np.linspace(-1, 1, 100, dtype=np.float32)
     assert waveform_checksum(waveform) == waveform_checksum(waveform.astype(np.float64))
     assert waveform_checksum(waveform) != waveform_checksum(-waveform)
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty, and no token store \(it has README\.md\)"):
+        write(tmp_path, make_rows(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    with pytest.raises(ValueError, match=r"README\.md is a file"):
+        write(tmp_path / "README.md", make_rows(2))

@@ -173,6 +173,7 @@ class PreTrainingDataset:
         masking: None masks nothing.
         seed: of crops and masks.
         max_seconds: longer utterances are cropped, anew in every epoch.
+        domain_max_seconds: domain -> the same for its utterances, where it differs.
         cache_audio: keep decoded audio in memory.
         offsets: teacher name -> by how many tokens its labels are taken later; 0 where it is not named.
         domains: teacher name -> domains of the utterances that predict its tokens; see `needs_target`.
@@ -188,6 +189,7 @@ class PreTrainingDataset:
         masking: MaskingConfig | None,
         seed: int = 0,
         max_seconds: float = 10.0,
+        domain_max_seconds: Mapping[str, float] | None = None,
         cache_audio: bool = False,
         offsets: Mapping[str, int] | None = None,
         domains: Mapping[str, Sequence[str] | None] | None = None,
@@ -200,7 +202,8 @@ class PreTrainingDataset:
         self.feature_extractor = feature_extractor
         self.masking = masking
         self.seed = seed
-        self.max_samples = round(max_seconds * SAMPLING_RATE)
+        seconds = dict.fromkeys(DOMAINS, max_seconds) | dict(domain_max_seconds or {})
+        self.max_samples = {domain: round(value * SAMPLING_RATE) for domain, value in seconds.items()}
         self.frame_rate = SAMPLING_RATE / config.inputs_to_logits_ratio
         self.offsets = dict(offsets or {})
         self.domains = dict(domains or {})
@@ -223,7 +226,8 @@ class PreTrainingDataset:
         """What `epoch` takes of utterance `index`."""
         utterance = self.utterances[index]
         waveform = self._waveform(utterance)
-        start, stop = crop_window(len(waveform), self.max_samples, CROP_GRID, self.seed, epoch, utterance.id)
+        longest = self.max_samples[domain_of(utterance)]
+        start, stop = crop_window(len(waveform), longest, CROP_GRID, self.seed, epoch, utterance.id)
         return Crop(utterance, waveform[start:stop], start, stop if stop < len(waveform) else None)
 
     def _needs(self, name: str, utterance: Utterance) -> bool:

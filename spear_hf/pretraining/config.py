@@ -137,7 +137,10 @@ class DataConfig:
     """Shorter utterances are left out (paper: 0.9)."""
 
     max_seconds: float = 10.0
-    """Longer utterances are cropped at random in every epoch (paper: 10). A multiple of 0.04."""
+    """Longer utterances are cropped at random in every epoch (paper: 32). A multiple of 0.04."""
+
+    domain_max_seconds: dict[str, float] = field(default_factory=dict)
+    """The same for a domain whose utterances are cropped to less (paper: audio 10)."""
 
     batch_seconds: float = 600.0
     """Seconds of audio, padding included, of one optimiser step over all ranks (paper: 4,800 to 6,400)."""
@@ -158,8 +161,15 @@ class DataConfig:
             raise ValueError("manifest and store are both set: set one, null the other.")
         if not 0.085 <= self.min_seconds <= self.max_seconds:
             raise ValueError(f"0.085 <= min_seconds <= max_seconds must hold: {self.min_seconds}, {self.max_seconds}.")
-        if abs(self.max_seconds / 0.04 - round(self.max_seconds / 0.04)) > 1e-6:
-            raise ValueError(f"max_seconds must be a multiple of 0.04 (a 25 Hz token), not {self.max_seconds}.")
+        for domain, seconds in self.domain_max_seconds.items():
+            if domain not in DOMAINS or not self.min_seconds <= seconds <= self.max_seconds:
+                raise ValueError(
+                    f"domain_max_seconds.{domain}={seconds}: of speech and audio, from min_seconds={self.min_seconds} "
+                    f"to max_seconds={self.max_seconds}."
+                )
+        for seconds in (self.max_seconds, *self.domain_max_seconds.values()):
+            if abs(seconds / 0.04 - round(seconds / 0.04)) > 1e-6:
+                raise ValueError(f"max_seconds must be a multiple of 0.04 (a 25 Hz token), not {seconds}.")
         if self.batch_seconds < self.max_seconds:
             raise ValueError(f"batch_seconds={self.batch_seconds} must hold a crop of {self.max_seconds} seconds.")
         if not 0 <= self.validation_fraction < 1:
@@ -407,6 +417,8 @@ class ExecutionConfig:
                 f"fetch_minutes={self.fetch_minutes:g} must be less than timeout_minutes={self.timeout_minutes:g}, "
                 "for which the other ranks wait."
             )
+        if self.timeout_minutes > 1e6:  # two years
+            raise ValueError(f"timeout_minutes must be at most a million, not {self.timeout_minutes:g}.")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, not {self.num_workers}.")
         if self.compile and self.sharding == "fsdp":

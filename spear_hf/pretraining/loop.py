@@ -193,7 +193,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 unigrams = load_unigrams(stores, corpus, sampler.at_hand(progress.step), folder)
             validator = Validator(
                 build_dataset(config, corpus.validation, stores, bare_model.config, extractor),
-                cropped(corpus.validation_lengths, config),
+                cropped(corpus.validation, corpus.validation_lengths, config),
                 unigrams,
                 config.execution.batch_seconds_per_device or config.data.batch_seconds,
                 accelerator,

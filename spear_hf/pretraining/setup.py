@@ -99,7 +99,7 @@ def uses_bf16(config: ExecutionConfig) -> bool:
 
 def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> GlobalBatches:
     """The order of the training utterances."""
-    lengths = cropped(corpus.training_lengths, config)
+    lengths = cropped(corpus.training, corpus.training_lengths, config)
     cap = round(config.data.batch_seconds * SAMPLING_RATE)
     rates = visiting_rates(known_domains(corpus.training), config.data.domain_weights)
     jitter, seed = config.data.length_jitter, config.seed
@@ -108,9 +108,14 @@ def build_sampler(config: PreTrainingConfig, corpus: Corpus) -> GlobalBatches:
     return WindowedSampler(lengths, cap, corpus.windows, jitter=jitter, seed=seed, rates=rates)
 
 
-def cropped(lengths: np.ndarray, config: PreTrainingConfig) -> np.ndarray:
-    """Samples after cropping to `data.max_seconds`."""
-    return np.minimum(lengths, round(config.data.max_seconds * SAMPLING_RATE))
+def cropped(utterances: Sequence[Utterance], lengths: np.ndarray, config: PreTrainingConfig) -> np.ndarray:
+    """Samples after cropping to `data.max_seconds`, or to the domain's of `data.domain_max_seconds`."""
+    longest = np.full(len(lengths), round(config.data.max_seconds * SAMPLING_RATE))
+    if config.data.domain_max_seconds:
+        domains = known_domains(utterances)
+        for domain, seconds in config.data.domain_max_seconds.items():
+            longest[domains == domain] = round(seconds * SAMPLING_RATE)
+    return np.minimum(lengths, longest)
 
 
 def build_dataset(
@@ -134,6 +139,7 @@ def build_dataset(
         config.masking,
         seed=config.seed,
         max_seconds=config.data.max_seconds,
+        domain_max_seconds=config.data.domain_max_seconds,
         cache_audio=config.execution.cache_audio,
         offsets={name: target.offset for name, target in config.targets.items()},
         domains={name: target.domains for name, target in config.targets.items()},
@@ -151,4 +157,5 @@ def build_mixer(
     noise = None
     if mixing.noise_probability and mixing.noise_manifest is not None:
         noise = read_manifest(mixing.noise_manifest)
-    return Mixer(mixing, utterances, cropped(lengths, config), noise, config.seed, CROP_GRID, windows)
+    lengths = cropped(utterances, lengths, config)
+    return Mixer(mixing, utterances, lengths, noise, config.seed, CROP_GRID, windows)
