@@ -58,7 +58,8 @@ def test_the_papers_runs(size, gpus, steps, hours):
         assert 4800 <= config.data.batch_seconds <= 6400
         assert (config.data.min_seconds, config.data.max_seconds) == (0.9, 32.0)
         assert config.data.domain_max_seconds == ({"audio": 10.0} if domains == "speech-audio" else {})
-        assert config.execution.batch_seconds_per_device == config.data.batch_seconds / gpus  # no accumulation
+        room = config.execution.batch_seconds_per_device - config.data.batch_seconds / gpus
+        assert config.data.max_seconds < room < 1.5 * config.data.max_seconds  # a row more: no accumulation
 
 
 def test_tiny_has_two_to_three_million_parameters():
