@@ -3,6 +3,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,18 @@ def test_what_is_no_run_is_refused(tmp_path):
     (folder / "metrics.jsonl").write_text("")
     result = CliRunner().invoke(app, ["report", str(folder)])
     assert "has recorded no step yet" in result.output
+
+
+def test_a_curve_that_the_first_run_lacks_is_in_the_legend(tmp_path):
+    """And nothing is warned of where only the second has any."""
+    runs = [read_run(write_run(tmp_path / "new", steps=1, validated=False)), read_run(write_run(tmp_path / "old"))]
+    for run in runs[:1]:
+        run.metrics[0].pop("speech_codebook_accuracy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_runs(runs)
+    named = {text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()}
+    alone = plot_runs(runs[1:])
+    assert named >= {
+        text.get_text() for axes in alone.axes if axes.get_legend() for text in axes.get_legend().get_texts()
+    }

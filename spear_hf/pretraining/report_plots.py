@@ -175,6 +175,7 @@ def plot_runs(runs: Sequence[RunRecord]) -> "Figure":
 
 def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
     drawn = [curve for curve in panel.curves if any(len(points(run, curve)[0]) for run in runs)]
+    named: set[str] = set()  # keys of curves; the first run that has one, which need not be the first of all, names it
     for number, run in enumerate(runs):
         for place, curve in enumerate(drawn):
             steps, values = points(run, curve)
@@ -183,7 +184,9 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
             values = values * panel.scale
             several = len(runs) > 1
             colour = COLOURS[number % len(COLOURS)] if several else GREY if curve.pale else COLOURS[place]
-            label = curve.label if number == 0 and curve.label else None
+            label = curve.label if curve.label and curve.key not in named else None
+            if label:
+                named.add(curve.key)
             look: dict[str, Any] = {"color": colour, "label": label, "linewidth": 1.8}
             look["linestyle"] = LINES[place % len(LINES)] if several or curve.pale else "-"
             if curve.source == "metrics":
@@ -204,7 +207,7 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
         axes.set_yscale("log")
     elif panel.scale == 100 or panel.unit == "Hours":
         axes.set_ylim(bottom=0)
-    if len(drawn) > 1:
+    if len(drawn) > 1 and named:
         legend = axes.legend(**LEGEND)
         if len(runs) > 1:
             for line in legend.get_lines():
@@ -213,6 +216,7 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
 
 def _draw_codebooks(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
     place = 0
+    named: set[str] = set()
     for number, run in enumerate(runs):
         for order, (label, key) in enumerate(panel.by_codebook.items()):
             values = codebook_values(run, key)
@@ -222,8 +226,9 @@ def _draw_codebooks(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> No
             look: dict[str, Any] = {
                 "color": COLOURS[(number if several else order) % len(COLOURS)],
                 "linestyle": LINES[order % len(LINES)] if several else "-",
-                "label": label if number == 0 else None,
+                "label": None if label in named else label,
             }
+            named.add(label)
             axes.plot(
                 np.arange(1, len(values) + 1), np.array(values) * panel.scale, marker="o", ms=5, mec="white", **look
             )
@@ -232,5 +237,5 @@ def _draw_codebooks(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> No
     axes.set_xlim(0.5, place + 0.5)
     axes.set_xticks(np.arange(1, place + 1, max(1, place // 8)))
     axes.set_ylim(bottom=0)
-    if len(panel.by_codebook) > 1:
+    if len(panel.by_codebook) > 1 and named:
         axes.legend(**LEGEND)
