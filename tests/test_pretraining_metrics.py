@@ -2,6 +2,7 @@
 """Sums over micro-batches give the metrics of the whole step: by teacher, domain and codebook."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -161,3 +162,14 @@ def test_lines_that_a_crash_has_damaged_are_left_out(tmp_path, caplog):
     with JsonLines(path, keep_until=3) as file:
         file.write({"step": 4})
     assert path.read_bytes() == lines[0] + lines[2] + lines[3]
+
+
+def test_a_full_disk_is_named_by_the_file(tmp_path):
+    def fill() -> None:
+        with JsonLines(tmp_path / "metrics.jsonl") as file:
+            file._file.close()
+            file._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+            file.write({"step": 1})
+
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: the disk is full"):
+        fill()

@@ -22,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from spear_hf.loading_errors import loading
+from spear_hf.mvq.atomic_files import write_atomically
 
 
 CONFIG_NAME = "config.json"
@@ -43,7 +44,7 @@ def write_quantizer(folder: str | os.PathLike, config: Mapping[str, Any], tensor
     try:
         partial.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write(partial / name, content)
+            write_atomically(partial / name, content)
         if exists:
             for name in files:
                 os.replace(partial / name, target / name)
@@ -51,13 +52,6 @@ def write_quantizer(folder: str | os.PathLike, config: Mapping[str, Any], tensor
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def find_quantizer(name: str | os.PathLike, revision: str | None = None) -> Path:

@@ -5,7 +5,6 @@ Two phases (spec: pretraining.md section 1): first twice as many codebooks of sq
 neighbours is multiplied out into one codebook, and training goes on at half the rate. Losses: QuantizerLosses.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spear_hf.data.seeding import keyed_generator
+from spear_hf.mvq.atomic_files import explained
 from spear_hf.mvq.quantizer import PASSES, SCALE_SPEED, MultiCodebookQuantizer, QuantizerConfig
 
 
@@ -118,17 +118,14 @@ class QuantizerTrainer:
             quantizer.feature_std.copy_(std)
         _initialize(quantizer, frames, config.seed)
         quantizer = quantizer.to(self.device).train()
-        with contextlib.ExitStack() as stack:
-            bar = tqdm(total=len(config.phases) * config.steps, desc="quantiser", disable=not self.progress)
-            stack.enter_context(bar)
-            metrics = None
-            if self.metrics_path is not None:
-                self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
-                metrics = stack.enter_context(open(self.metrics_path, "w", encoding="utf-8"))
+        if self.metrics_path is not None:
+            self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+            self.metrics_path.write_text("")
+        with tqdm(total=len(config.phases) * config.steps, desc="quantiser", disable=not self.progress) as bar:
             for phase in range(len(config.phases)):
                 if phase:
                     quantizer = _multiplied_out(quantizer)
-                self._train_phase(quantizer, frames, phase, bar, metrics)
+                self._train_phase(quantizer, frames, phase, bar)
         self.quantizer = quantizer.eval()
         return self.quantizer
 
@@ -138,9 +135,7 @@ class QuantizerTrainer:
             raise ValueError("there is nothing to evaluate yet: call train() first.")
         return evaluate_quantizer(self.quantizer, frames)
 
-    def _train_phase(
-        self, quantizer: MultiCodebookQuantizer, frames: Frames, phase: int, bar: tqdm, metrics: TextIO | None
-    ) -> None:
+    def _train_phase(self, quantizer: MultiCodebookQuantizer, frames: Frames, phase: int, bar: tqdm) -> None:
         config = self.config
         optimizer = torch.optim.Adam(
             quantizer.parameters(),
@@ -172,11 +167,11 @@ class QuantizerTrainer:
                     f"lower learning_rate ({config.learning_rate})."
                 )
             bar.set_postfix(error=f"{values['reconstruction']:.4f}", refresh=False)
-            if metrics is not None:
+            if self.metrics_path is not None:
                 record = {"step": phase * config.steps + step, "phase": phase + 1, "learning_rate": learning_rate}
                 record |= {"passes": passes, **values, "seconds": round(time.monotonic() - started, 3)}
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
+                with explained(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
 
     def _provenance(self, frames: Frames) -> dict[str, Any]:
         training = {**asdict(self.config), "frames": frames.shape[0], "torch": str(torch.__version__)}

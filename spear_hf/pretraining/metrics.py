@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What is recorded of every step, summed exactly over micro-batches and ranks, and the JSON-lines files it goes to."""
 
+import contextlib
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from ..data.audio import SAMPLING_RATE
 from ..data.collation import MicroBatch, needs_target
 from ..modeling_spear import SpearForPreTraining, SpearForPreTrainingOutput
+from ..mvq.atomic_files import explained
 
 
 logger = logging.getLogger(__name__)
@@ -250,8 +252,9 @@ class JsonLines:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._file.flush()
+        with explained(self.path):
+            self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Flushes to the disk, before a checkpoint that goes with it."""
@@ -263,7 +266,9 @@ class JsonLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # What a failed write left in the buffer cannot be written now either, and its error must be seen.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
