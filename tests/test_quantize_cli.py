@@ -300,7 +300,7 @@ def test_an_output_that_is_a_file_is_refused_before_the_teacher_runs(corpus, tmp
         (("--refine-iters", -1), "refine_iters must be at least 0, not -1"),
         (("--batch-seconds", -1), "batch_seconds must be positive"),
         (("--device", "warp"), "device='warp' cannot be used"),
-        (("--tokenizer", "nowhere"), "nowhere is neither a folder here nor a quantiser on the Hub"),
+        (("--tokenizer", "nowhere"), "there is no quantiser nowhere here, and the Hub gives none"),
     ],
 )
 def test_tokenizing_with_options_that_cannot_be_writes_nothing(

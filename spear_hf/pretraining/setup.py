@@ -114,7 +114,7 @@ def cropped(utterances: Sequence[Utterance], lengths: np.ndarray, config: PreTra
     if config.data.domain_max_seconds:
         domains = known_domains(utterances)
         for domain, seconds in config.data.domain_max_seconds.items():
-            longest[domains == domain] = round(seconds * SAMPLING_RATE)
+            longest[domains.among([domain])] = round(seconds * SAMPLING_RATE)
     return np.minimum(lengths, longest)
 
 
