@@ -482,7 +482,7 @@ def test_hop_is_told_from_frame_counts(hop):
 def test_unusable_specifications(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_teacher(str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match="is not kaldi-mfcc and not module:factory, and .*{}".format(tmp_path.name)):
+    with pytest.raises(ValueError, match=f"is not kaldi-mfcc and not module:factory, and .*{tmp_path.name}"):
         load_teacher(str(tmp_path))
     with pytest.raises(ValueError, match="kaldi-mfcc takes no `layer`"):
         load_teacher("kaldi-mfcc", layer=3)
