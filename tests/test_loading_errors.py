@@ -122,7 +122,7 @@ def test_negative_passes_make_no_store(desk):
     [
         ("embed clip.wav --model whole --layer all --output out.safetensors", "out.safetensors"),
         ("embed clip.wav --model whole --layer all --output out.parquet", "out.parquet"),
-        ("quantize --teacher kaldi-mfcc --codebooks 2 --steps 2 --data . --output out", "out"),
+        ("quantize --teacher kaldi-mfcc --codebooks 2 --steps 2 --data . --output out", "out/quantizer.png"),
         ("segment --data clip.jsonl --output out.jsonl", "out.jsonl"),
         ("convert whole out", "out"),
         ("evaluate --model whole --tasks probe.jsonl#probe=p --no-default-baselines --output out", ""),
@@ -140,7 +140,7 @@ def test_full_disks(desk, command, output):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    left = {path.name for path in desk.glob("out*/*")} if (desk / output).is_dir() else {output} & set(os.listdir())
+    left = {path.name for path in desk.glob("out*/*")} | {output} & set(os.listdir())
     assert left <= {"metrics.jsonl", "report.json", "cache", "results"}
     assert not list(desk.rglob(".*"))
 

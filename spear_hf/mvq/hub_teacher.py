@@ -132,8 +132,9 @@ class HubTeacher(Teacher):
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         mask = torch.arange(values.shape[1], device=self.device) < lengths[:, None]
         if extractor.do_normalize:
-            moments = [torch.var_mean(row, correction=0) for row in rows]  # of each alone, whatever its batch
-            variance, mean = torch.tensor(moments, device=self.device).T[..., None]
+            # Of each alone, whatever its batch, and in one thread: torch's take seven times as long.
+            moments = np.array([(waveform.mean(), waveform.var()) for waveform in waveforms], dtype=np.float32)
+            mean, variance = torch.from_numpy(moments).to(self.device).T[..., None]
             values = (values - mean) / (variance + 1e-7).sqrt()
         values = values.masked_fill(~mask, extractor.padding_value)
         inputs = {"input_values": values}
