@@ -20,7 +20,7 @@ PAPERS_GPUS = {"base": 8, "large": 16, "xlarge": 32}
 def manifest(tmp_path_factory) -> Path:
     """12,000 utterances of 1 to 30 s, every fifth of domain audio."""
     path = tmp_path_factory.mktemp("planning") / "manifest.jsonl"
-    seconds = np.random.default_rng(0).lognormal(2.4, 0.7, 12_000).clip(1, 30)
+    seconds = np.random.default_rng(0).lognormal(2.4, 0.7, 60_000).clip(1, 30)
     with path.open("w") as file:
         for number, length in enumerate(seconds):
             row = {"path": f"{number}.flac", "num_samples": int(length * 16000)}
@@ -44,7 +44,7 @@ def test_every_shipped_configuration_is_planned_in_little_memory(manifest, monke
     assert time.process_time() - start < 30
     assert planned.padding_share <= 0.05
     hours = config.max_steps * config.data.batch_seconds / 3600
-    assert 0.83 * hours < planned.hours_seen < hours  # the jitter of lengths leaves a tenth of a batch free, and more
+    assert 0.92 * hours < planned.hours_seen < hours  # the jitter of lengths leaves some of a batch free
     assert planned.micro_batches == (2 if name == "base-one-gpu" else 1)
     assert planned.state_bytes == 16 * (planned.encoder_parameters + planned.head_parameters)
     assert planned.state_bytes + planned.activation_bytes < 80e9
@@ -65,7 +65,7 @@ def test_activations_follow_the_audio_on_a_device(manifest, monkeypatch):
     device = "execution.batch_seconds_per_device"
     whole, half = (
         plan("base-speech", manifest, monkeypatch, 8, "data.max_seconds=10", f"{device}={seconds}")
-        for seconds in (600, 300)
+        for seconds in (640, 320)
     )
     assert half.micro_batches == 2 * whole.micro_batches
     assert half.activation_bytes == pytest.approx(whole.activation_bytes / 2, rel=0.1)
