@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """SPEAR: a Zipformer encoder for speech and audio (arXiv 2510.25955), and its heads."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,10 @@ logger = logging.get_logger(__name__)
 
 MIN_FRAMES = 9  # of the 100 Hz filter bank: the stem turns m frames into (m - 7) // 2
 LOGITS_AT_ONCE = 2**24  # of the pre-training heads: 67 MB in float32
+LOGITS_ON_CUDA = 4  # so many times as many, as each is several kernels
 STEM_FRAMES_AT_ONCE = 128  # of an utterance, without gradients: 6 MB of the widest tensor of the base size
 MAX_GRAPHS = 64  # of `compile_layers`, for one method; torch gives up after 8 and goes on without a word of error
+TILES = "triton.coalesce_tiling_analysis"  # of torch 2.8 and newer
 FRAMES_AT_ONCE = 4096  # of all utterances in the feed-forward modules, without gradients
 
 # Names in published checkpoints -> ours. No rule matches a key of ours.
@@ -520,8 +523,9 @@ class SpearDownsample(nn.Module):
             last = (valid_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # (batch, 1)
             index = torch.minimum(index, last)[:, :, None].expand(-1, -1, hidden_states.shape[-1])
             hidden_states = hidden_states.gather(1, index)
-        weights = self.bias.softmax(dim=0)
-        return (hidden_states.unflatten(1, (groups, self.factor)) * weights[:, None]).sum(dim=2)
+        # As many as there are groups: their gradients are sums over channels, and then of these few.
+        weights = self.bias.softmax(dim=0).expand(hidden_states.shape[0], groups, -1)
+        return (hidden_states.unflatten(1, (groups, self.factor)) * weights[..., None]).sum(dim=2)
 
 
 class SpearUpsample(nn.Module):
@@ -759,11 +763,16 @@ class SpearPreTrainedModel(PreTrainedModel):
         # Graphs of all layers together, of which there is one for each kernel size, dtype, mode, and mask or none.
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
-        # The memory formats of convolutions are chosen here; those that the compiler chooses would fix the length.
-        options = {"layout_optimization": False} if backend == "inductor" else None
         between = [stack.out_combiner for stack in self.modules() if isinstance(stack, SpearDownsampledStack)]
         for module in self.modules():
             if isinstance(module, (SpearStem, SpearLayer, SpearDownsample)) or module in between:
+                options = None
+                if backend == "inductor":
+                    # The memory formats of convolutions are chosen here; the compiler's would fix the length.
+                    options = {"layout_optimization": False}
+                    # That analysis fails for the stem, whose length is a sum of terms (seen with torch 2.11).
+                    if isinstance(module, SpearStem) and TILES in torch._inductor.list_options():
+                        options[TILES] = False
                 module.compile(backend=backend, dynamic=True, options=options)
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
@@ -1308,6 +1317,31 @@ class SpearForXVector(SpearHeadModel):
         )
 
 
+def frame_statistics(
+    head: nn.Module, codebook_size: int, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, accuracy and 1 of each frame, `(n, 3)`, and the entries of those that are masked, `(codebooks, 2)`.
+
+    hidden_states `(n, dim)`, labels `(n, codebooks)`, masked `(n,)`; `head` gives the logits of all codebooks.
+    """
+    logits = head(hidden_states).unflatten(-1, (-1, codebook_size))
+    log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
+    losses = F.nll_loss(log_probabilities.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    known = labels != -100
+    correct = (logits.argmax(dim=-1) == labels) & known  # (n, codebooks)
+    per_frame = known.sum(dim=-1).clamp(min=1)
+    losses = losses.unflatten(0, labels.shape).sum(dim=-1) / per_frame  # (n,)
+    sums = torch.stack([losses, correct.sum(dim=-1) / per_frame, torch.ones_like(losses)], dim=-1)
+    entries = torch.stack([correct, known], dim=-1) & masked[:, None, None]  # (n, codebooks, 2)
+    return sums, entries.sum(dim=0).to(losses.dtype)
+
+
+@functools.cache
+def compiled(function: Callable, backend: str | Callable) -> Callable:
+    """The function for sizes of all kinds."""
+    return torch.compile(function, backend=backend, dynamic=True)
+
+
 @auto_docstring(
     custom_intro="""
     SPEAR with one linear classifier per codebook and teacher, for masked prediction of multi-codebook tokens.
@@ -1315,6 +1349,7 @@ class SpearForXVector(SpearHeadModel):
 )
 class SpearForPreTraining(SpearHeadModel):
     accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`
+    _compiled_by: str | Callable | None = None  # the backend of torch.compile
 
     def __init__(self, config: SpearConfig):
         super().__init__(config)
@@ -1331,6 +1366,11 @@ class SpearForPreTraining(SpearHeadModel):
             }
         )
         self.post_init()
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """As that of the encoder, and the loss."""
+        super().compile_layers(backend)
+        self._compiled_by = backend
 
     def _masked_output_frames(self, mask_time_indices: torch.Tensor | None, frames: int) -> torch.Tensor | None:
         """Encoder frames of which at least half of the 10-ms frames that their targets describe are masked.
@@ -1377,7 +1417,8 @@ class SpearForPreTraining(SpearHeadModel):
                 tensor.index_select(0, places) for tensor in (hidden_states, labels, masked)
             )
 
-        at_once = max(1, LOGITS_AT_ONCE // self.prediction_heads[name].out_features)
+        logits = LOGITS_AT_ONCE * (LOGITS_ON_CUDA if hidden_states.is_cuda else 1)
+        at_once = max(1, logits // self.prediction_heads[name].out_features)
         chunks = list(zip(*(tensor.split(at_once) for tensor in (hidden_states, labels, masked))))
         parts = []
         for chunk in chunks:
@@ -1398,21 +1439,9 @@ class SpearForPreTraining(SpearHeadModel):
     def _frame_statistics(
         self, name: str, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss, accuracy and 1 of each frame, `(n, 3)`, and the entries of those that are masked, as above.
-
-        hidden_states `(n, dim)`, labels `(n, codebooks)`, masked `(n,)`.
-        """
+        function = compiled(frame_statistics, self._compiled_by) if self._compiled_by else frame_statistics
         codebook_size = self.config.pretraining_targets[name]["codebook_size"]
-        logits = self.prediction_heads[name](hidden_states).unflatten(-1, (-1, codebook_size))
-        log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
-        losses = F.nll_loss(log_probabilities.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-        known = labels != -100
-        correct = (logits.argmax(dim=-1) == labels) & known  # (n, codebooks)
-        per_frame = known.sum(dim=-1).clamp(min=1)
-        losses = losses.unflatten(0, labels.shape).sum(dim=-1) / per_frame  # (n,)
-        sums = torch.stack([losses, correct.sum(dim=-1) / per_frame, torch.ones_like(losses)], dim=-1)
-        entries = torch.stack([correct, known], dim=-1) & masked[:, None, None]  # (n, codebooks, 2)
-        return sums, entries.sum(dim=0).to(losses.dtype)
+        return function(self.prediction_heads[name], codebook_size, hidden_states, labels, masked)
 
     def _check_labels(self, name: str, labels: torch.Tensor, frames: int) -> None:
         target = self.config.pretraining_targets.get(name)

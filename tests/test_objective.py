@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from spear_hf import SpearConfig, SpearForPreTraining, modeling_spear
@@ -116,6 +117,28 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(prepared, frames_at_on
         assert (gradient - other).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-3)
     with torch.no_grad():
         assert torch.allclose(model(**inputs).loss, whole.loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("frames_at_once", [7, 4096])
+def test_the_compiled_loss_is_the_same_in_parts_and_for_any_number_of_frames(prepared, frames_at_once, monkeypatch):
+    dataset = make_dataset(prepared)
+    model = make_model(dataset)
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(modeling_spear, "LOGITS_AT_ONCE", 32 * frames_at_once)
+    for rows in ([0, 3, 9, 12], [1, 2], [4, 5, 6]):
+        inputs = dataset.micro_batch(rows, epoch=1).inputs
+        outputs, gradients = [], []
+        for backend in (None, graphs):
+            monkeypatch.setattr(model, "_compiled_by", backend)
+            model.zero_grad()
+            outputs.append(model(**inputs))
+            outputs[-1].loss.backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        assert torch.allclose(outputs[1].loss, outputs[0].loss, rtol=1e-6, atol=0)
+        assert torch.allclose(outputs[1].codebook_statistics, outputs[0].codebook_statistics, rtol=1e-6)
+        for gradient, other in zip(*gradients):
+            assert (gradient - other).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-3)
+    assert 1 <= graphs.frame_count <= 2 * len(model.prediction_heads)
 
 
 def test_logits_are_not_kept_for_the_backward_pass(prepared, monkeypatch):
