@@ -921,6 +921,8 @@ class SpearModel(SpearPreTrainedModel):
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         kwargs.pop("output_hidden_states", None)  # layers do the same either way, compiled ones in the same graph
         hidden_states = self._with_gradient(self.stem(input_features, valid_mask))
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.float()  # as the first bypass makes it: all layers are then compiled at once
         position_table = relative_position_table(
             frames, self.config.pos_dim, hidden_states.device, hidden_states.dtype
         )

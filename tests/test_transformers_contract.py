@@ -337,7 +337,7 @@ def test_one_graph_serves_every_length():
 
 
 def test_compiled_layers_share_graphs_at_every_length():
-    """The stem, two kernel sizes, a downsampling and its combination, in training and in evaluation."""
+    """The stem, two kernel sizes, a downsampling, its combination and the losses of two teachers, in training and in evaluation."""
     torch.compiler.reset()
     model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0)
     graphs = CompileCounter()
@@ -357,7 +357,18 @@ def test_compiled_layers_share_graphs_at_every_length():
         with torch.no_grad():
             states = [each.eval()(**values, output_hidden_states=True).hidden_states for each in (model, compiled)]
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*states))
-    assert graphs.frame_count == 10
+    assert graphs.frame_count == 14
+    torch.compiler.reset()
+
+
+def test_layers_of_a_kernel_size_share_their_graph_under_autocast():
+    torch.compiler.reset()
+    sizes = {"num_layers_per_stack": [2, 1], "downsampling_factors": [1, 1], "conv_kernel_sizes": [5, 5]}
+    model, graphs = SpearModel(tiny_config(**sizes)).train(), CompileCounter()
+    model.compile_layers(backend=graphs)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs()).last_hidden_state.sum().backward()
+    assert graphs.frame_count == 2  # with the stem's
     torch.compiler.reset()
 
 
