@@ -42,6 +42,8 @@ SECONDS = 10.0
 ADJUSTED_BATCHES = 20000.0  # of the regularisers' schedules: where most of them have come to rest
 LABELS = 120  # characters of 10 s of speech
 VOCABULARY = 32
+TARGETS = {"speech": {"num_codebooks": 16, "codebook_size": 256, "weight": 1.0}}
+COMPILED_TOLERANCE = 1.5
 TOLERANCE = 1e-4  # of hidden states in float32, GPU against CPU, relative to the largest activation
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WAVLM = {
@@ -94,6 +96,17 @@ def spear_inputs(config: SpearConfig, audio: list[torch.Tensor]) -> dict[str, to
     return dict(extractor(audio, sampling_rate=RATE, return_tensors="pt"))
 
 
+def pretraining_inputs(config: SpearConfig, audio: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Half of the frames masked, random labels."""
+    features = spear_inputs(config, audio)["input_features"]
+    frames = (features.shape[1] - 7) // 2
+    return {
+        "input_features": features,
+        "speech_labels": torch.randint(0, 256, (len(audio), frames, 16), device="cuda"),
+        "mask_time_indices": torch.rand(len(audio), features.shape[1], device="cuda") < 0.49,
+    }
+
+
 def check(device: str) -> float:
     """The largest error of a hidden state of the GPU against the CPU, in float32."""
     torch.manual_seed(0)
@@ -110,6 +123,30 @@ def check(device: str) -> float:
     if not max(errors) <= TOLERANCE:
         raise SystemExit(f"hidden states differ from those of the CPU by {max(errors):.1e}: nothing is timed.")
     return max(errors)
+
+
+def check_compiled(size: str) -> float:
+    """The error of the gradients of pre-training with compiled layers, over that of bfloat16 without."""
+    config = spear_config(size, hidden_dropout=0.0, position_dropout=0.0, pretraining_targets=TARGETS)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = SpearForPreTraining(config).train()
+    inputs = pretraining_inputs(config, [wave[: 5 * RATE] for wave in waveforms(4, "cuda")])
+    gradients = []
+    for way in ("float32", "eager", "layers"):
+        if way == "layers":
+            model.compile_layers()
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=way != "float32"):
+            loss = model(**inputs).loss
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    eager, compiled = ((gradient - gradients[0]).norm().item() for gradient in gradients[1:])
+    if not compiled <= COMPILED_TOLERANCE * eager:
+        raise SystemExit(
+            f"gradients of compiled layers: errors {compiled:.2e}, {eager:.2e} without: nothing is timed."
+        )
+    return compiled / eager
 
 
 def timed(action: Callable[[], Any], budget: float) -> tuple[float, float, float]:
@@ -242,22 +279,15 @@ def training(contender: str, batch: int, mode: str, budget: float) -> Row:
                 model = SpearForCTC(config)
             inputs = {"input_features": spear_inputs(config, audio)["input_features"], "labels": labels}
         else:
-            target = {"num_codebooks": 16, "codebook_size": 256, "weight": 1.0}
-            config = spear_config(size, pretraining_targets={"speech": target})
+            config = spear_config(size, pretraining_targets=TARGETS)
             with torch.device("cuda"):
                 model = SpearForPreTraining(config)
-            features = spear_inputs(config, audio)["input_features"]
-            frames = (features.shape[1] - 7) // 2
-            inputs = {
-                "input_features": features,
-                "speech_labels": torch.randint(0, 256, (batch, frames, 16), device="cuda"),
-                "mask_time_indices": torch.rand(batch, features.shape[1], device="cuda") < 0.49,
-            }
+            inputs = pretraining_inputs(config, audio)
         model.train()
         regularizers = None
         if family == "recipe":
             regularizers = install_regularizers(model, RegularizersConfig(enabled=True), in_graph=mode == "layers")
-            regularizers.set_step(ADJUSTED_BATCHES, float(batch * frames))
+            regularizers.set_step(ADJUSTED_BATCHES, float(inputs["speech_labels"][..., 0].numel()))
         if family == "wavlm":
             flops.append(FLOPS_OF_A_STEP * torch_flops(model, **inputs))
         else:
@@ -294,7 +324,9 @@ def features(batch: int, budget: float) -> Row:
     return measure(row, prepare, budget)
 
 
-def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) -> Iterator[Row]:
+def rows(
+    parts: list[str], sizes: list[str], batches: list[int], training_batches: list[int], budget: float
+) -> Iterator[Row]:
     contenders = [f"{family}-{size}" for size in sizes for family in ("spear", "wavlm") if size in WAVLM]
     contenders += [f"spear-{size}" for size in sizes if size not in WAVLM]
     if "features" in parts:
@@ -309,11 +341,11 @@ def rows(parts: list[str], sizes: list[str], batches: list[int], budget: float) 
     if "compiled-inference" in parts:
         yield from inference(f"spear-{sizes[0]}", batches[-1:], ["compiled"], budget, "bfloat16")
     if "compiled-training" in parts:
-        for batch in (32, 60):  # 60: as many seconds as a device has at once in the shipped configurations
-            for contender in (f"pretrain-{sizes[0]}", f"recipe-{sizes[0]}"):
+        print(f"gradients of compiled layers: error {check_compiled(sizes[0]):.2f} of that of bfloat16", flush=True)
+        for contender in (f"pretrain-{sizes[0]}", f"recipe-{sizes[0]}"):
+            for batch in training_batches:
                 for mode in ("eager", "layers"):
                     yield training(contender, batch, mode, budget)
-        yield training(f"pretrain-{sizes[0]}", 32, "compiled", budget)
 
 
 @styled
@@ -338,7 +370,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("model_cards/benchmarks/gpu.csv"))
     parser.add_argument("--parts", default="features,inference,training,compiled-inference,compiled-training")
     parser.add_argument("--sizes", default="base,large,xlarge")
-    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--batches", default="1,8,32", help="of inference")
+    parser.add_argument("--training-batches", default="32,120", help="of pre-training, compiled")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds that a row is timed")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -353,13 +386,15 @@ def main() -> None:
         "command": " ".join(["python", "examples/benchmark_gpu.py", *sys.argv[1:]]),
     }
     parts, sizes = arguments.parts.split(","), arguments.sizes.split(",")
-    batches = [int(batch) for batch in arguments.batches.split(",")]
+    batches, training_batches = (
+        [int(batch) for batch in given.split(",")] for given in (arguments.batches, arguments.training_batches)
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(item.name for item in fields(Row)), *constants], lineterminator="\n")
         writer.writeheader()
         measured = []
-        for row in rows(parts, sizes, batches, arguments.budget):
+        for row in rows(parts, sizes, batches, training_batches, arguments.budget):
             measured.append(row)
             writer.writerow(asdict(row) | constants)
             file.flush()

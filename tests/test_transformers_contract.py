@@ -337,7 +337,7 @@ def test_one_graph_serves_every_length():
 
 
 def test_compiled_layers_share_graphs_at_every_length():
-    """The stem, two kernel sizes, a downsampling, its combination and the losses of two teachers, in training and in evaluation."""
+    """Stem, two kernel sizes, a downsampling, its combination and two losses, in training and in evaluation."""
     torch.compiler.reset()
     model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0)
     graphs = CompileCounter()
