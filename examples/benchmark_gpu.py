@@ -98,10 +98,12 @@ def spear_inputs(config: SpearConfig, audio: list[torch.Tensor]) -> dict[str, to
 
 def pretraining_inputs(config: SpearConfig, audio: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Half of the frames masked, random labels."""
-    features = spear_inputs(config, audio)["input_features"]
+    inputs = spear_inputs(config, audio)
+    features = inputs["input_features"]
     frames = (features.shape[1] - 7) // 2
     return {
         "input_features": features,
+        "attention_mask": inputs["attention_mask"],
         "speech_labels": torch.randint(0, 256, (len(audio), frames, 16), device="cuda"),
         "mask_time_indices": torch.rand(len(audio), features.shape[1], device="cuda") < 0.49,
     }

@@ -6,7 +6,7 @@
 The step is pre-training of 10 s utterances in bfloat16 autocast, forwards and backwards, without the optimiser. As it
 is, every operation is a kernel that reads its inputs and writes its outputs. Compiled (`compile_layers`), kernels are
 those that torch's inductor schedules for Triton: it plans the code of the stem and of every kind of layer for a GPU,
-and nothing of it is run. `seconds_of_audio` is what a second of a GPU would hear if it did nothing but move these
+and nothing of it is run (on a GPU it makes one of several small ones after that, a third less in all). `seconds_of_audio` is what a second of a GPU would hear if it did nothing but move these
 bytes at `--bandwidth` (of an H200: 4.8 TB/s by its data sheet, of which simple kernels reach four fifths), and
 `--flops` of products in bfloat16: a bound for comparing, no measurement.
 
@@ -38,7 +38,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from spear_hf import SpearConfig, SpearForPreTraining
-from spear_hf.modeling_spear import SpearBypass, SpearDownsample, SpearDownsampledStack, SpearLayer, SpearStem
+from spear_hf.modeling_spear import (
+    SpearBypass,
+    SpearDownsample,
+    SpearDownsampledStack,
+    SpearLayer,
+    SpearStem,
+    compile_options,
+)
 from spear_hf.pretraining.flops import FLOPS_OF_A_STEP, forward_flops
 
 
@@ -119,6 +126,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self.kernels, self.bytes = 0, 0
+        self.options: dict[str, bool] = {}
         inductor_config.cpu_backend = "triton"
         inductor_config.fx_graph_cache = False
         functorch_config.enable_autograd_cache = False
@@ -135,7 +143,7 @@ class Scheduler:
         GraphLowering.compile_to_module = count  # type: ignore[method-assign,assignment]
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
-        with inductor_config.patch(layout_optimization=False):  # as `compile_layers` does
+        with inductor_config.patch(self.options):
             return compile_fx.compile_fx(graph, inputs, inner_compile=self._count)
 
     def _count(self, graph: Any, inputs: Any, **settings: Any) -> Any:
@@ -212,6 +220,7 @@ def part_rows(name: str, times: int, module: nn.Module, args: tuple, scheduler: 
     yield Row(name, "eager", times, times * counter.kernels, times * counter.bytes / 1e9)
     torch.compiler.reset()
     scheduler.kernels = scheduler.bytes = 0
+    scheduler.options = compile_options(module)
     with FakeTensorMode(allow_non_fake_inputs=True):
         backward(torch.compile(module, backend=scheduler, dynamic=True), *given)
     yield Row(name, "compiled", times, times * scheduler.kernels, times * scheduler.bytes / 1e9)

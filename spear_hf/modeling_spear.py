@@ -45,7 +45,12 @@ LOGITS_AT_ONCE = 2**24  # of the pre-training heads: 67 MB in float32
 LOGITS_ON_CUDA = 4  # so many times as many, as each is several kernels
 STEM_FRAMES_AT_ONCE = 128  # of an utterance, without gradients: 6 MB of the widest tensor of the base size
 MAX_GRAPHS = 64  # of `compile_layers`, for one method; torch gives up after 8 and goes on without a word of error
-TILES = "triton.coalesce_tiling_analysis"  # of torch 2.8 and newer
+COMPILE_OPTIONS = {
+    "layout_optimization": False,  # memory formats are chosen here; the compiler's would fix the length
+    "shape_padding": False,  # hardly ever possible where lengths vary, and tried out on the device
+    "combo_kernels": True,  # small kernels that do not depend on each other, as casts of weights, become one
+}
+TILES = "triton.coalesce_tiling_analysis"
 FRAMES_AT_ONCE = 4096  # of all utterances in the feed-forward modules, without gradients
 
 # Names in published checkpoints -> ours. No rule matches a key of ours.
@@ -204,6 +209,14 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
         return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
     rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
     return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
+
+
+def compile_options(module: nn.Module) -> dict[str, bool]:
+    """Those for inductor that this version of torch knows."""
+    # The analysis fails for the stem, whose length is a sum of terms (seen with torch 2.11).
+    options = COMPILE_OPTIONS | ({TILES: False} if isinstance(module, SpearStem) else {})
+    known = torch._inductor.list_options()
+    return {name: value for name, value in options.items() if name in known}
 
 
 class SpearBiasNorm(nn.Module):
@@ -766,13 +779,7 @@ class SpearPreTrainedModel(PreTrainedModel):
         between = [stack.out_combiner for stack in self.modules() if isinstance(stack, SpearDownsampledStack)]
         for module in self.modules():
             if isinstance(module, (SpearStem, SpearLayer, SpearDownsample)) or module in between:
-                options = None
-                if backend == "inductor":
-                    # The memory formats of convolutions are chosen here; the compiler's would fix the length.
-                    options = {"layout_optimization": False}
-                    # That analysis fails for the stem, whose length is a sum of terms (seen with torch 2.11).
-                    if isinstance(module, SpearStem) and TILES in torch._inductor.list_options():
-                        options[TILES] = False
+                options = compile_options(module) if backend == "inductor" else None
                 module.compile(backend=backend, dynamic=True, options=options)
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
