@@ -126,6 +126,7 @@ static void run(int blocks, int size, unsigned seed, std::function<void()> kerne
 }  // namespace cuda_on_cpu
 
 static inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block); }
+static inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::warps[threadIdx.x / 32]); }
 
 static inline unsigned __ballot_sync(unsigned, bool vote) {
     const unsigned* votes = cuda_on_cpu::exchange(vote);

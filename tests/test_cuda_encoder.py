@@ -101,14 +101,14 @@ def test_costs_of_a_later_pass_come_from_a_product_or_from_sums(library_of, monk
 
 
 def test_any_order_of_threads_block_size_and_room_gives_the_same(library_of):
-    """A missing barrier would show in the first; 2312 numbers at a time are the fewest a merge can do with."""
+    """A missing barrier would show in the first; 136 numbers at a time are the fewest a merge can do with."""
     quantizer = random_quantizer(24, 256, 16)
     with torch.no_grad():
         quantizer.centers *= torch.linspace(2, 0.1, 256)[None, :, None]  # many options in use
     frames = random_frames(quantizer, 33)
     expected = on_cpu(quantizer, CpuKernels(library_of(16)))(frames, 2)
     assert torch.equal(on_cpu(quantizer, CpuKernels(library_of(16), seed=1))(frames, 2), expected)
-    assert torch.equal(on_cpu(quantizer, CpuKernels(library_of(16, warps=8, cells=2312)))(frames, 2), expected)
+    assert torch.equal(on_cpu(quantizer, CpuKernels(library_of(16, warps=8, cells=136)))(frames, 2), expected)
     assert torch.equal(expected, quantizer.encode(frames, refine_iters=2))
 
 

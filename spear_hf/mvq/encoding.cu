@@ -44,27 +44,23 @@ constexpr int SINGLE = 16;                 // options kept of a codebook: refine
 constexpr int MOST = 32;                   // options kept of a group at most
 constexpr int ENTRIES = SINGLE + 1;        // of a codebook: the incoming code, and the kept ones that differ from it
 constexpr int COLUMNS = CODEBOOKS / 2 * ENTRIES;
-constexpr int FIELD_CELLS = 8 * ENTRIES * SINGLE;
 constexpr int HALF_RANGE = 13;           // splits have their largest number in 2^13 to 2^14
 constexpr float TINY = 1e-30f;             // frames below are as good as zero
 constexpr float LARGE = 1e15f;             // sums of squares of numbers below are finite
 
 __device__ constexpr int options_of(int length) { return length < 4 ? 16 : 32; }  // refinement.cutoff(256, length)
 
-struct Shared {
-    float table[CELLS];                    // inner products of even entries with odd ones
-    float field[FIELD_CELLS];              // of even entries with odd options
-    float common[COLUMNS];                 // of even entries with the incoming codes of the odd group
-    float sums[CODEBOOKS / 2 * SINGLE * SINGLE > 1024 ? CODEBOOKS / 2 * SINGLE * SINGLE : 1024];
-    float cost[CODEBOOKS][MOST];           // by group and option
-    int start[CODEBOOKS], count[CODEBOOKS];
-    int incoming[CODEBOOKS], outgoing[CODEBOOKS];
-    unsigned short kept[CODEBOOKS][SINGLE];      // codes by slot
-    unsigned short list[CODEBOOKS][ENTRIES];     // entries by codebook: places of centres
-    unsigned short flat[2][COLUMNS];             // entries of even groups, of odd groups
-    unsigned short chosen[CODEBOOKS / 2][MOST];  // pairs of options that a merge keeps
-    unsigned char slot[2][CODEBOOKS][MOST];      // by codebook and option of its group
-    unsigned char place[CODEBOOKS][MOST];        // entry, likewise
+// What a warp has in shared memory, of the frame it works on.
+struct Frame {
+    float table[CELLS];                       // inner products of even entries with odd ones
+    float field[ENTRIES * MOST];              // of even entries with odd options
+    float cost[CODEBOOKS * SINGLE];           // by group and option
+    int row[MOST];                            // of `field`, by even option
+    unsigned short columns[COLUMNS];          // entries of the odd group: places of centres
+    unsigned short rows[ENTRIES];             // of an even codebook
+    unsigned short chosen[MOST];              // pairs of options that a merge keeps
+    unsigned char kept[CODEBOOKS][SINGLE];    // codes by slot
+    unsigned char slot[CODEBOOKS][MOST];      // by option of the codebook's group
 };
 
 __device__ inline float warp_min(float value) {
@@ -146,142 +142,113 @@ __device__ inline void select(const float (&values)[COUNT], Put put) {
     }
 }
 
-// Merges groups of LENGTH codebooks pairwise; the last merge writes `outgoing`. `slots` says which of s.slot is filled.
-template <int LENGTH>
-__device__ inline void merge(Shared& s, const float* __restrict__ gram, int slots) {
-    constexpr int PAIRS = CODEBOOKS / 2 / LENGTH, OPTIONS = options_of(LENGTH), TEAMS = THREADS / OPTIONS;
-    constexpr bool LAST = PAIRS == 1;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
+// The kept codes of a codebook in use that differ from the incoming one.
+struct Entries {
+    int count, place, code;  // of this lane's option: its place among them, from 1, or 0 if it has the incoming code
+};
 
-    // The entries in use of every codebook, and which of them each option has.
-#pragma unroll UNROLLED
-    for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        unsigned bit = 0;
-        int code = 0;
-        if (lane < OPTIONS) {
-            const int slot = s.slot[slots][c][lane];
-            code = s.kept[c][slot];
-            if (code != s.incoming[c]) bit = 1u << slot;
-        }
-        const unsigned used = __reduce_or_sync(ALL, bit);
-        const int place = bit ? 1 + __popc(used & (bit - 1)) : 0;
-        if (lane < OPTIONS) {
-            s.place[c][lane] = place;
-            s.list[c][place] = c * SIZE + code;
-        }
-        if (lane == 0) {
-            s.list[c][0] = c * SIZE + s.incoming[c];
-            s.count[c] = 1 + __popc(used);
-        }
-    }
-    __syncthreads();
-#pragma unroll UNROLLED
-    for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        const bool odd = c / LENGTH % 2;
-        const unsigned before = lane < c && lane / LENGTH % 2 == odd ? s.count[lane] : 0;
-        const int start = __reduce_add_sync(ALL, before);
-        if (lane < s.count[c]) s.flat[odd][start + lane] = s.list[c][lane];
-        if (lane == 0) s.start[c] = start;
-    }
-    __syncthreads();
+template <int OPTIONS>
+__device__ inline Entries entries_of(const Frame& f, int c, int incoming) {
+    const int slot = f.slot[c][threadIdx.x % OPTIONS], code = f.kept[c][slot];
+    const unsigned bit = code == incoming ? 0 : 1u << slot, used = __reduce_or_sync(ALL, bit);
+    return {__popc(used), bit ? 1 + __popc(used & (bit - 1)) : 0, code};
+}
 
-    const auto rows = [&](int pair) {  // entries of the pair's odd group
-        const int odd = (2 * pair + 1) * LENGTH, last = odd + LENGTH - 1;
-        return s.start[last] + s.count[last] - s.start[odd];
-    };
-    int stride = 0;
-    for (int pair = 0; pair < PAIRS; ++pair) stride = max(stride, rows(pair));
-    // As many even codebooks at a time as there is room for: nearly always all.
-    for (int first = 0, end; first < CODEBOOKS / 2; first = end) {
-        const int origin = s.start[first / LENGTH * 2 * LENGTH + first % LENGTH];
-        int columns = 0;
-        for (end = first; end < CODEBOOKS / 2; ++end) {
-            const int more = columns + s.count[end / LENGTH * 2 * LENGTH + end % LENGTH];
-            if (more * stride > CELLS || more * OPTIONS > FIELD_CELLS) break;
-            columns = more;
-        }
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int even = 2 * pair * LENGTH, odd = even + LENGTH;
-            const int left = max(s.start[even], origin);
-            const int right = min(s.start[odd - 1] + s.count[odd - 1], origin + columns);
-            const unsigned short* places = s.flat[1] + s.start[odd];
-            const int height = rows(pair);
-            // Another warp begins with every pair, as pairs may have few columns.
-#pragma unroll UNROLLED
-            for (int column = left + (warp + pair) % WARPS; column < right; column += WARPS) {
-                const float* products = gram + s.flat[0][column] * WIDTH;
-                float* cells = s.table + (column - origin) * stride;
-#pragma unroll 1
-                for (int row = lane; row < height; row += LANES) copy_async(cells + row, products + places[row]);
-            }
-        }
-        wait_for_copies();
-        __syncthreads();
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int even = 2 * pair * LENGTH, odd = even + LENGTH;
-            const int left = max(s.start[even], origin);
-            const int right = min(s.start[odd - 1] + s.count[odd - 1], origin + columns);
-            int here[LENGTH], incoming[LENGTH];
+// What merging a pair of groups of LENGTH codebooks adds to the costs of its options: the inner products of the even
+// options' differences from the incoming codes with the odd ones'. With e of an even option, o of an odd one, and the
+// incoming codes e', o', that is e.o - e.o' - e'.o + e'.o'. The first goes to `values` (the even option i * HALVES + half
+// with the odd `option`), the others to the costs of the even and the odd option. `incoming` is codebook `lane`'s.
+template <int LENGTH, int COUNT>
+__device__ inline void add_products(Frame& f, const float* __restrict__ gram, int pair, int incoming,
+                                    float& even_cost, float& odd_cost, float (&values)[COUNT]) {
+    constexpr int OPTIONS = options_of(LENGTH), HALVES = LANES / OPTIONS;
+    const int lane = threadIdx.x, option = lane % OPTIONS, half = lane / OPTIONS;
+    const int even = 2 * pair * LENGTH, odd = even + LENGTH;
+    int here[LENGTH], height = LENGTH;  // the first columns are the incoming codes
 #pragma unroll
-            for (int b = 0; b < LENGTH; ++b) {
-                incoming[b] = s.start[odd + b] - s.start[odd];
-                here[b] = incoming[b] + s.place[odd + b][option];
+    for (int b = 0; b < LENGTH; ++b) {
+        const int code = __shfl_sync(ALL, incoming, odd + b);
+        const Entries entries = entries_of<OPTIONS>(f, odd + b, code);
+        here[b] = entries.place ? height + entries.place - 1 : b;
+        f.columns[here[b]] = (odd + b) * SIZE + entries.code;
+        f.columns[b] = (odd + b) * SIZE + code;
+        height += entries.count;
+    }
+    const int room = CELLS / height;  // columns of the table
+#pragma unroll 1
+    for (int a = 0; a < LENGTH; ++a) {
+        const int code = __shfl_sync(ALL, incoming, even + a);
+        const Entries entries = entries_of<OPTIONS>(f, even + a, code);
+        f.rows[entries.place] = (even + a) * SIZE + entries.code;
+        f.rows[0] = (even + a) * SIZE + code;
+        f.row[option] = entries.place * OPTIONS;
+        float common = 0;  // of even entry `lane` with the odd group's incoming codes
+#pragma unroll 1
+        for (int first = 0; first <= entries.count; first += room) {
+            const int last = min(entries.count + 1, first + room);
+            __syncwarp();
+#pragma unroll 1
+            for (int j = first; j < last; ++j) {
+                const float* products = gram + f.rows[j] * WIDTH;
+                float* cells = f.table + (j - first) * height;
+#pragma unroll 1
+                for (int k = lane; k < height; k += LANES) copy_async(cells + k, products + f.columns[k]);
             }
+            wait_for_copies();
+            __syncwarp();
 #pragma unroll UNROLLED
-            for (int column = left + (team + pair) % TEAMS; column < right; column += TEAMS) {
-                const float* cells = s.table + (column - origin) * stride;
+            for (int j = first + half; j < last; j += HALVES) {
+                const float* cells = f.table + (j - first) * height;
                 float sum = 0;
 #pragma unroll
                 for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]];
-                s.field[(column - origin) * OPTIONS + option] = sum;
+                f.field[j * OPTIONS + option] = sum;
             }
-            for (int column = left + (threadIdx.x + pair * LANES) % THREADS; column < right; column += THREADS) {
-                const float* cells = s.table + (column - origin) * stride;
-                float sum = 0;
+            if (lane >= first && lane < last) {
+                const float* cells = f.table + (lane - first) * height;
 #pragma unroll
-                for (int b = 0; b < LENGTH; ++b) sum += cells[incoming[b]];
-                s.common[column - origin] = sum;
+                for (int b = 0; b < LENGTH; ++b) common += cells[b];
             }
         }
-        __syncthreads();
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int even = 2 * pair * LENGTH;
-            // With e of an even option, o of an odd one, and the incoming codes e', o', the product of the differences is
-            // e.o - e.o' - e'.o + e'.o': the last two go with the odd cost, `of_even` with the even one.
-            float odd_cost = first ? 0 : s.cost[2 * pair + 1][option], of_even = 0;
-            int from[LENGTH];
+        __syncwarp();
+        odd_cost += __shfl_sync(ALL, common, 0) - f.field[option];
+        even_cost -= __shfl_sync(ALL, common, entries.place);
 #pragma unroll
-            for (int a = 0; a < LENGTH; ++a) {
-                const bool present = pair * LENGTH + a >= first && pair * LENGTH + a < end;
-                from[a] = present ? s.start[even + a] - origin : -1;
-                if (present) {
-                    odd_cost += s.common[from[a]] - s.field[from[a] * OPTIONS + option];
-                    of_even += s.common[from[a] + s.place[even + a][option]];
-                }
-            }
-#pragma unroll UNROLLED
-            for (int i = team; i < OPTIONS; i += TEAMS) {
-                float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
-                float sum = odd_cost - __shfl_sync(ALL, of_even, i);
-#pragma unroll
-                for (int a = 0; a < LENGTH; ++a)
-                    if (from[a] >= 0) sum += s.field[(from[a] + s.place[even + a][i]) * OPTIONS + option];
-                *target = sum + (first ? *target : s.cost[2 * pair][i]);
-            }
-        }
-        __syncthreads();
+        for (int i = 0; i < COUNT; ++i) values[i] += f.field[f.row[i * HALVES + half] + option];
+        __syncwarp();
     }
+}
 
-    constexpr int COUNT = OPTIONS * OPTIONS / LANES;
-#pragma unroll 1
-    for (int pair = warp; pair < PAIRS; pair += WARPS) {
-        float values[COUNT];
+// The same for codebooks, whose options are their kept codes: all of these products are needed.
+template <int COUNT>
+__device__ inline void add_products_of_two(const Frame& f, const float* __restrict__ gram, int pair, int incoming,
+                                           float& even_cost, float& odd_cost, float (&values)[COUNT]) {
+    const int option = threadIdx.x % SINGLE, half = threadIdx.x / SINGLE, even = 2 * pair, odd = even + 1;
+    const int row = (even * SIZE + f.kept[even][option]) * WIDTH, column = odd * SIZE + f.kept[odd][option];
+    const int old_row = (even * SIZE + __shfl_sync(ALL, incoming, even)) * WIDTH;
+    const int old_column = odd * SIZE + __shfl_sync(ALL, incoming, odd);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) values[i] = s.sums[pair * OPTIONS * OPTIONS + i * LANES + lane];
+    for (int i = 0; i < COUNT; ++i) values[i] = gram[__shfl_sync(ALL, row, 2 * i + half) + column];
+    const float of_one = half ? gram[old_row + column] : gram[row + old_column];
+    even_cost -= __shfl_sync(ALL, of_one, option);
+    odd_cost += gram[old_row + old_column] - __shfl_sync(ALL, of_one, SINGLE + option);
+}
+
+// Merges groups of LENGTH codebooks pairwise.
+template <int LENGTH>
+__device__ inline void merge(Frame& f, const float* __restrict__ gram, int incoming) {
+    constexpr int OPTIONS = options_of(LENGTH), HALVES = LANES / OPTIONS, COUNT = OPTIONS / HALVES;
+    constexpr bool LAST = 2 * LENGTH == CODEBOOKS;
+    constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH);
+    const int lane = threadIdx.x, option = lane % OPTIONS, half = lane / OPTIONS;
+#pragma unroll 1
+    for (int pair = 0; pair < CODEBOOKS / 2 / LENGTH; ++pair) {
+        float even_cost = f.cost[2 * pair * OPTIONS + option], odd_cost = f.cost[(2 * pair + 1) * OPTIONS + option];
+        float values[COUNT] = {};
+        if constexpr (LENGTH == 1) add_products_of_two(f, gram, pair, incoming, even_cost, odd_cost, values);
+        else add_products<LENGTH>(f, gram, pair, incoming, even_cost, odd_cost, values);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) values[i] += odd_cost + __shfl_sync(ALL, even_cost, i * HALVES + half);
         if constexpr (LAST) {
             float lowest = values[0];
             int found = lane;
@@ -291,25 +258,23 @@ __device__ inline void merge(Shared& s, const float* __restrict__ gram, int slot
                     lowest = values[i];
                     found = i * LANES + lane;
                 }
-            found = __reduce_min_sync(ALL, lowest == warp_min(lowest) ? found : OPTIONS * OPTIONS);
-            if (lane == 0) s.chosen[pair][0] = found;
+            f.chosen[0] = __reduce_min_sync(ALL, lowest == warp_min(lowest) ? found : OPTIONS * OPTIONS);
         } else {
-            select<options_of(2 * LENGTH)>(values, [&](int n, int i) {
-                s.chosen[pair][n] = i * LANES + lane;
-                s.cost[pair][n] = values[i];
+            select<NEXT>(values, [&](int n, int i) {
+                f.chosen[n] = i * LANES + lane;
+                f.cost[pair * NEXT + n] = values[i];  // of groups already merged
             });
         }
+        __syncwarp();
+        const int chosen = f.chosen[lane % NEXT];
+#pragma unroll
+        for (int i = 0; i < 2 * LENGTH; ++i) {
+            const int c = 2 * pair * LENGTH + i;
+            const int slot = f.slot[c][option];
+            f.slot[c][lane] = __shfl_sync(ALL, slot, i < LENGTH ? chosen / OPTIONS : chosen % OPTIONS);
+        }
+        __syncwarp();
     }
-    __syncthreads();
-    constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH);
-#pragma unroll 1
-    for (int place = threadIdx.x; place < CODEBOOKS * NEXT; place += THREADS) {
-        const int c = place / NEXT, n = place % NEXT, pair = s.chosen[c / (2 * LENGTH)][n];
-        const int slot = s.slot[slots][c][c / LENGTH % 2 ? pair % OPTIONS : pair / OPTIONS];
-        if (LAST) s.outgoing[c] = s.kept[c][slot];
-        else s.slot[1 - slots][c][n] = slot;
-    }
-    __syncthreads();
 }
 
 // Numbers 4 * lane to 4 * lane + 3 of every 128 of a row of SIZE: its order within a warp.
@@ -338,55 +303,56 @@ __device__ inline void store_row(const float (&numbers)[SIZE / LANES], int lane,
 // codes leave of each frame with all centres, divided by its scale and centre_scale; `gram`: of all centres with all.
 // While a pass changes no more than `most` codes, the products are brought up to date for the next one. `left` (frames):
 // passes still to do; `again` (rows of the grid): whether they need new products.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
 refine(float* products, const float* __restrict__ scale, float centre_scale, const float* __restrict__ half_norms,
        const float* __restrict__ gram, const int* __restrict__ active, int most, unsigned char* codes,
        int* left, unsigned char* again) {
-    __shared__ Shared s;
+    __shared__ Frame f;
     constexpr int COUNT = SIZE / LANES;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, frame = active[blockIdx.x];
+    const int lane = threadIdx.x, frame = active[blockIdx.x];
     codes += frame * CODEBOOKS;
     products += (long long)blockIdx.x * WIDTH;
-    if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = codes[threadIdx.x];
+    int incoming = lane < CODEBOOKS ? codes[lane] : 0, outgoing;
     const float unit = scale[blockIdx.x] * centre_scale;
     int passes = left[frame];
     unsigned changed;
     for (;;) {
-        for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
-            s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
-        __syncthreads();
 #pragma unroll 1
-        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+        for (int c = 0; c < CODEBOOKS; ++c) {
             // Costs of the codebook's centres, given the other codebooks' codes.
             float costs[COUNT], product[COUNT], own[COUNT];
             load_row(half_norms + c * SIZE, lane, costs);
             load_row(products + c * SIZE, lane, product);
-            load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
+            load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane, own);
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
             select<SINGLE>(costs, [&](int n, int i) {
-                s.kept[c][n] = centre(i, lane);
-                s.cost[c][n] = costs[i];
+                f.kept[c][n] = centre(i, lane);
+                f.cost[c * SINGLE + n] = costs[i];
             });
+            f.slot[c][lane] = lane;
         }
-        __syncthreads();
-        merge<1>(s, gram, 0);
-        if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
-        if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
-        if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
+        __syncwarp();
+        merge<1>(f, gram, incoming);
+        if constexpr (CODEBOOKS > 2) merge<2>(f, gram, incoming);
+        if constexpr (CODEBOOKS > 4) merge<4>(f, gram, incoming);
+        if constexpr (CODEBOOKS > 8) merge<8>(f, gram, incoming);
 
-        changed = __ballot_sync(ALL, lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane]);
+        outgoing = lane < CODEBOOKS ? f.kept[lane][f.slot[lane][0]] : 0;
+        changed = __ballot_sync(ALL, incoming != outgoing);
         --passes;
         if (!changed || !passes || __popc(changed) > most) break;
 #pragma unroll 1
-        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+        for (int c = 0; c < CODEBOOKS; ++c) {
             float product[COUNT], moved[COUNT] = {};
 #pragma unroll 1
             for (unsigned rest = changed; rest; rest &= rest - 1) {
                 const int other = __ffs(rest) - 1;
+                const int to = other * SIZE + __shfl_sync(ALL, outgoing, other);
+                const int from = other * SIZE + __shfl_sync(ALL, incoming, other);
                 float added[COUNT], removed[COUNT];
-                load_row(gram + (other * SIZE + s.outgoing[other]) * WIDTH + c * SIZE, lane, added);
-                load_row(gram + (other * SIZE + s.incoming[other]) * WIDTH + c * SIZE, lane, removed);
+                load_row(gram + to * WIDTH + c * SIZE, lane, added);
+                load_row(gram + from * WIDTH + c * SIZE, lane, removed);
 #pragma unroll
                 for (int i = 0; i < COUNT; ++i) moved[i] += added[i] - removed[i];
             }
@@ -395,11 +361,10 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
             for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] / unit;
             store_row(product, lane, products + c * SIZE);
         }
-        __syncthreads();
-        if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = s.outgoing[threadIdx.x];
+        incoming = outgoing;
     }
-    if (threadIdx.x < CODEBOOKS) codes[threadIdx.x] = s.outgoing[threadIdx.x];
-    if (threadIdx.x == 0) {
+    if (lane < CODEBOOKS) codes[lane] = outgoing;
+    if (lane == 0) {
         left[frame] = passes;
         again[blockIdx.x] = changed && passes;
     }
