@@ -44,15 +44,24 @@ constexpr int SINGLE = 16;                 // options kept of a codebook: refine
 constexpr int MOST = 32;                   // options kept of a group at most
 constexpr int ENTRIES = SINGLE + 1;        // of a codebook: the incoming code, and the kept ones that differ from it
 constexpr int COLUMNS = CODEBOOKS / 2 * ENTRIES;
+constexpr int CANDIDATES = 64;             // of `select`: at least MOST and LANES, which a lane may have equal ones at most
 constexpr int HALF_RANGE = 13;           // splits have their largest number in 2^13 to 2^14
 constexpr float TINY = 1e-30f;             // frames below are as good as zero
 constexpr float LARGE = 1e15f;             // sums of squares of numbers below are finite
 
 __device__ constexpr int options_of(int length) { return length < 4 ? 16 : 32; }  // refinement.cutoff(256, length)
 
+struct alignas(8) Candidate {
+    float value;
+    int place;
+};
+
 // What a warp has in shared memory, of the frame it works on.
 struct Frame {
-    float table[CELLS];                       // inner products of even entries with odd ones
+    union {
+        float table[CELLS];                   // inner products of even entries with odd ones
+        Candidate candidates[CANDIDATES];     // of `select`
+    };
     float field[ENTRIES * MOST];              // of even entries with odd options
     float cost[CODEBOOKS * SINGLE];           // by group and option
     int row[MOST];                            // of `field`, by even option
@@ -70,75 +79,95 @@ __device__ inline float warp_min(float value) {
 
 __device__ inline float warp_max(float value) { return -warp_min(-value); }
 
-template <int COUNT>
-__device__ inline int warp_count(const float (&values)[COUNT], float bound) {
-    unsigned count = 0;
+// Of the lanes up to this one, this one included.
+__device__ inline int warp_prefix(int value) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) count += values[i] <= bound;
-    return __reduce_add_sync(ALL, count);
+    for (int step = 1; step < LANES; step *= 2) {
+        const int before = __shfl_up_sync(ALL, value, step);
+        if (threadIdx.x % LANES >= step) value += before;
+    }
+    return value;
 }
 
-// `put(n, i)`, n = 0 .. KEEP - 1, for the lowest values of a warp; of equal ones at the bound those of lower i, then lane.
+template <int COUNT>
+__device__ inline int count_below(const float (&values)[COUNT], float bound) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) count += values[i] <= bound;
+    return count;
+}
+
+// Halfway from `low` to `high`, if there is a number between them.
+__device__ inline bool halfway(float low, float high, float& middle) {
+    middle = low + 0.5f * (high - low);
+    return middle > low && middle < high;
+}
+
+// `put(n, value, place)`, n = 0 .. KEEP - 1, for the lowest values of a warp, where values[i] of a lane has the place
+// i * LANES + lane. Which of equal ones at the bound are among them depends on nothing but the values.
 template <int KEEP, int COUNT, typename Put>
-__device__ inline void select(const float (&values)[COUNT], Put put) {
+__device__ inline void select(const float (&values)[COUNT], Candidate* candidates, Put put) {
     const int lane = threadIdx.x % LANES;
+    const unsigned before = (1u << lane) - 1;
     float lowest = values[0];
 #pragma unroll
     for (int i = 1; i < COUNT; ++i) lowest = fminf(lowest, values[i]);
-    // At least KEEP values are <= high. The lanes' lowest tell cheaply about where the bound lies.
-    const float low = warp_min(lowest);
-    float high = warp_max(lowest), guess = low;
-    if constexpr (KEEP < LANES) {
-        for (;;) {
-            const float middle = guess + 0.5f * (high - guess);
-            if (!(middle > guess && middle < high)) break;
-            const int lanes = __popc(__ballot_sync(ALL, lowest <= middle));
-            if (lanes >= KEEP) high = middle;
-            else guess = middle;
-            if (lanes == KEEP) break;
+    float low = warp_min(lowest), high = warp_max(lowest), bound = high, middle;
+    low -= 1e-6f * fabsf(low) + TINY;
+    // From here on fewer than KEEP values are <= low, and at least KEEP <= high.
+    // A bound that the lowest values of half of the lanes meet is a cheap guess.
+    for (float left = low; halfway(left, bound, middle);) {
+        const int lanes = __popc(__ballot_sync(ALL, lowest <= middle));
+        (lanes < LANES / 2 ? left : bound) = middle;
+        if (lanes == LANES / 2) break;
+    }
+    int own;
+    for (;;) {
+        own = count_below(values, bound);
+        const int all = __reduce_add_sync(ALL, own);
+        (all < KEEP ? low : high) = bound;
+        if (all >= KEEP && all <= CANDIDATES) break;
+        if (!halfway(low, high, bound)) {
+            // Many equal ones: they are taken from the first lanes.
+            const int below = count_below(values, low), equal = count_below(values, high) - below;
+            const bool taken = __reduce_add_sync(ALL, below) + warp_prefix(equal) - equal < KEEP;
+            bound = taken ? high : low;
+            own = taken ? below + equal : below;
+            break;
         }
     }
-    // `count` values, at most KEEP, are <= cut.
-    float cut = -INFINITY, bottom = low;
-    int count = 0;
-    const auto probe = [&](float bound) {
-        const int below = warp_count(values, bound);
-        if (below > KEEP) {
-            high = bound;
-        } else {
-            cut = bound;
-            count = below;
-        }
-    };
-    float middle = guess > low ? guess : low + 0.5f * (high - low);
-    while (count < KEEP && middle > bottom && middle < high) {
-        probe(middle);
-        bottom = fmaxf(low, cut);
-        middle = bottom + 0.5f * (high - bottom);
-    }
-    if (count < KEEP && cut < low) probe(low);
-
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) own += values[i] <= cut;
-    int n = own;
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        const int before = __shfl_up_sync(ALL, n, step);
-        if (lane >= step) n += before;
-    }
+    int n = warp_prefix(own);
+    const int all = __shfl_sync(ALL, n, LANES - 1);
     n -= own;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        if (values[i] <= cut) put(n++, i);
-    if (count == KEEP) return;
+        if (values[i] <= bound) candidates[n++] = {values[i], i * LANES + lane};
+    __syncwarp();
+    Candidate mine[CANDIDATES / LANES];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        const bool tie = values[i] > cut && values[i] <= high;
-        const unsigned ties = __ballot_sync(ALL, tie);
-        n = count + __popc(ties & ((1u << lane) - 1));
-        if (tie && n < KEEP) put(n, i);
-        count += __popc(ties);
+    for (int i = 0; i < CANDIDATES / LANES; ++i) {
+        mine[i] = candidates[i * LANES + lane];
+        if (i * LANES + lane >= all) mine[i].value = INFINITY;
+    }
+    while (halfway(low, high, middle)) {
+        int below = 0;
+#pragma unroll
+        for (const Candidate& candidate : mine) below += __popc(__ballot_sync(ALL, candidate.value <= middle));
+        (below < KEEP ? low : high) = middle;
+        if (below == KEEP) low = high;
+    }
+    // First those that are <= low, then, if these are too few, those that are equal to `high`.
+    int placed = 0;
+    for (float from = -INFINITY, to = low;; from = low, to = high) {
+#pragma unroll
+        for (const Candidate& candidate : mine) {
+            const bool taken = candidate.value > from && candidate.value <= to;
+            const unsigned lanes = __ballot_sync(ALL, taken);
+            const int place = placed + __popc(lanes & before);
+            if (taken && place < KEEP) put(place, candidate.value, candidate.place);
+            placed += __popc(lanes);
+        }
+        if (placed >= KEEP) break;
     }
 }
 
@@ -174,7 +203,8 @@ __device__ inline void add_products(Frame& f, const float* __restrict__ gram, in
         f.columns[b] = (odd + b) * SIZE + code;
         height += entries.count;
     }
-    const int room = CELLS / height;  // columns of the table
+    const int room = CELLS / height;  // even entries in the table at a time
+    const unsigned inverse = (1 << 20) / height + 1;
 #pragma unroll 1
     for (int a = 0; a < LENGTH; ++a) {
         const int code = __shfl_sync(ALL, incoming, even + a);
@@ -187,12 +217,10 @@ __device__ inline void add_products(Frame& f, const float* __restrict__ gram, in
         for (int first = 0; first <= entries.count; first += room) {
             const int last = min(entries.count + 1, first + room);
             __syncwarp();
-#pragma unroll 1
-            for (int j = first; j < last; ++j) {
-                const float* products = gram + f.rows[j] * WIDTH;
-                float* cells = f.table + (j - first) * height;
-#pragma unroll 1
-                for (int k = lane; k < height; k += LANES) copy_async(cells + k, products + f.columns[k]);
+#pragma unroll UNROLLED
+            for (int cell = lane; cell < (last - first) * height; cell += LANES) {
+                const int j = cell * inverse >> 20;  // cell / height
+                copy_async(f.table + cell, gram + f.rows[first + j] * WIDTH + f.columns[cell - j * height]);
             }
             wait_for_copies();
             __syncwarp();
@@ -260,9 +288,9 @@ __device__ inline void merge(Frame& f, const float* __restrict__ gram, int incom
                 }
             f.chosen[0] = __reduce_min_sync(ALL, lowest == warp_min(lowest) ? found : OPTIONS * OPTIONS);
         } else {
-            select<NEXT>(values, [&](int n, int i) {
-                f.chosen[n] = i * LANES + lane;
-                f.cost[pair * NEXT + n] = values[i];  // of groups already merged
+            select<NEXT>(values, f.candidates, [&](int n, float value, int options) {
+                f.chosen[n] = options;
+                f.cost[pair * NEXT + n] = value;  // in the place of groups already merged
             });
         }
         __syncwarp();
@@ -326,9 +354,9 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
             load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane, own);
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
-            select<SINGLE>(costs, [&](int n, int i) {
-                f.kept[c][n] = centre(i, lane);
-                f.cost[c * SINGLE + n] = costs[i];
+            select<SINGLE>(costs, f.candidates, [&](int n, float value, int place) {
+                f.kept[c][n] = centre(place / LANES, place % LANES);
+                f.cost[c * SINGLE + n] = value;
             });
             f.slot[c][lane] = lane;
         }
