@@ -135,6 +135,8 @@ static inline unsigned __ballot_sync(unsigned, bool vote) {
     return result;
 }
 
+static inline bool __any_sync(unsigned all, bool vote) { return __ballot_sync(all, vote); }
+
 template <typename Number>
 static inline Number __shfl_sync(unsigned, Number value, int lane) {
     unsigned bits;

@@ -43,8 +43,8 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr int SINGLE = 16;                 // options kept of a codebook: refinement.cutoff(256, 1)
 constexpr int MOST = 32;                   // options kept of a group at most
 constexpr int ENTRIES = SINGLE + 1;        // of a codebook: the incoming code, and the kept ones that differ from it
-constexpr int COLUMNS = CODEBOOKS / 2 * ENTRIES;
-constexpr int CANDIDATES = 64;             // of `select`: at least MOST and LANES, which a lane may have equal ones at most
+constexpr int COLUMNS = (CODEBOOKS < 8 ? 4 : CODEBOOKS / 2) * ENTRIES;
+constexpr int GUESSES = 6;                 // of `select`, cheap ones
 constexpr int HALF_RANGE = 13;           // splits have their largest number in 2^13 to 2^14
 constexpr float TINY = 1e-30f;             // frames below are as good as zero
 constexpr float LARGE = 1e15f;             // sums of squares of numbers below are finite
@@ -56,35 +56,59 @@ struct alignas(8) Candidate {
     int place;
 };
 
-// What a warp has in shared memory, of the frame it works on.
+// What a warp has in shared memory, of the frame it works on. The 32 lanes are one team, or two teams of 16, each with
+// a pair of groups of its own.
 struct Frame {
     union {
         float table[CELLS];                   // inner products of even entries with odd ones
-        Candidate candidates[CANDIDATES];     // of `select`
+        Candidate candidates[4 * MOST];       // of `select`
     };
     float field[ENTRIES * MOST];              // of even entries with odd options
+    float common[2 * ENTRIES];                // of even entries with the incoming codes of the odd group
     float cost[CODEBOOKS * SINGLE];           // by group and option
-    int row[MOST];                            // of `field`, by even option
+    int row[LANES];                           // of `field`, by even option
     unsigned short columns[COLUMNS];          // entries of the odd group: places of centres
-    unsigned short rows[ENTRIES];             // of an even codebook
-    unsigned short chosen[MOST];              // pairs of options that a merge keeps
+    unsigned short rows[2 * ENTRIES];         // of an even codebook
+    unsigned short chosen[2 * MOST];          // pairs of options that a merge keeps
     unsigned char kept[CODEBOOKS][SINGLE];    // codes by slot
     unsigned char slot[CODEBOOKS][MOST];      // by option of the codebook's group
 };
 
-__device__ inline float warp_min(float value) {
-    for (int step = 16; step; step /= 2) value = fminf(value, __shfl_xor_sync(ALL, value, step));
+// The first lane of this lane's team.
+template <int TEAM>
+__device__ inline int first_lane() { return threadIdx.x % LANES / TEAM * TEAM; }
+
+// The team's part of a word that has TEAM bits of every team.
+template <int TEAM>
+__device__ inline unsigned own_bits(unsigned word) {
+    if constexpr (TEAM == LANES) return word;
+    else return word >> first_lane<TEAM>() & ((1u << TEAM) - 1);
+}
+
+template <int TEAM>
+__device__ inline unsigned team_ballot(bool vote) { return own_bits<TEAM>(__ballot_sync(ALL, vote)); }
+
+// Of small numbers.
+template <int TEAM>
+__device__ inline int team_sum(int value) { return own_bits<TEAM>(__reduce_add_sync(ALL, value << first_lane<TEAM>())); }
+
+template <int TEAM>
+__device__ inline float team_min(float value) {
+#pragma unroll
+    for (int step = TEAM / 2; step; step /= 2) value = fminf(value, __shfl_xor_sync(ALL, value, step));
     return value;
 }
 
-__device__ inline float warp_max(float value) { return -warp_min(-value); }
+template <int TEAM>
+__device__ inline float team_max(float value) { return -team_min<TEAM>(-value); }
 
-// Of the lanes up to this one, this one included.
-__device__ inline int warp_prefix(int value) {
+// Of the team's lanes up to this one, this one included.
+template <int TEAM>
+__device__ inline int team_prefix(int value) {
 #pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
+    for (int step = 1; step < TEAM; step *= 2) {
         const int before = __shfl_up_sync(ALL, value, step);
-        if (threadIdx.x % LANES >= step) value += before;
+        if (threadIdx.x % TEAM >= step) value += before;
     }
     return value;
 }
@@ -97,77 +121,90 @@ __device__ inline int count_below(const float (&values)[COUNT], float bound) {
     return count;
 }
 
-// Halfway from `low` to `high`, if there is a number between them.
+// Halfway from `low` to `high`; whether that is a number between them.
 __device__ inline bool halfway(float low, float high, float& middle) {
     middle = low + 0.5f * (high - low);
     return middle > low && middle < high;
 }
 
-// `put(n, value, place)`, n = 0 .. KEEP - 1, for the lowest values of a warp, where values[i] of a lane has the place
-// i * LANES + lane. Which of equal ones at the bound are among them depends on nothing but the values.
-template <int KEEP, int COUNT, typename Put>
+// `put(n, value, place)`, n = 0 .. KEEP - 1, for the lowest values of a team, where values[i] of its lane l has the place
+// i * TEAM + l. Which of equal ones at the bound are among them depends on nothing but the values. The teams of a warp go
+// through the loops together; what one has found, further rounds leave as it is.
+template <int KEEP, int TEAM, int COUNT, typename Put>
 __device__ inline void select(const float (&values)[COUNT], Candidate* candidates, Put put) {
-    const int lane = threadIdx.x % LANES;
-    const unsigned before = (1u << lane) - 1;
-    float lowest = values[0];
+    constexpr int ROOM = 2 * KEEP;
+    static_assert(COUNT <= ROOM - KEEP && COUNT * TEAM > ROOM);
+    const int lane = threadIdx.x % TEAM;
+    candidates += first_lane<TEAM>() / TEAM * ROOM;
+    float lowest = values[0], highest = values[0];
 #pragma unroll
-    for (int i = 1; i < COUNT; ++i) lowest = fminf(lowest, values[i]);
-    float low = warp_min(lowest), high = warp_max(lowest), bound = high, middle;
-    low -= 1e-6f * fabsf(low) + TINY;
-    // From here on fewer than KEEP values are <= low, and at least KEEP <= high.
-    // A bound that the lowest values of half of the lanes meet is a cheap guess.
-    for (float left = low; halfway(left, bound, middle);) {
-        const int lanes = __popc(__ballot_sync(ALL, lowest <= middle));
-        (lanes < LANES / 2 ? left : bound) = middle;
-        if (lanes == LANES / 2) break;
+    for (int i = 1; i < COUNT; ++i) {
+        lowest = fminf(lowest, values[i]);
+        highest = fmaxf(highest, values[i]);
     }
+    // Fewer than KEEP values are <= low, and at least KEEP <= high.
+    float low = team_min<TEAM>(lowest), bound = team_max<TEAM>(lowest), middle;
+    float high = KEEP > TEAM ? team_max<TEAM>(highest) : bound;
+    low -= 1e-6f * fabsf(low) + TINY;
+    // A bound that the lowest values of about half of the lanes meet is a cheap guess.
+    float left = low;
+#pragma unroll
+    for (int step = 0; step < GUESSES; ++step) {
+        halfway(left, bound, middle);
+        (__popc(team_ballot<TEAM>(lowest <= middle)) <= TEAM / 2 ? left : bound) = middle;
+    }
+    // From KEEP to ROOM values are <= bound.
     int own;
-    for (;;) {
+    bool tied, more;
+    do {
         own = count_below(values, bound);
-        const int all = __reduce_add_sync(ALL, own);
+        const int all = team_sum<TEAM>(own);
+        const bool fits = all >= KEEP && all <= ROOM;
         (all < KEEP ? low : high) = bound;
-        if (all >= KEEP && all <= CANDIDATES) break;
-        if (!halfway(low, high, bound)) {
-            // Many equal ones: they are taken from the first lanes.
-            const int below = count_below(values, low), equal = count_below(values, high) - below;
-            const bool taken = __reduce_add_sync(ALL, below) + warp_prefix(equal) - equal < KEEP;
+        more = !fits && halfway(low, high, middle);
+        tied = !fits && !more;
+        if (more) bound = middle;
+    } while (__any_sync(ALL, more));
+    if (__any_sync(ALL, tied)) {
+        // Many equal ones: they are taken from the first lanes.
+        const int below = count_below(values, low), equal = count_below(values, high) - below;
+        const bool taken = team_sum<TEAM>(below) + team_prefix<TEAM>(equal) - equal < KEEP;
+        if (tied) {
             bound = taken ? high : low;
             own = taken ? below + equal : below;
-            break;
         }
     }
-    int n = warp_prefix(own);
-    const int all = __shfl_sync(ALL, n, LANES - 1);
+    int n = team_prefix<TEAM>(own);
+    const int all = __shfl_sync(ALL, n, first_lane<TEAM>() + TEAM - 1);
     n -= own;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        if (values[i] <= bound) candidates[n++] = {values[i], i * LANES + lane};
+        if (values[i] <= bound) candidates[n++] = {values[i], i * TEAM + lane};
     __syncwarp();
-    Candidate mine[CANDIDATES / LANES];
+    Candidate mine[ROOM / TEAM];
 #pragma unroll
-    for (int i = 0; i < CANDIDATES / LANES; ++i) {
-        mine[i] = candidates[i * LANES + lane];
-        if (i * LANES + lane >= all) mine[i].value = INFINITY;
+    for (int i = 0; i < ROOM / TEAM; ++i) {
+        mine[i] = candidates[i * TEAM + lane];
+        if (i * TEAM + lane >= all) mine[i].value = INFINITY;
     }
-    while (halfway(low, high, middle)) {
+    while (__any_sync(ALL, halfway(low, high, middle))) {
         int below = 0;
 #pragma unroll
-        for (const Candidate& candidate : mine) below += __popc(__ballot_sync(ALL, candidate.value <= middle));
+        for (const Candidate& candidate : mine) below += __popc(team_ballot<TEAM>(candidate.value <= middle));
         (below < KEEP ? low : high) = middle;
         if (below == KEEP) low = high;
     }
     // First those that are <= low, then, if these are too few, those that are equal to `high`.
     int placed = 0;
-    for (float from = -INFINITY, to = low;; from = low, to = high) {
+    for (float from = -INFINITY, to = low; __any_sync(ALL, placed < KEEP); from = low, to = high) {
 #pragma unroll
         for (const Candidate& candidate : mine) {
             const bool taken = candidate.value > from && candidate.value <= to;
-            const unsigned lanes = __ballot_sync(ALL, taken);
-            const int place = placed + __popc(lanes & before);
-            if (taken && place < KEEP) put(place, candidate.value, candidate.place);
+            const unsigned lanes = team_ballot<TEAM>(taken);
+            const int n = placed + __popc(lanes & ((1u << lane) - 1));
+            if (taken && n < KEEP) put(n, candidate.value, candidate.place);
             placed += __popc(lanes);
         }
-        if (placed >= KEEP) break;
     }
 }
 
@@ -176,142 +213,158 @@ struct Entries {
     int count, place, code;  // of this lane's option: its place among them, from 1, or 0 if it has the incoming code
 };
 
-template <int OPTIONS>
+template <int TEAM>
 __device__ inline Entries entries_of(const Frame& f, int c, int incoming) {
-    const int slot = f.slot[c][threadIdx.x % OPTIONS], code = f.kept[c][slot];
-    const unsigned bit = code == incoming ? 0 : 1u << slot, used = __reduce_or_sync(ALL, bit);
+    const int slot = f.slot[c][threadIdx.x % TEAM], code = f.kept[c][slot];
+    const unsigned bit = code == incoming ? 0 : 1u << slot;
+    const unsigned used = own_bits<TEAM>(__reduce_or_sync(ALL, bit << first_lane<TEAM>()));
     return {__popc(used), bit ? 1 + __popc(used & (bit - 1)) : 0, code};
 }
 
 // What merging a pair of groups of LENGTH codebooks adds to the costs of its options: the inner products of the even
 // options' differences from the incoming codes with the odd ones'. With e of an even option, o of an odd one, and the
-// incoming codes e', o', that is e.o - e.o' - e'.o + e'.o'. The first goes to `values` (the even option i * HALVES + half
-// with the odd `option`), the others to the costs of the even and the odd option. `incoming` is codebook `lane`'s.
-template <int LENGTH, int COUNT>
+// incoming codes e', o', that is e.o - e.o' - e'.o + e'.o'. The first goes to `values`, by even option, the others to the
+// costs of the even and of the odd option of the lane. `incoming` is codebook `threadIdx.x`'s.
+template <int LENGTH, int TEAM>
 __device__ inline void add_products(Frame& f, const float* __restrict__ gram, int pair, int incoming,
-                                    float& even_cost, float& odd_cost, float (&values)[COUNT]) {
-    constexpr int OPTIONS = options_of(LENGTH), HALVES = LANES / OPTIONS;
-    const int lane = threadIdx.x, option = lane % OPTIONS, half = lane / OPTIONS;
+                                    float& even_cost, float& odd_cost, float (&values)[TEAM]) {
+    constexpr int TEAMS = LANES / TEAM;
+    const int option = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
     const int even = 2 * pair * LENGTH, odd = even + LENGTH;
+    unsigned short* const columns = f.columns + team * (LENGTH * ENTRIES);
+    unsigned short* const rows = f.rows + team * ENTRIES;
+    float* const table = f.table + team * (CELLS / TEAMS);
+    float* const field = f.field + team * (ENTRIES * TEAM) + option;
+    float* const common = f.common + team * ENTRIES;
+    int* const row = f.row + team * TEAM;
     int here[LENGTH], height = LENGTH;  // the first columns are the incoming codes
 #pragma unroll
     for (int b = 0; b < LENGTH; ++b) {
         const int code = __shfl_sync(ALL, incoming, odd + b);
-        const Entries entries = entries_of<OPTIONS>(f, odd + b, code);
+        const Entries entries = entries_of<TEAM>(f, odd + b, code);
         here[b] = entries.place ? height + entries.place - 1 : b;
-        f.columns[here[b]] = (odd + b) * SIZE + entries.code;
-        f.columns[b] = (odd + b) * SIZE + code;
+        columns[here[b]] = (odd + b) * SIZE + entries.code;
+        columns[b] = (odd + b) * SIZE + code;
         height += entries.count;
     }
-    const int room = CELLS / height;  // even entries in the table at a time
+    const int room = CELLS / TEAMS / height;  // even entries in the table at a time
     const unsigned inverse = (1 << 20) / height + 1;
 #pragma unroll 1
     for (int a = 0; a < LENGTH; ++a) {
         const int code = __shfl_sync(ALL, incoming, even + a);
-        const Entries entries = entries_of<OPTIONS>(f, even + a, code);
-        f.rows[entries.place] = (even + a) * SIZE + entries.code;
-        f.rows[0] = (even + a) * SIZE + code;
-        f.row[option] = entries.place * OPTIONS;
-        float common = 0;  // of even entry `lane` with the odd group's incoming codes
+        const Entries entries = entries_of<TEAM>(f, even + a, code);
+        rows[entries.place] = (even + a) * SIZE + entries.code;
+        rows[0] = (even + a) * SIZE + code;
+        row[option] = entries.place * TEAM;
 #pragma unroll 1
-        for (int first = 0; first <= entries.count; first += room) {
+        for (int first = 0; __any_sync(ALL, first <= entries.count); first += room) {
             const int last = min(entries.count + 1, first + room);
             __syncwarp();
 #pragma unroll UNROLLED
-            for (int cell = lane; cell < (last - first) * height; cell += LANES) {
+            for (int cell = option; cell < (last - first) * height; cell += TEAM) {
                 const int j = cell * inverse >> 20;  // cell / height
-                copy_async(f.table + cell, gram + f.rows[first + j] * WIDTH + f.columns[cell - j * height]);
+                copy_async(table + cell, gram + rows[first + j] * WIDTH + columns[cell - j * height]);
             }
             wait_for_copies();
             __syncwarp();
 #pragma unroll UNROLLED
-            for (int j = first + half; j < last; j += HALVES) {
-                const float* cells = f.table + (j - first) * height;
+            for (int j = first; j < last; ++j) {
+                const float* cells = table + (j - first) * height;
                 float sum = 0;
 #pragma unroll
                 for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]];
-                f.field[j * OPTIONS + option] = sum;
+                field[j * TEAM] = sum;
             }
-            if (lane >= first && lane < last) {
-                const float* cells = f.table + (lane - first) * height;
+            for (int j = first + option; j < last; j += TEAM) {
+                const float* cells = table + (j - first) * height;
+                float sum = 0;
 #pragma unroll
-                for (int b = 0; b < LENGTH; ++b) common += cells[b];
+                for (int b = 0; b < LENGTH; ++b) sum += cells[b];
+                common[j] = sum;
             }
         }
         __syncwarp();
-        odd_cost += __shfl_sync(ALL, common, 0) - f.field[option];
-        even_cost -= __shfl_sync(ALL, common, entries.place);
+        odd_cost += common[0] - field[0];
+        even_cost -= common[entries.place];
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) values[i] += f.field[f.row[i * HALVES + half] + option];
+        for (int i = 0; i < TEAM; ++i) values[i] += field[row[i]];
         __syncwarp();
     }
 }
 
 // The same for codebooks, whose options are their kept codes: all of these products are needed.
-template <int COUNT>
 __device__ inline void add_products_of_two(const Frame& f, const float* __restrict__ gram, int pair, int incoming,
-                                           float& even_cost, float& odd_cost, float (&values)[COUNT]) {
-    const int option = threadIdx.x % SINGLE, half = threadIdx.x / SINGLE, even = 2 * pair, odd = even + 1;
+                                           float& even_cost, float& odd_cost, float (&values)[SINGLE]) {
+    const int option = threadIdx.x % SINGLE, even = 2 * pair, odd = even + 1;
     const int row = (even * SIZE + f.kept[even][option]) * WIDTH, column = odd * SIZE + f.kept[odd][option];
     const int old_row = (even * SIZE + __shfl_sync(ALL, incoming, even)) * WIDTH;
     const int old_column = odd * SIZE + __shfl_sync(ALL, incoming, odd);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) values[i] = gram[__shfl_sync(ALL, row, 2 * i + half) + column];
-    const float of_one = half ? gram[old_row + column] : gram[row + old_column];
-    even_cost -= __shfl_sync(ALL, of_one, option);
-    odd_cost += gram[old_row + old_column] - __shfl_sync(ALL, of_one, SINGLE + option);
+    for (int i = 0; i < SINGLE; ++i) values[i] = gram[__shfl_sync(ALL, row, first_lane<SINGLE>() + i) + column];
+    even_cost -= gram[row + old_column];
+    odd_cost += gram[old_row + old_column] - gram[old_row + column];
 }
 
 // Merges groups of LENGTH codebooks pairwise.
 template <int LENGTH>
 __device__ inline void merge(Frame& f, const float* __restrict__ gram, int incoming) {
-    constexpr int OPTIONS = options_of(LENGTH), HALVES = LANES / OPTIONS, COUNT = OPTIONS / HALVES;
-    constexpr bool LAST = 2 * LENGTH == CODEBOOKS;
-    constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH);
-    const int lane = threadIdx.x, option = lane % OPTIONS, half = lane / OPTIONS;
+    constexpr int OPTIONS = options_of(LENGTH), TEAMS = LANES / OPTIONS, PAIRS = CODEBOOKS / 2 / LENGTH;
+    constexpr bool LAST = PAIRS == 1;
+    constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH), EACH = NEXT > OPTIONS ? NEXT / OPTIONS : 1;
+    const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
+    unsigned short* const chosen = f.chosen + team * MOST;
 #pragma unroll 1
-    for (int pair = 0; pair < CODEBOOKS / 2 / LENGTH; ++pair) {
+    for (int first = 0; first < PAIRS; first += TEAMS) {
+        const int pair = min(first + team, PAIRS - 1);  // one alone is merged by every team
         float even_cost = f.cost[2 * pair * OPTIONS + option], odd_cost = f.cost[(2 * pair + 1) * OPTIONS + option];
-        float values[COUNT] = {};
+        float values[OPTIONS] = {};
         if constexpr (LENGTH == 1) add_products_of_two(f, gram, pair, incoming, even_cost, odd_cost, values);
         else add_products<LENGTH>(f, gram, pair, incoming, even_cost, odd_cost, values);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) values[i] += odd_cost + __shfl_sync(ALL, even_cost, i * HALVES + half);
+        for (int i = 0; i < OPTIONS; ++i) values[i] += odd_cost + __shfl_sync(ALL, even_cost, team * OPTIONS + i);
         if constexpr (LAST) {
             float lowest = values[0];
-            int found = lane;
+            int found = option;
 #pragma unroll
-            for (int i = 1; i < COUNT; ++i)
+            for (int i = 1; i < OPTIONS; ++i)
                 if (values[i] < lowest) {
                     lowest = values[i];
-                    found = i * LANES + lane;
+                    found = i * OPTIONS + option;
                 }
-            f.chosen[0] = __reduce_min_sync(ALL, lowest == warp_min(lowest) ? found : OPTIONS * OPTIONS);
+            chosen[0] = __reduce_min_sync(ALL, lowest == team_min<OPTIONS>(lowest) ? found : OPTIONS * OPTIONS);
         } else {
-            select<NEXT>(values, f.candidates, [&](int n, float value, int options) {
-                f.chosen[n] = options;
+            select<NEXT, OPTIONS>(values, f.candidates, [&](int n, float value, int options) {
+                chosen[n] = options;
                 f.cost[pair * NEXT + n] = value;  // in the place of groups already merged
             });
         }
         __syncwarp();
-        const int chosen = f.chosen[lane % NEXT];
 #pragma unroll
         for (int i = 0; i < 2 * LENGTH; ++i) {
-            const int c = 2 * pair * LENGTH + i;
-            const int slot = f.slot[c][option];
-            f.slot[c][lane] = __shfl_sync(ALL, slot, i < LENGTH ? chosen / OPTIONS : chosen % OPTIONS);
+            const int c = 2 * pair * LENGTH + i, slot = f.slot[c][option];
+            int next[EACH];
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) {
+                const int options = chosen[(n * OPTIONS + option) % NEXT];
+                const int from = i < LENGTH ? options / OPTIONS : options % OPTIONS;
+                next[n] = __shfl_sync(ALL, slot, team * OPTIONS + from);
+            }
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) f.slot[c][n * OPTIONS + option] = next[n];
         }
         __syncwarp();
     }
 }
 
-// Numbers 4 * lane to 4 * lane + 3 of every 128 of a row of SIZE: its order within a warp.
-__device__ inline int centre(int i, int lane) { return i / 4 * 4 * LANES + 4 * lane + i % 4; }
+// Numbers 4 * lane to 4 * lane + 3 of every 4 * TEAM of a row of SIZE: its order within a team.
+template <int TEAM>
+__device__ inline int centre(int i, int lane) { return i / 4 * 4 * TEAM + 4 * lane + i % 4; }
 
-__device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZE / LANES]) {
+template <int COUNT>
+__device__ inline void load_row(const float* row, int lane, float (&numbers)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < SIZE / LANES; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(row + centre(i, lane));
+    for (int i = 0; i < COUNT; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(row + centre<SIZE / COUNT>(i, lane));
         numbers[i] = four.x;
         numbers[i + 1] = four.y;
         numbers[i + 2] = four.z;
@@ -319,11 +372,12 @@ __device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZ
     }
 }
 
-__device__ inline void store_row(const float (&numbers)[SIZE / LANES], int lane, float* row) {
+template <int COUNT>
+__device__ inline void store_row(const float (&numbers)[COUNT], int lane, float* row) {
 #pragma unroll
-    for (int i = 0; i < SIZE / LANES; i += 4) {
+    for (int i = 0; i < COUNT; i += 4) {
         const float4 four = {numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]};
-        *reinterpret_cast<float4*>(row + centre(i, lane)) = four;
+        *reinterpret_cast<float4*>(row + centre<SIZE / COUNT>(i, lane)) = four;
     }
 }
 
@@ -346,19 +400,19 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
     unsigned changed;
     for (;;) {
 #pragma unroll 1
-        for (int c = 0; c < CODEBOOKS; ++c) {
+        for (int c = lane / SINGLE; c < CODEBOOKS; c += LANES / SINGLE) {
             // Costs of the codebook's centres, given the other codebooks' codes.
-            float costs[COUNT], product[COUNT], own[COUNT];
-            load_row(half_norms + c * SIZE, lane, costs);
-            load_row(products + c * SIZE, lane, product);
-            load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane, own);
+            float costs[SINGLE], product[SINGLE], own[SINGLE];
+            load_row(half_norms + c * SIZE, lane % SINGLE, costs);
+            load_row(products + c * SIZE, lane % SINGLE, product);
+            load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane % SINGLE, own);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
-            select<SINGLE>(costs, f.candidates, [&](int n, float value, int place) {
-                f.kept[c][n] = centre(place / LANES, place % LANES);
+            for (int i = 0; i < SINGLE; ++i) costs[i] -= unit * product[i] + own[i];
+            select<SINGLE, SINGLE>(costs, f.candidates, [&](int n, float value, int place) {
+                f.kept[c][n] = centre<SINGLE>(place / SINGLE, place % SINGLE);
                 f.cost[c * SINGLE + n] = value;
             });
-            f.slot[c][lane] = lane;
+            f.slot[c][lane % SINGLE] = lane % SINGLE;
         }
         __syncwarp();
         merge<1>(f, gram, incoming);
@@ -389,6 +443,7 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
             for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] / unit;
             store_row(product, lane, products + c * SIZE);
         }
+        __syncwarp();
         incoming = outgoing;
     }
     if (lane < CODEBOOKS) codes[lane] = outgoing;
@@ -400,7 +455,7 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
 
 __device__ inline float block_max(float value) {
     __shared__ float found[WARPS];
-    value = warp_max(value);
+    value = team_max<LANES>(value);
     if (threadIdx.x % LANES == 0) found[threadIdx.x / LANES] = value;
     __syncthreads();
     value = found[0];
@@ -469,10 +524,10 @@ classify(const float* __restrict__ logits, const float* __restrict__ scale, floa
             const float logit = products[i] * unit + shift[i];
             if (logit > best) {
                 best = logit;
-                code = centre(i, lane);
+                code = centre<LANES>(i, lane);
             }
         }
-        const float highest = warp_max(best);
+        const float highest = team_max<LANES>(best);
         code = __reduce_min_sync(ALL, best == highest ? code : SIZE);
         if (lane == 0) codes[frame * CODEBOOKS + c] = code;
     }
