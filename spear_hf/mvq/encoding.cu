@@ -67,8 +67,8 @@ struct Frame {
     float common[2 * ENTRIES];                // of even entries with the incoming codes of the odd group
     float cost[CODEBOOKS * SINGLE];           // by group and option
     int row[LANES];                           // of `field`, by even option
+    int rows[2 * ENTRIES];                    // of the Gram matrix, of entries of an even codebook: places of numbers
     unsigned short columns[COLUMNS];          // entries of the odd group: places of centres
-    unsigned short rows[2 * ENTRIES];         // of an even codebook
     unsigned short chosen[2 * MOST];          // pairs of options that a merge keeps
     unsigned char kept[CODEBOOKS][SINGLE];    // codes by slot
     unsigned char slot[CODEBOOKS][MOST];      // by option of the codebook's group
@@ -174,12 +174,12 @@ __device__ inline void select(const float (&values)[COUNT], Candidate* candidate
             own = taken ? below + equal : below;
         }
     }
-    int n = team_prefix<TEAM>(own);
+    const int n = team_prefix<TEAM>(own);
     const int all = __shfl_sync(ALL, n, first_lane<TEAM>() + TEAM - 1);
-    n -= own;
+    Candidate* next = candidates + n - own;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        if (values[i] <= bound) candidates[n++] = {values[i], i * TEAM + lane};
+        if (values[i] <= bound) *next++ = {values[i], i * TEAM + lane};
     __syncwarp();
     Candidate mine[ROOM / TEAM];
 #pragma unroll
@@ -232,7 +232,7 @@ __device__ inline void add_products(Frame& f, const float* __restrict__ gram, in
     const int option = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
     const int even = 2 * pair * LENGTH, odd = even + LENGTH;
     unsigned short* const columns = f.columns + team * (LENGTH * ENTRIES);
-    unsigned short* const rows = f.rows + team * ENTRIES;
+    int* const rows = f.rows + team * ENTRIES;
     float* const table = f.table + team * (CELLS / TEAMS);
     float* const field = f.field + team * (ENTRIES * TEAM) + option;
     float* const common = f.common + team * ENTRIES;
@@ -253,8 +253,8 @@ __device__ inline void add_products(Frame& f, const float* __restrict__ gram, in
     for (int a = 0; a < LENGTH; ++a) {
         const int code = __shfl_sync(ALL, incoming, even + a);
         const Entries entries = entries_of<TEAM>(f, even + a, code);
-        rows[entries.place] = (even + a) * SIZE + entries.code;
-        rows[0] = (even + a) * SIZE + code;
+        rows[entries.place] = ((even + a) * SIZE + entries.code) * WIDTH;
+        rows[0] = ((even + a) * SIZE + code) * WIDTH;
         row[option] = entries.place * TEAM;
 #pragma unroll 1
         for (int first = 0; __any_sync(ALL, first <= entries.count); first += room) {
@@ -263,7 +263,7 @@ __device__ inline void add_products(Frame& f, const float* __restrict__ gram, in
 #pragma unroll UNROLLED
             for (int cell = option; cell < (last - first) * height; cell += TEAM) {
                 const int j = cell * inverse >> 20;  // cell / height
-                copy_async(table + cell, gram + rows[first + j] * WIDTH + columns[cell - j * height]);
+                copy_async(table + cell, gram + (rows[first + j] + columns[cell - j * height]));
             }
             wait_for_copies();
             __syncwarp();
@@ -395,7 +395,7 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
     codes += frame * CODEBOOKS;
     products += (long long)blockIdx.x * WIDTH;
     int incoming = lane < CODEBOOKS ? codes[lane] : 0, outgoing;
-    const float unit = scale[blockIdx.x] * centre_scale;
+    const float unit = scale[blockIdx.x] * centre_scale, inverse = 1 / unit;  // powers of two
     int passes = left[frame];
     unsigned changed;
     for (;;) {
@@ -440,7 +440,7 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
             }
             load_row(products + c * SIZE, lane, product);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] / unit;
+            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] * inverse;
             store_row(product, lane, products + c * SIZE);
         }
         __syncwarp();
