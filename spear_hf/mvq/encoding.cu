@@ -196,7 +196,8 @@ __device__ inline void select(const float (&values)[COUNT], Candidate* candidate
     }
     // First those that are <= low, then, if these are too few, those that are equal to `high`.
     int placed = 0;
-    for (float from = -INFINITY, to = low; __any_sync(ALL, placed < KEEP); from = low, to = high) {
+    float from = -INFINITY, to = low;
+    for (int round = 0; round < 2 && __any_sync(ALL, placed < KEEP); ++round, from = low, to = high) {
 #pragma unroll
         for (const Candidate& candidate : mine) {
             const bool taken = candidate.value > from && candidate.value <= to;
