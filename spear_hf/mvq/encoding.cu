@@ -1,6 +1,7 @@
 // Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 //
-// Encoding of the multi-codebook quantiser, the part between and after its two matrix products: one block a frame.
+// Encoding of the multi-codebook quantiser, the part between and after its two matrix products. A warp refines a frame
+// alone; the other kernels have a block for each.
 // Compiled at run time by cuda_encoder.py, which defines CODEBOOKS (2, 4, 8 or 16), WARPS, BLOCKS (a
 // multiprocessor's, at least), CELLS and UNROLL. tests/cuda_on_cpu.h
 // lets a C++ compiler take the same text.
