@@ -126,6 +126,7 @@ static void run(int blocks, int size, unsigned seed, std::function<void()> kerne
 }  // namespace cuda_on_cpu
 
 static inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::block); }
+static inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::warps[threadIdx.x / 32]); }
 
 static inline unsigned __ballot_sync(unsigned, bool vote) {
     const unsigned* votes = cuda_on_cpu::exchange(vote);
@@ -133,6 +134,8 @@ static inline unsigned __ballot_sync(unsigned, bool vote) {
     for (int i = 0; i < 32; ++i) result |= votes[i] << i;
     return result;
 }
+
+static inline bool __any_sync(unsigned all, bool vote) { return __ballot_sync(all, vote); }
 
 template <typename Number>
 static inline Number __shfl_sync(unsigned, Number value, int lane) {

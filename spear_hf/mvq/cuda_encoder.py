@@ -25,9 +25,9 @@ SOURCE = Path(__file__).with_name("encoding.cu")
 ROWS = 2048  # of every matrix product, as the order of summation may depend on the shape; the last ones are filled up
 TILES = 16  # of ROWS frames, in work at a time
 TILES_AT_ONCE = 4  # of these in a launch of a kernel, which ends with few blocks for the many multiprocessors
-WARPS = 4  # of a block
-BLOCKS = 6  # of `refine` on a multiprocessor, at least: limits its registers
-CELLS = 3072  # numbers that a merge looks up at a time
+WARPS = 4  # of a block; `refine` has one
+BLOCKS = 20  # of `refine` on a multiprocessor, at least: limits its registers
+CELLS = 512  # numbers that a merge looks up at a time
 UNROLL = 1  # of the kernel's inner loops: more work at a time, but more code to fetch
 CODEBOOKS = (2, 4, 8, 16)
 LARGE = 1e15
@@ -51,7 +51,7 @@ class Kernels:
             raise CudaUnavailable(f"products of float16 with sums in float32 need torch 2.8: {error}") from error
 
     def __call__(self, name: str, blocks: int, *arguments: Any) -> None:
-        self._module.launch(name, blocks, 32 * WARPS, *arguments)
+        self._module.launch(name, blocks, 32 * (1 if name == "refine" else WARPS), *arguments)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """float16 (rows, width), (columns, width) -> float32 `out` (rows, columns)."""

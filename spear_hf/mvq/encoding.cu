@@ -1,6 +1,7 @@
 // Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 //
-// Encoding of the multi-codebook quantiser, the part between and after its two matrix products: one block a frame.
+// Encoding of the multi-codebook quantiser, the part between and after its two matrix products. A warp refines a frame
+// alone; the other kernels have a block for each.
 // Compiled at run time by cuda_encoder.py, which defines CODEBOOKS (2, 4, 8 or 16), WARPS, BLOCKS (a
 // multiprocessor's, at least), CELLS and UNROLL. tests/cuda_on_cpu.h
 // lets a C++ compiler take the same text.
@@ -43,282 +44,329 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr int SINGLE = 16;                 // options kept of a codebook: refinement.cutoff(256, 1)
 constexpr int MOST = 32;                   // options kept of a group at most
 constexpr int ENTRIES = SINGLE + 1;        // of a codebook: the incoming code, and the kept ones that differ from it
-constexpr int COLUMNS = CODEBOOKS / 2 * ENTRIES;
-constexpr int FIELD_CELLS = 8 * ENTRIES * SINGLE;
+constexpr int COLUMNS = (CODEBOOKS < 8 ? 4 : CODEBOOKS / 2) * ENTRIES;
+constexpr int GUESSES = 6;                 // of `select`, cheap ones
 constexpr int HALF_RANGE = 13;           // splits have their largest number in 2^13 to 2^14
 constexpr float TINY = 1e-30f;             // frames below are as good as zero
 constexpr float LARGE = 1e15f;             // sums of squares of numbers below are finite
 
 __device__ constexpr int options_of(int length) { return length < 4 ? 16 : 32; }  // refinement.cutoff(256, length)
 
-struct Shared {
-    float table[CELLS];                    // inner products of even entries with odd ones
-    float field[FIELD_CELLS];              // of even entries with odd options
-    float common[COLUMNS];                 // of even entries with the incoming codes of the odd group
-    float sums[CODEBOOKS / 2 * SINGLE * SINGLE > 1024 ? CODEBOOKS / 2 * SINGLE * SINGLE : 1024];
-    float cost[CODEBOOKS][MOST];           // by group and option
-    int start[CODEBOOKS], count[CODEBOOKS];
-    int incoming[CODEBOOKS], outgoing[CODEBOOKS];
-    unsigned short kept[CODEBOOKS][SINGLE];      // codes by slot
-    unsigned short list[CODEBOOKS][ENTRIES];     // entries by codebook: places of centres
-    unsigned short flat[2][COLUMNS];             // entries of even groups, of odd groups
-    unsigned short chosen[CODEBOOKS / 2][MOST];  // pairs of options that a merge keeps
-    unsigned char slot[2][CODEBOOKS][MOST];      // by codebook and option of its group
-    unsigned char place[CODEBOOKS][MOST];        // entry, likewise
+struct alignas(8) Candidate {
+    float value;
+    int place;
 };
 
-__device__ inline float warp_min(float value) {
-    for (int step = 16; step; step /= 2) value = fminf(value, __shfl_xor_sync(ALL, value, step));
+// What a warp has in shared memory, of the frame it works on. The 32 lanes are one team, or two teams of 16, each with
+// a pair of groups of its own.
+struct Frame {
+    union {
+        float table[CELLS];                   // inner products of even entries with odd ones
+        Candidate candidates[4 * MOST];       // of `select`
+    };
+    float field[ENTRIES * MOST];              // of even entries with odd options
+    float common[2 * ENTRIES];                // of even entries with the incoming codes of the odd group
+    float cost[CODEBOOKS * SINGLE];           // by group and option
+    int row[LANES];                           // of `field`, by even option
+    int rows[2 * ENTRIES];                    // of the Gram matrix, of entries of an even codebook: places of numbers
+    unsigned short columns[COLUMNS];          // entries of the odd group: places of centres
+    unsigned short chosen[2 * MOST];          // pairs of options that a merge keeps
+    unsigned char kept[CODEBOOKS][SINGLE];    // codes by slot
+    unsigned char slot[CODEBOOKS][MOST];      // by option of the codebook's group
+};
+
+// The first lane of this lane's team.
+template <int TEAM>
+__device__ inline int first_lane() { return threadIdx.x % LANES / TEAM * TEAM; }
+
+// The team's part of a word that has TEAM bits of every team.
+template <int TEAM>
+__device__ inline unsigned own_bits(unsigned word) {
+    if constexpr (TEAM == LANES) return word;
+    else return word >> first_lane<TEAM>() & ((1u << TEAM) - 1);
+}
+
+template <int TEAM>
+__device__ inline unsigned team_ballot(bool vote) { return own_bits<TEAM>(__ballot_sync(ALL, vote)); }
+
+// Of small numbers.
+template <int TEAM>
+__device__ inline int team_sum(int value) { return own_bits<TEAM>(__reduce_add_sync(ALL, value << first_lane<TEAM>())); }
+
+template <int TEAM>
+__device__ inline float team_min(float value) {
+#pragma unroll
+    for (int step = TEAM / 2; step; step /= 2) value = fminf(value, __shfl_xor_sync(ALL, value, step));
     return value;
 }
 
-__device__ inline float warp_max(float value) { return -warp_min(-value); }
+template <int TEAM>
+__device__ inline float team_max(float value) { return -team_min<TEAM>(-value); }
+
+// Of the team's lanes up to this one, this one included.
+template <int TEAM>
+__device__ inline int team_prefix(int value) {
+#pragma unroll
+    for (int step = 1; step < TEAM; step *= 2) {
+        const int before = __shfl_up_sync(ALL, value, step);
+        if (threadIdx.x % TEAM >= step) value += before;
+    }
+    return value;
+}
 
 template <int COUNT>
-__device__ inline int warp_count(const float (&values)[COUNT], float bound) {
-    unsigned count = 0;
+__device__ inline int count_below(const float (&values)[COUNT], float bound) {
+    int count = 0;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) count += values[i] <= bound;
-    return __reduce_add_sync(ALL, count);
+    return count;
 }
 
-// `put(n, i)`, n = 0 .. KEEP - 1, for the lowest values of a warp; of equal ones at the bound those of lower i, then lane.
-template <int KEEP, int COUNT, typename Put>
-__device__ inline void select(const float (&values)[COUNT], Put put) {
-    const int lane = threadIdx.x % LANES;
-    float lowest = values[0];
-#pragma unroll
-    for (int i = 1; i < COUNT; ++i) lowest = fminf(lowest, values[i]);
-    // At least KEEP values are <= high. The lanes' lowest tell cheaply about where the bound lies.
-    const float low = warp_min(lowest);
-    float high = warp_max(lowest), guess = low;
-    if constexpr (KEEP < LANES) {
-        for (;;) {
-            const float middle = guess + 0.5f * (high - guess);
-            if (!(middle > guess && middle < high)) break;
-            const int lanes = __popc(__ballot_sync(ALL, lowest <= middle));
-            if (lanes >= KEEP) high = middle;
-            else guess = middle;
-            if (lanes == KEEP) break;
-        }
-    }
-    // `count` values, at most KEEP, are <= cut.
-    float cut = -INFINITY, bottom = low;
-    int count = 0;
-    const auto probe = [&](float bound) {
-        const int below = warp_count(values, bound);
-        if (below > KEEP) {
-            high = bound;
-        } else {
-            cut = bound;
-            count = below;
-        }
-    };
-    float middle = guess > low ? guess : low + 0.5f * (high - low);
-    while (count < KEEP && middle > bottom && middle < high) {
-        probe(middle);
-        bottom = fmaxf(low, cut);
-        middle = bottom + 0.5f * (high - bottom);
-    }
-    if (count < KEEP && cut < low) probe(low);
+// Halfway from `low` to `high`; whether that is a number between them.
+__device__ inline bool halfway(float low, float high, float& middle) {
+    middle = low + 0.5f * (high - low);
+    return middle > low && middle < high;
+}
 
-    int own = 0;
+// `put(n, value, place)`, n = 0 .. KEEP - 1, for the lowest values of a team, where values[i] of its lane l has the place
+// i * TEAM + l. Which of equal ones at the bound are among them depends on nothing but the values. The teams of a warp go
+// through the loops together; what one has found, further rounds leave as it is.
+template <int KEEP, int TEAM, int COUNT, typename Put>
+__device__ inline void select(const float (&values)[COUNT], Candidate* candidates, Put put) {
+    constexpr int ROOM = 2 * KEEP;
+    static_assert(COUNT <= ROOM - KEEP && COUNT * TEAM > ROOM);
+    const int lane = threadIdx.x % TEAM;
+    candidates += first_lane<TEAM>() / TEAM * ROOM;
+    float lowest = values[0], highest = values[0];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) own += values[i] <= cut;
-    int n = own;
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        const int before = __shfl_up_sync(ALL, n, step);
-        if (lane >= step) n += before;
+    for (int i = 1; i < COUNT; ++i) {
+        lowest = fminf(lowest, values[i]);
+        highest = fmaxf(highest, values[i]);
     }
-    n -= own;
+    // Fewer than KEEP values are <= low, and at least KEEP <= high.
+    float low = team_min<TEAM>(lowest), bound = team_max<TEAM>(lowest), middle;
+    float high = KEEP > TEAM ? team_max<TEAM>(highest) : bound;
+    low -= 1e-6f * fabsf(low) + TINY;
+    // A bound that the lowest values of about half of the lanes meet is a cheap guess.
+    float left = low;
+#pragma unroll
+    for (int step = 0; step < GUESSES; ++step) {
+        halfway(left, bound, middle);
+        (__popc(team_ballot<TEAM>(lowest <= middle)) <= TEAM / 2 ? left : bound) = middle;
+    }
+    // From KEEP to ROOM values are <= bound.
+    int own;
+    bool tied, more;
+    do {
+        own = count_below(values, bound);
+        const int all = team_sum<TEAM>(own);
+        const bool fits = all >= KEEP && all <= ROOM;
+        (all < KEEP ? low : high) = bound;
+        more = !fits && halfway(low, high, middle);
+        tied = !fits && !more;
+        if (more) bound = middle;
+    } while (__any_sync(ALL, more));
+    if (__any_sync(ALL, tied)) {
+        // Many equal ones: they are taken from the first lanes.
+        const int below = count_below(values, low), equal = count_below(values, high) - below;
+        const bool taken = team_sum<TEAM>(below) + team_prefix<TEAM>(equal) - equal < KEEP;
+        if (tied) {
+            bound = taken ? high : low;
+            own = taken ? below + equal : below;
+        }
+    }
+    const int n = team_prefix<TEAM>(own);
+    const int all = __shfl_sync(ALL, n, first_lane<TEAM>() + TEAM - 1);
+    Candidate* next = candidates + n - own;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-        if (values[i] <= cut) put(n++, i);
-    if (count == KEEP) return;
+        if (values[i] <= bound) *next++ = {values[i], i * TEAM + lane};
+    __syncwarp();
+    Candidate mine[ROOM / TEAM];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        const bool tie = values[i] > cut && values[i] <= high;
-        const unsigned ties = __ballot_sync(ALL, tie);
-        n = count + __popc(ties & ((1u << lane) - 1));
-        if (tie && n < KEEP) put(n, i);
-        count += __popc(ties);
+    for (int i = 0; i < ROOM / TEAM; ++i) {
+        mine[i] = candidates[i * TEAM + lane];
+        if (i * TEAM + lane >= all) mine[i].value = INFINITY;
+    }
+    while (__any_sync(ALL, halfway(low, high, middle))) {
+        int below = 0;
+#pragma unroll
+        for (const Candidate& candidate : mine) below += __popc(team_ballot<TEAM>(candidate.value <= middle));
+        (below < KEEP ? low : high) = middle;
+        if (below == KEEP) low = high;
+    }
+    // First those that are <= low, then, if these are too few, those that are equal to `high`.
+    int placed = 0;
+    float from = -INFINITY, to = low;
+    for (int round = 0; round < 2 && __any_sync(ALL, placed < KEEP); ++round, from = low, to = high) {
+#pragma unroll
+        for (const Candidate& candidate : mine) {
+            const bool taken = candidate.value > from && candidate.value <= to;
+            const unsigned lanes = team_ballot<TEAM>(taken);
+            const int n = placed + __popc(lanes & ((1u << lane) - 1));
+            if (taken && n < KEEP) put(n, candidate.value, candidate.place);
+            placed += __popc(lanes);
+        }
     }
 }
 
-// Merges groups of LENGTH codebooks pairwise; the last merge writes `outgoing`. `slots` says which of s.slot is filled.
-template <int LENGTH>
-__device__ inline void merge(Shared& s, const float* __restrict__ gram, int slots) {
-    constexpr int PAIRS = CODEBOOKS / 2 / LENGTH, OPTIONS = options_of(LENGTH), TEAMS = THREADS / OPTIONS;
-    constexpr bool LAST = PAIRS == 1;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
+// The kept codes of a codebook in use that differ from the incoming one.
+struct Entries {
+    int count, place, code;  // of this lane's option: its place among them, from 1, or 0 if it has the incoming code
+};
 
-    // The entries in use of every codebook, and which of them each option has.
-#pragma unroll UNROLLED
-    for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        unsigned bit = 0;
-        int code = 0;
-        if (lane < OPTIONS) {
-            const int slot = s.slot[slots][c][lane];
-            code = s.kept[c][slot];
-            if (code != s.incoming[c]) bit = 1u << slot;
-        }
-        const unsigned used = __reduce_or_sync(ALL, bit);
-        const int place = bit ? 1 + __popc(used & (bit - 1)) : 0;
-        if (lane < OPTIONS) {
-            s.place[c][lane] = place;
-            s.list[c][place] = c * SIZE + code;
-        }
-        if (lane == 0) {
-            s.list[c][0] = c * SIZE + s.incoming[c];
-            s.count[c] = 1 + __popc(used);
-        }
-    }
-    __syncthreads();
-#pragma unroll UNROLLED
-    for (int c = warp; c < CODEBOOKS; c += WARPS) {
-        const bool odd = c / LENGTH % 2;
-        const unsigned before = lane < c && lane / LENGTH % 2 == odd ? s.count[lane] : 0;
-        const int start = __reduce_add_sync(ALL, before);
-        if (lane < s.count[c]) s.flat[odd][start + lane] = s.list[c][lane];
-        if (lane == 0) s.start[c] = start;
-    }
-    __syncthreads();
+template <int TEAM>
+__device__ inline Entries entries_of(const Frame& f, int c, int incoming) {
+    const int slot = f.slot[c][threadIdx.x % TEAM], code = f.kept[c][slot];
+    const unsigned bit = code == incoming ? 0 : 1u << slot;
+    const unsigned used = own_bits<TEAM>(__reduce_or_sync(ALL, bit << first_lane<TEAM>()));
+    return {__popc(used), bit ? 1 + __popc(used & (bit - 1)) : 0, code};
+}
 
-    const auto rows = [&](int pair) {  // entries of the pair's odd group
-        const int odd = (2 * pair + 1) * LENGTH, last = odd + LENGTH - 1;
-        return s.start[last] + s.count[last] - s.start[odd];
-    };
-    int stride = 0;
-    for (int pair = 0; pair < PAIRS; ++pair) stride = max(stride, rows(pair));
-    // As many even codebooks at a time as there is room for: nearly always all.
-    for (int first = 0, end; first < CODEBOOKS / 2; first = end) {
-        const int origin = s.start[first / LENGTH * 2 * LENGTH + first % LENGTH];
-        int columns = 0;
-        for (end = first; end < CODEBOOKS / 2; ++end) {
-            const int more = columns + s.count[end / LENGTH * 2 * LENGTH + end % LENGTH];
-            if (more * stride > CELLS || more * OPTIONS > FIELD_CELLS) break;
-            columns = more;
-        }
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int even = 2 * pair * LENGTH, odd = even + LENGTH;
-            const int left = max(s.start[even], origin);
-            const int right = min(s.start[odd - 1] + s.count[odd - 1], origin + columns);
-            const unsigned short* places = s.flat[1] + s.start[odd];
-            const int height = rows(pair);
-            // Another warp begins with every pair, as pairs may have few columns.
-#pragma unroll UNROLLED
-            for (int column = left + (warp + pair) % WARPS; column < right; column += WARPS) {
-                const float* products = gram + s.flat[0][column] * WIDTH;
-                float* cells = s.table + (column - origin) * stride;
-#pragma unroll 1
-                for (int row = lane; row < height; row += LANES) copy_async(cells + row, products + places[row]);
-            }
-        }
-        wait_for_copies();
-        __syncthreads();
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int even = 2 * pair * LENGTH, odd = even + LENGTH;
-            const int left = max(s.start[even], origin);
-            const int right = min(s.start[odd - 1] + s.count[odd - 1], origin + columns);
-            int here[LENGTH], incoming[LENGTH];
+// What merging a pair of groups of LENGTH codebooks adds to the costs of its options: the inner products of the even
+// options' differences from the incoming codes with the odd ones'. With e of an even option, o of an odd one, and the
+// incoming codes e', o', that is e.o - e.o' - e'.o + e'.o'. The first goes to `values`, by even option, the others to the
+// costs of the even and of the odd option of the lane. `incoming` is codebook `threadIdx.x`'s.
+template <int LENGTH, int TEAM>
+__device__ inline void add_products(Frame& f, const float* __restrict__ gram, int pair, int incoming,
+                                    float& even_cost, float& odd_cost, float (&values)[TEAM]) {
+    constexpr int TEAMS = LANES / TEAM;
+    const int option = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+    const int even = 2 * pair * LENGTH, odd = even + LENGTH;
+    unsigned short* const columns = f.columns + team * (LENGTH * ENTRIES);
+    int* const rows = f.rows + team * ENTRIES;
+    float* const table = f.table + team * (CELLS / TEAMS);
+    float* const field = f.field + team * (ENTRIES * TEAM) + option;
+    float* const common = f.common + team * ENTRIES;
+    int* const row = f.row + team * TEAM;
+    int here[LENGTH], height = LENGTH;  // the first columns are the incoming codes
 #pragma unroll
-            for (int b = 0; b < LENGTH; ++b) {
-                incoming[b] = s.start[odd + b] - s.start[odd];
-                here[b] = incoming[b] + s.place[odd + b][option];
-            }
+    for (int b = 0; b < LENGTH; ++b) {
+        const int code = __shfl_sync(ALL, incoming, odd + b);
+        const Entries entries = entries_of<TEAM>(f, odd + b, code);
+        here[b] = entries.place ? height + entries.place - 1 : b;
+        columns[here[b]] = (odd + b) * SIZE + entries.code;
+        columns[b] = (odd + b) * SIZE + code;
+        height += entries.count;
+    }
+    const int room = CELLS / TEAMS / height;  // even entries in the table at a time
+    const unsigned inverse = (1 << 20) / height + 1;
+#pragma unroll 1
+    for (int a = 0; a < LENGTH; ++a) {
+        const int code = __shfl_sync(ALL, incoming, even + a);
+        const Entries entries = entries_of<TEAM>(f, even + a, code);
+        rows[entries.place] = ((even + a) * SIZE + entries.code) * WIDTH;
+        rows[0] = ((even + a) * SIZE + code) * WIDTH;
+        row[option] = entries.place * TEAM;
+#pragma unroll 1
+        for (int first = 0; __any_sync(ALL, first <= entries.count); first += room) {
+            const int last = min(entries.count + 1, first + room);
+            __syncwarp();
 #pragma unroll UNROLLED
-            for (int column = left + (team + pair) % TEAMS; column < right; column += TEAMS) {
-                const float* cells = s.table + (column - origin) * stride;
+            for (int cell = option; cell < (last - first) * height; cell += TEAM) {
+                const int j = cell * inverse >> 20;  // cell / height
+                copy_async(table + cell, gram + (rows[first + j] + columns[cell - j * height]));
+            }
+            wait_for_copies();
+            __syncwarp();
+#pragma unroll UNROLLED
+            for (int j = first; j < last; ++j) {
+                const float* cells = table + (j - first) * height;
                 float sum = 0;
 #pragma unroll
                 for (int b = 0; b < LENGTH; ++b) sum += cells[here[b]];
-                s.field[(column - origin) * OPTIONS + option] = sum;
+                field[j * TEAM] = sum;
             }
-            for (int column = left + (threadIdx.x + pair * LANES) % THREADS; column < right; column += THREADS) {
-                const float* cells = s.table + (column - origin) * stride;
+            for (int j = first + option; j < last; j += TEAM) {
+                const float* cells = table + (j - first) * height;
                 float sum = 0;
 #pragma unroll
-                for (int b = 0; b < LENGTH; ++b) sum += cells[incoming[b]];
-                s.common[column - origin] = sum;
+                for (int b = 0; b < LENGTH; ++b) sum += cells[b];
+                common[j] = sum;
             }
         }
-        __syncthreads();
-#pragma unroll 1
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int even = 2 * pair * LENGTH;
-            // With e of an even option, o of an odd one, and the incoming codes e', o', the product of the differences is
-            // e.o - e.o' - e'.o + e'.o': the last two go with the odd cost, `of_even` with the even one.
-            float odd_cost = first ? 0 : s.cost[2 * pair + 1][option], of_even = 0;
-            int from[LENGTH];
+        __syncwarp();
+        odd_cost += common[0] - field[0];
+        even_cost -= common[entries.place];
 #pragma unroll
-            for (int a = 0; a < LENGTH; ++a) {
-                const bool present = pair * LENGTH + a >= first && pair * LENGTH + a < end;
-                from[a] = present ? s.start[even + a] - origin : -1;
-                if (present) {
-                    odd_cost += s.common[from[a]] - s.field[from[a] * OPTIONS + option];
-                    of_even += s.common[from[a] + s.place[even + a][option]];
-                }
-            }
-#pragma unroll UNROLLED
-            for (int i = team; i < OPTIONS; i += TEAMS) {
-                float* target = s.sums + (pair * OPTIONS + i) * OPTIONS + option;
-                float sum = odd_cost - __shfl_sync(ALL, of_even, i);
-#pragma unroll
-                for (int a = 0; a < LENGTH; ++a)
-                    if (from[a] >= 0) sum += s.field[(from[a] + s.place[even + a][i]) * OPTIONS + option];
-                *target = sum + (first ? *target : s.cost[2 * pair][i]);
-            }
-        }
-        __syncthreads();
+        for (int i = 0; i < TEAM; ++i) values[i] += field[row[i]];
+        __syncwarp();
     }
-
-    constexpr int COUNT = OPTIONS * OPTIONS / LANES;
-#pragma unroll 1
-    for (int pair = warp; pair < PAIRS; pair += WARPS) {
-        float values[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) values[i] = s.sums[pair * OPTIONS * OPTIONS + i * LANES + lane];
-        if constexpr (LAST) {
-            float lowest = values[0];
-            int found = lane;
-#pragma unroll
-            for (int i = 1; i < COUNT; ++i)
-                if (values[i] < lowest) {
-                    lowest = values[i];
-                    found = i * LANES + lane;
-                }
-            found = __reduce_min_sync(ALL, lowest == warp_min(lowest) ? found : OPTIONS * OPTIONS);
-            if (lane == 0) s.chosen[pair][0] = found;
-        } else {
-            select<options_of(2 * LENGTH)>(values, [&](int n, int i) {
-                s.chosen[pair][n] = i * LANES + lane;
-                s.cost[pair][n] = values[i];
-            });
-        }
-    }
-    __syncthreads();
-    constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH);
-#pragma unroll 1
-    for (int place = threadIdx.x; place < CODEBOOKS * NEXT; place += THREADS) {
-        const int c = place / NEXT, n = place % NEXT, pair = s.chosen[c / (2 * LENGTH)][n];
-        const int slot = s.slot[slots][c][c / LENGTH % 2 ? pair % OPTIONS : pair / OPTIONS];
-        if (LAST) s.outgoing[c] = s.kept[c][slot];
-        else s.slot[1 - slots][c][n] = slot;
-    }
-    __syncthreads();
 }
 
-// Numbers 4 * lane to 4 * lane + 3 of every 128 of a row of SIZE: its order within a warp.
-__device__ inline int centre(int i, int lane) { return i / 4 * 4 * LANES + 4 * lane + i % 4; }
-
-__device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZE / LANES]) {
+// The same for codebooks, whose options are their kept codes: all of these products are needed.
+__device__ inline void add_products_of_two(const Frame& f, const float* __restrict__ gram, int pair, int incoming,
+                                           float& even_cost, float& odd_cost, float (&values)[SINGLE]) {
+    const int option = threadIdx.x % SINGLE, even = 2 * pair, odd = even + 1;
+    const int row = (even * SIZE + f.kept[even][option]) * WIDTH, column = odd * SIZE + f.kept[odd][option];
+    const int old_row = (even * SIZE + __shfl_sync(ALL, incoming, even)) * WIDTH;
+    const int old_column = odd * SIZE + __shfl_sync(ALL, incoming, odd);
 #pragma unroll
-    for (int i = 0; i < SIZE / LANES; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(row + centre(i, lane));
+    for (int i = 0; i < SINGLE; ++i) values[i] = gram[__shfl_sync(ALL, row, first_lane<SINGLE>() + i) + column];
+    even_cost -= gram[row + old_column];
+    odd_cost += gram[old_row + old_column] - gram[old_row + column];
+}
+
+// Merges groups of LENGTH codebooks pairwise.
+template <int LENGTH>
+__device__ inline void merge(Frame& f, const float* __restrict__ gram, int incoming) {
+    constexpr int OPTIONS = options_of(LENGTH), TEAMS = LANES / OPTIONS, PAIRS = CODEBOOKS / 2 / LENGTH;
+    constexpr bool LAST = PAIRS == 1;
+    constexpr int NEXT = LAST ? 1 : options_of(2 * LENGTH), EACH = NEXT > OPTIONS ? NEXT / OPTIONS : 1;
+    const int option = threadIdx.x % OPTIONS, team = threadIdx.x / OPTIONS;
+    unsigned short* const chosen = f.chosen + team * MOST;
+#pragma unroll 1
+    for (int first = 0; first < PAIRS; first += TEAMS) {
+        const int pair = min(first + team, PAIRS - 1);  // one alone is merged by every team
+        float even_cost = f.cost[2 * pair * OPTIONS + option], odd_cost = f.cost[(2 * pair + 1) * OPTIONS + option];
+        float values[OPTIONS] = {};
+        if constexpr (LENGTH == 1) add_products_of_two(f, gram, pair, incoming, even_cost, odd_cost, values);
+        else add_products<LENGTH>(f, gram, pair, incoming, even_cost, odd_cost, values);
+#pragma unroll
+        for (int i = 0; i < OPTIONS; ++i) values[i] += odd_cost + __shfl_sync(ALL, even_cost, team * OPTIONS + i);
+        if constexpr (LAST) {
+            float lowest = values[0];
+            int found = option;
+#pragma unroll
+            for (int i = 1; i < OPTIONS; ++i)
+                if (values[i] < lowest) {
+                    lowest = values[i];
+                    found = i * OPTIONS + option;
+                }
+            chosen[0] = __reduce_min_sync(ALL, lowest == team_min<OPTIONS>(lowest) ? found : OPTIONS * OPTIONS);
+        } else {
+            select<NEXT, OPTIONS>(values, f.candidates, [&](int n, float value, int options) {
+                chosen[n] = options;
+                f.cost[pair * NEXT + n] = value;  // in the place of groups already merged
+            });
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 2 * LENGTH; ++i) {
+            const int c = 2 * pair * LENGTH + i, slot = f.slot[c][option];
+            int next[EACH];
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) {
+                const int options = chosen[(n * OPTIONS + option) % NEXT];
+                const int from = i < LENGTH ? options / OPTIONS : options % OPTIONS;
+                next[n] = __shfl_sync(ALL, slot, team * OPTIONS + from);
+            }
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) f.slot[c][n * OPTIONS + option] = next[n];
+        }
+        __syncwarp();
+    }
+}
+
+// Numbers 4 * lane to 4 * lane + 3 of every 4 * TEAM of a row of SIZE: its order within a team.
+template <int TEAM>
+__device__ inline int centre(int i, int lane) { return i / 4 * 4 * TEAM + 4 * lane + i % 4; }
+
+template <int COUNT>
+__device__ inline void load_row(const float* row, int lane, float (&numbers)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(row + centre<SIZE / COUNT>(i, lane));
         numbers[i] = four.x;
         numbers[i + 1] = four.y;
         numbers[i + 2] = four.z;
@@ -326,11 +374,12 @@ __device__ inline void load_row(const float* row, int lane, float (&numbers)[SIZ
     }
 }
 
-__device__ inline void store_row(const float (&numbers)[SIZE / LANES], int lane, float* row) {
+template <int COUNT>
+__device__ inline void store_row(const float (&numbers)[COUNT], int lane, float* row) {
 #pragma unroll
-    for (int i = 0; i < SIZE / LANES; i += 4) {
+    for (int i = 0; i < COUNT; i += 4) {
         const float4 four = {numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]};
-        *reinterpret_cast<float4*>(row + centre(i, lane)) = four;
+        *reinterpret_cast<float4*>(row + centre<SIZE / COUNT>(i, lane)) = four;
     }
 }
 
@@ -338,68 +387,69 @@ __device__ inline void store_row(const float (&numbers)[SIZE / LANES], int lane,
 // codes leave of each frame with all centres, divided by its scale and centre_scale; `gram`: of all centres with all.
 // While a pass changes no more than `most` codes, the products are brought up to date for the next one. `left` (frames):
 // passes still to do; `again` (rows of the grid): whether they need new products.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
 refine(float* products, const float* __restrict__ scale, float centre_scale, const float* __restrict__ half_norms,
        const float* __restrict__ gram, const int* __restrict__ active, int most, unsigned char* codes,
        int* left, unsigned char* again) {
-    __shared__ Shared s;
+    __shared__ Frame f;
     constexpr int COUNT = SIZE / LANES;
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, frame = active[blockIdx.x];
+    const int lane = threadIdx.x, frame = active[blockIdx.x];
     codes += frame * CODEBOOKS;
     products += (long long)blockIdx.x * WIDTH;
-    if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = codes[threadIdx.x];
-    const float unit = scale[blockIdx.x] * centre_scale;
+    int incoming = lane < CODEBOOKS ? codes[lane] : 0, outgoing;
+    const float unit = scale[blockIdx.x] * centre_scale, inverse = 1 / unit;  // powers of two
     int passes = left[frame];
     unsigned changed;
     for (;;) {
-        for (int place = threadIdx.x; place < CODEBOOKS * SINGLE; place += THREADS)
-            s.slot[0][place / SINGLE][place % SINGLE] = place % SINGLE;
-        __syncthreads();
 #pragma unroll 1
-        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+        for (int c = lane / SINGLE; c < CODEBOOKS; c += LANES / SINGLE) {
             // Costs of the codebook's centres, given the other codebooks' codes.
-            float costs[COUNT], product[COUNT], own[COUNT];
-            load_row(half_norms + c * SIZE, lane, costs);
-            load_row(products + c * SIZE, lane, product);
-            load_row(gram + (c * SIZE + s.incoming[c]) * WIDTH + c * SIZE, lane, own);
+            float costs[SINGLE], product[SINGLE], own[SINGLE];
+            load_row(half_norms + c * SIZE, lane % SINGLE, costs);
+            load_row(products + c * SIZE, lane % SINGLE, product);
+            load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane % SINGLE, own);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) costs[i] -= unit * product[i] + own[i];
-            select<SINGLE>(costs, [&](int n, int i) {
-                s.kept[c][n] = centre(i, lane);
-                s.cost[c][n] = costs[i];
+            for (int i = 0; i < SINGLE; ++i) costs[i] -= unit * product[i] + own[i];
+            select<SINGLE, SINGLE>(costs, f.candidates, [&](int n, float value, int place) {
+                f.kept[c][n] = centre<SINGLE>(place / SINGLE, place % SINGLE);
+                f.cost[c * SINGLE + n] = value;
             });
+            f.slot[c][lane % SINGLE] = lane % SINGLE;
         }
-        __syncthreads();
-        merge<1>(s, gram, 0);
-        if constexpr (CODEBOOKS > 2) merge<2>(s, gram, 1);
-        if constexpr (CODEBOOKS > 4) merge<4>(s, gram, 0);
-        if constexpr (CODEBOOKS > 8) merge<8>(s, gram, 1);
+        __syncwarp();
+        merge<1>(f, gram, incoming);
+        if constexpr (CODEBOOKS > 2) merge<2>(f, gram, incoming);
+        if constexpr (CODEBOOKS > 4) merge<4>(f, gram, incoming);
+        if constexpr (CODEBOOKS > 8) merge<8>(f, gram, incoming);
 
-        changed = __ballot_sync(ALL, lane < CODEBOOKS && s.incoming[lane] != s.outgoing[lane]);
+        outgoing = lane < CODEBOOKS ? f.kept[lane][f.slot[lane][0]] : 0;
+        changed = __ballot_sync(ALL, incoming != outgoing);
         --passes;
         if (!changed || !passes || __popc(changed) > most) break;
 #pragma unroll 1
-        for (int c = warp; c < CODEBOOKS; c += WARPS) {
+        for (int c = 0; c < CODEBOOKS; ++c) {
             float product[COUNT], moved[COUNT] = {};
 #pragma unroll 1
             for (unsigned rest = changed; rest; rest &= rest - 1) {
                 const int other = __ffs(rest) - 1;
+                const int to = other * SIZE + __shfl_sync(ALL, outgoing, other);
+                const int from = other * SIZE + __shfl_sync(ALL, incoming, other);
                 float added[COUNT], removed[COUNT];
-                load_row(gram + (other * SIZE + s.outgoing[other]) * WIDTH + c * SIZE, lane, added);
-                load_row(gram + (other * SIZE + s.incoming[other]) * WIDTH + c * SIZE, lane, removed);
+                load_row(gram + to * WIDTH + c * SIZE, lane, added);
+                load_row(gram + from * WIDTH + c * SIZE, lane, removed);
 #pragma unroll
                 for (int i = 0; i < COUNT; ++i) moved[i] += added[i] - removed[i];
             }
             load_row(products + c * SIZE, lane, product);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] / unit;
+            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] * inverse;
             store_row(product, lane, products + c * SIZE);
         }
-        __syncthreads();
-        if (threadIdx.x < CODEBOOKS) s.incoming[threadIdx.x] = s.outgoing[threadIdx.x];
+        __syncwarp();
+        incoming = outgoing;
     }
-    if (threadIdx.x < CODEBOOKS) codes[threadIdx.x] = s.outgoing[threadIdx.x];
-    if (threadIdx.x == 0) {
+    if (lane < CODEBOOKS) codes[lane] = outgoing;
+    if (lane == 0) {
         left[frame] = passes;
         again[blockIdx.x] = changed && passes;
     }
@@ -407,7 +457,7 @@ refine(float* products, const float* __restrict__ scale, float centre_scale, con
 
 __device__ inline float block_max(float value) {
     __shared__ float found[WARPS];
-    value = warp_max(value);
+    value = team_max<LANES>(value);
     if (threadIdx.x % LANES == 0) found[threadIdx.x / LANES] = value;
     __syncthreads();
     value = found[0];
@@ -476,10 +526,10 @@ classify(const float* __restrict__ logits, const float* __restrict__ scale, floa
             const float logit = products[i] * unit + shift[i];
             if (logit > best) {
                 best = logit;
-                code = centre(i, lane);
+                code = centre<LANES>(i, lane);
             }
         }
-        const float highest = warp_max(best);
+        const float highest = team_max<LANES>(best);
         code = __reduce_min_sync(ALL, best == highest ? code : SIZE);
         if (lane == 0) codes[frame * CODEBOOKS + c] = code;
     }
