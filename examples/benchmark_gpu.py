@@ -15,6 +15,7 @@ part that fails makes a row with its error.
 import argparse
 import csv
 import gc
+import itertools
 import platform
 import statistics
 import sys
@@ -37,6 +38,7 @@ from spear_hf.pretraining.regularizers import install_regularizers
 from spear_hf.pretraining.regularizers_config import RegularizersConfig
 
 
+START_WHEN: Path | None = None
 RATE = 16000
 SECONDS = 10.0
 ADJUSTED_BATCHES = 20000.0  # of the regularisers' schedules: where most of them have come to rest
@@ -158,6 +160,8 @@ def timed(action: Callable[[], Any], budget: float) -> tuple[float, float, float
     action()
     torch.cuda.synchronize()
     first = time.perf_counter() - start
+    while START_WHEN is not None and not START_WHEN.exists():
+        time.sleep(0.2)
     for _ in range(2):
         action()
     torch.cuda.synchronize()
@@ -327,7 +331,12 @@ def features(batch: int, budget: float) -> Row:
 
 
 def rows(
-    parts: list[str], sizes: list[str], batches: list[int], training_batches: list[int], budget: float
+    parts: list[str],
+    sizes: list[str],
+    batches: list[int],
+    training_batches: list[int],
+    families: list[str],
+    budget: float,
 ) -> Iterator[Row]:
     contenders = [f"{family}-{size}" for size in sizes for family in ("spear", "wavlm") if size in WAVLM]
     contenders += [f"spear-{size}" for size in sizes if size not in WAVLM]
@@ -344,10 +353,9 @@ def rows(
         yield from inference(f"spear-{sizes[0]}", batches[-1:], ["compiled"], budget, "bfloat16")
     if "compiled-training" in parts:
         print(f"gradients of compiled layers: error {check_compiled(sizes[0]):.2f} of that of bfloat16", flush=True)
-        for contender in (f"pretrain-{sizes[0]}", f"recipe-{sizes[0]}"):
-            for batch in training_batches:
-                for mode in ("eager", "layers"):
-                    yield training(contender, batch, mode, budget)
+        for family in families:
+            for mode, batch in itertools.product(("layers", "eager"), training_batches):
+                yield training(f"{family}-{sizes[0]}", batch, mode, budget)
 
 
 @styled
@@ -374,8 +382,12 @@ def main() -> None:
     parser.add_argument("--sizes", default="base,large,xlarge")
     parser.add_argument("--batches", default="1,8,32", help="of inference")
     parser.add_argument("--training-batches", default="32,120", help="of pre-training, compiled")
+    parser.add_argument("--families", default="pretrain,recipe", help="of compiled training")
+    parser.add_argument("--start-when", type=Path, help="wait for this file before timing, once the first is compiled")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds that a row is timed")
     arguments = parser.parse_args()
+    global START_WHEN
+    START_WHEN = arguments.start_when
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device.")
     error = check("cuda")
@@ -396,7 +408,7 @@ def main() -> None:
         writer = csv.DictWriter(file, [*(item.name for item in fields(Row)), *constants], lineterminator="\n")
         writer.writeheader()
         measured = []
-        for row in rows(parts, sizes, batches, training_batches, arguments.budget):
+        for row in rows(parts, sizes, batches, training_batches, arguments.families.split(","), arguments.budget):
             measured.append(row)
             writer.writerow(asdict(row) | constants)
             file.flush()

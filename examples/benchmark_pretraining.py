@@ -5,7 +5,7 @@
 
 A shipped configuration, by default the paper's recipe with its regularisers and mixing, on FLAC files of noise of 2 to
 30 s with random tokens, decoded once and kept in memory. `--settings` is anything that `--set` takes. The first steps,
-in which layers are compiled and files decoded, are left out. A row is the medians over the other steps as the run's own
+in which layers are compiled and files decoded, are left out. A row has the medians of the other steps, as the run's
 metrics.jsonl tells them, but for `audio_hours_per_hour`: all the audio of these steps over all their time.
 """
 

@@ -6,9 +6,10 @@
 The step is pre-training of 10 s utterances in bfloat16 autocast, forwards and backwards, without the optimiser. As it
 is, every operation is a kernel that reads its inputs and writes its outputs. Compiled (`compile_layers`), kernels are
 those that torch's inductor schedules for Triton: it plans the code of the stem and of every kind of layer for a GPU,
-and nothing of it is run (on a GPU it makes one of several small ones after that, a third less in all). `seconds_of_audio` is what a second of a GPU would hear if it did nothing but move these
-bytes at `--bandwidth` (of an H200: 4.8 TB/s by its data sheet, of which simple kernels reach four fifths), and
-`--flops` of products in bfloat16: a bound for comparing, no measurement.
+and nothing of it is run (on a GPU it then makes one of several small ones, a third less in all). `seconds_of_audio` is
+what a second of a GPU would hear if it did nothing but move these bytes at `--bandwidth` (of an H200: 4.8 TB/s by its
+data sheet, of which simple kernels reach four fifths), and `--flops` of products in bfloat16: a bound for comparing,
+no measurement.
 
 It looks into inductor, whose insides change: for the torch version of constraints.txt.
 """
