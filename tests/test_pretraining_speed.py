@@ -32,4 +32,5 @@ def test_the_speed_of_the_command_is_measured(tmp_path):
         assert 40 < float(row["batch_seconds"]) <= 60
         heard = 3600 * float(row["batch_seconds"]) / float(row["step_seconds"]) / 3600
         assert 0.5 * heard < float(row["audio_hours_per_hour"]) < 2 * heard
-        assert 0 <= float(row["data_wait_share"]) < 1 and 0 < float(row["mfu"])
+        assert 0 <= float(row["data_wait_share"]) < 1
+        assert float(row["mfu"]) > 0
