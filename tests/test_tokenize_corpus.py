@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """A corpus into a token store: shards that follow from the list alone, and bad audio set aside."""
 
+import copy
 import json
 from itertools import chain
 
@@ -151,6 +152,39 @@ def test_a_refusal_of_the_teacher_costs_one_utterance(corpus):
         if item.error is None:
             assert result == f"{id} {len(item.waveform)}"
     assert sum(item.error is not None for item, _ in results.values()) == 4
+
+
+def test_features_that_are_not_finite_cost_one_utterance_of_their_batch(corpus, store, tokenizer, tmp_path):
+    """Found when the next batch is under way; the others of the batch are as in a store without it."""
+    teacher = load_teacher("kaldi-mfcc")
+    order: list[str] = []
+    features, lengths = teacher.features, {}
+
+    def spoiled(inputs):
+        order.append("launched")
+        return [
+            rows * float("nan") if len(audio) == lengths["bad"] else rows
+            for audio, rows in zip(inputs, features(inputs))
+        ]
+
+    def encoded(*arguments, **settings):
+        order.append("encoded")
+        return encode(*arguments, **settings)
+
+    utterances = [item for item in read_manifest(corpus) if item.id.startswith("good")]
+    shortest = min(utterances, key=lambda item: soundfile.info(item.path).frames)
+    lengths["bad"] = soundfile.info(shortest.path).frames
+    teacher.features = spoiled
+    quantizer = copy.deepcopy(tokenizer.quantizer)
+    encode, quantizer.encode = quantizer.encode, encoded
+    summary = tokenize_corpus(MvqTokenizer(teacher, quantizer), utterances, tmp_path / "tokens", 3.0, progress=False)
+    assert [item.id for item in summary.bad] == [shortest.id]
+    assert "are NaN or infinite" in summary.bad[0].error
+    assert order[:3] == ["launched", "launched", "encoded"], "a batch is launched before the one before is waited for"
+    expected, found = TokenStore.open(store[0]), TokenStore.open(tmp_path / "tokens")
+    assert len(found.ids) == 16
+    for id in found.ids:
+        assert np.array_equal(found[id], expected[id])
 
 
 def test_batches_are_of_like_length_and_within_their_seconds(corpus):

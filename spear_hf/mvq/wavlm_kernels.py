@@ -96,7 +96,9 @@ def _attention(
     update = tl.sum(entering * tl.load(gate_weight + dims)[None, :], axis=1) + tl.load(gate_bias)
     reset = tl.sum(entering * tl.load(gate_weight + HEAD_DIM + dims)[None, :], axis=1) + tl.load(gate_bias + 1)
     gate = tl.sigmoid(update) * (tl.sigmoid(reset) * tl.load(gate_scale + head) - 1.0) + 2.0
-    gate = gate * 1.4426950408889634  # log2(e), as in `scale`: powers of two are taken
+    # Scores are scaled, for powers of two, when these are taken. Negative: a sum would become the product's first
+    # summand, to which biases come late.
+    gate *= -1.4426950408889634 / scale
 
     q = tl.load(query + places, mask=inside, other=0.0)
     keys = key + start + columns[None, :] * WIDTH + dims[:, None]
@@ -110,11 +112,11 @@ def _attention(
         there = first + columns < length
         k = tl.load(keys + first * WIDTH, mask=there[None, :], other=0.0)
         bias = tl.load(biases + first).to(tl.float32)
-        scores = tl.dot(q, k) * scale + gate[:, None] * bias
+        scores = tl.dot(q, k) - gate[:, None] * bias
         scores = tl.where(there[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - larger[:, None])
-        shrink = tl.exp2(largest - larger)
+        weights = tl.exp2(scores * scale - (larger * scale)[:, None])
+        shrink = tl.exp2((largest - larger) * scale)
         total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(values + first * WIDTH, mask=there[:, None], other=0.0)
         summed = tl.dot(weights.to(v.dtype), v, summed * shrink[:, None])
@@ -310,7 +312,7 @@ def convolution(x: Tensor, weights: ConvolutionWeights) -> Tensor:
     shape = {"OUT": weights.channels, "TAPS": weights.taps, "STRIDE": weights.stride, "FRAMES": rows}
     with torch.cuda.device_of(x):
         if x.ndim == 2:
-            _first_convolution[(blocks * batch,)](*given, weights.eps, **shape, num_warps=4)
+            _first_convolution[(blocks * batch,)](*given, weights.eps, **shape, num_warps=8)
         else:
             stages = CONVOLVED_STAGES if x.is_cuda and _shared_memory(x.device) >= LARGE_SHARED_MEMORY else 2
             shape |= {"IN": x.shape[2], "DEPTH": min(CONVOLVED_DEPTH, x.shape[2])}
