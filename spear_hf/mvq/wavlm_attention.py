@@ -26,7 +26,7 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 ALIGNMENT = 16  # of the rows of a bias, in elements: this kernel copies others, and cuDNN's copies all
 ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HEAD_DIMS = (16, 32, 64, 128)  # that the kernel takes
-SHARED_MEMORY = 160 * 1024  # bytes a block, that the kernels need: data-centre GPUs from the A100 on have them
+SHARED_MEMORY = 160 * 1024  # bytes that the kernels need: data-centre GPUs from the A100 on have them
 Result = TypeVar("Result")
 
 
@@ -60,16 +60,18 @@ def prepared(module: nn.Module, x: Tensor, make: Callable[[Any], Result]) -> Res
 
 @functools.lru_cache(maxsize=16)
 def _kernels(device: torch.device) -> ModuleType | None:
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    if torch.version.hip or shared < SHARED_MEMORY:
+    if torch.version.hip:
         return None
     try:
         from spear_hf.mvq import wavlm_kernels
 
+        if not wavlm_kernels.has_shared_memory(device, SHARED_MEMORY):
+            return None
         x = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
         table = wavlm_kernels.skewed(x.new_zeros(1, 2 * wavlm_kernels.padded(1) - 1))
-        gate = [torch.zeros(*shape, device=device) for shape in ((2, 64), (2,), (1,))]
-        wavlm_kernels.attention(x, x, x, x, table, *gate, torch.ones(1, dtype=torch.int32, device=device))
+        weight, scale = torch.zeros(2, 64, device=device), torch.zeros(1, device=device)
+        lengths = torch.ones(1, dtype=torch.int32, device=device)
+        wavlm_kernels.attention(x, x, x, x, table, weight, weight[:, 0].contiguous(), scale, lengths)
     except Exception as error:  # no Triton, no C compiler, a driver that is too old: each in a way of its own
         warnings.warn(f"WavLM takes the slower way through torch's operations: {error}", stacklevel=2)
         return None
@@ -87,9 +89,10 @@ def _forward(
     shape, no weights, and the bias for the layers that come after."""
     kernels = kernels_for(hidden_states) if module.head_dim in HEAD_DIMS else None
     if kernels is not None:
-        return _through_kernel(kernels, module, hidden_states, attention_mask, position_bias)
+        shared = position_bias if isinstance(position_bias, SharedBias) else None
+        return _through_kernel(kernels, module, hidden_states, attention_mask, shared)
     frames = hidden_states.shape[1]
-    if position_bias is None:
+    if not isinstance(position_bias, Tensor):
         position_bias = module.compute_bias(frames, frames)[None]  # (1, heads, frames, frames)
     bias = _gated(position_bias, _gate(module, hidden_states), attention_mask)
     query, key, value = (

@@ -88,6 +88,6 @@ def _positions(module: WavLMPositionalConvEmbedding, hidden_states: Tensor) -> T
 
 def _position_weights(module: WavLMPositionalConvEmbedding) -> tuple[Tensor, Tensor]:
     """The weight norm is undone once."""
-    convolution = module.conv
+    convolution: Any = module.conv
     weight = convolution.weight.detach().unflatten(0, (convolution.groups, -1))  # (groups, out, in, taps)
     return weight.permute(0, 3, 2, 1).contiguous(), convolution.bias.detach().float()

@@ -236,14 +236,14 @@ def skewed(table: Tensor) -> Tensor:
     return rows.contiguous()  # flip takes overlapping rows for columns
 
 
+def has_shared_memory(device: torch.device, size: int) -> bool:
+    """Whether a multiprocessor has so many bytes, nearly all of which a block may have."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= size
+
+
 def padded(frames: int) -> int:
     """The frames that the blocks of attention cover."""
     return triton.cdiv(frames, QUERIES) * QUERIES
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def attention(
@@ -314,7 +314,7 @@ def convolution(x: Tensor, weights: ConvolutionWeights) -> Tensor:
         if x.ndim == 2:
             _first_convolution[(blocks * batch,)](*given, weights.eps, **shape, num_warps=8)
         else:
-            stages = CONVOLVED_STAGES if x.is_cuda and _shared_memory(x.device) >= LARGE_SHARED_MEMORY else 2
+            stages = CONVOLVED_STAGES if has_shared_memory(x.device, LARGE_SHARED_MEMORY) else 2
             shape |= {"IN": x.shape[2], "DEPTH": min(CONVOLVED_DEPTH, x.shape[2])}
             _convolution[(blocks * batch,)](*given, weights.eps, **shape, num_warps=CONVOLVED_WARPS, num_stages=stages)
     return out
