@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from spear_hf.loading_errors import loading
-from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule
+from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule, indexed
 
 
 SLICE_PADDING_SECONDS = 2  # of silence after the speech: recovers most of what attention to the rest would give
@@ -71,7 +71,7 @@ class HubTeacher(Teacher):
             raise ValueError(f"{spec} takes {rate} Hz; teachers take {SAMPLING_RATE} Hz: wrap it in a module:factory")
         parameters = fingerprint(self.model.parameters())
         self.model.to(device)
-        self.device = torch.device(device)
+        self.device = indexed(device)
         self.dtype = torch.float32
         self._fixed = config.model_type == "whisper"
         self._equal_lengths = False

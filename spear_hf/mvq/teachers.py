@@ -108,7 +108,7 @@ class Teacher(ABC):
         self.window = window
         self.window_seconds = WINDOW_SECONDS if window_seconds is None else float(window_seconds)
         self.min_samples = min_samples
-        self.device = torch.device(device)
+        self.device = indexed(device)
         self.dtype = dtype
         self.options = dict(options or {})
         self.batch_seconds = batch_seconds
@@ -348,6 +348,14 @@ def load_teacher(
         window=window,
         window_seconds=window_seconds,
     )
+
+
+def indexed(device: str | torch.device) -> torch.device:
+    """With the number of a CUDA device: the current one is a thread's own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def is_factory(spec: str) -> bool:
