@@ -120,9 +120,10 @@ def model_errors(masked: bool) -> list[float]:
         return kernels if x.dtype == torch.float16 else None
 
     wavlm_attention.kernels_for = wavlm_convolutions.kernels_for = counted
-    waveforms = torch.randn(3, 44800)
-    lengths = torch.tensor([44800, 27000, 4000])
-    mask = (torch.arange(44800) < lengths[:, None]).long() if masked else None
+    longest = 44800 if masked else 8000  # 139 frames: two blocks of queries
+    waveforms = torch.randn(3, longest)
+    lengths = torch.tensor([longest, 27000, 4000])
+    mask = (torch.arange(longest) < lengths[:, None]).long() if masked else None
     expected = model(waveforms, attention_mask=mask, output_hidden_states=True).hidden_states
     in_single = fused(waveforms, attention_mask=mask, output_hidden_states=True).hidden_states
     assert not any(calls.values()), "float32 is computed as before"
@@ -145,7 +146,7 @@ def main() -> None:
             frames, head_dim, skewed
         )
         for frames in LENGTHS
-        for head_dim, skewed in ((16, True), (64, True), (64, False))
+        for head_dim, skewed in ((16, True), (64, frames != 130))
     }
     errors["attention, head_dim 128"] = attention_error(70, 128, True)
     for case in ((1, 64, 10, 5, 777), (64, 64, 3, 2, 131), (128, 32, 2, 2, 150), (16, 16, 8, 20, 300)):
