@@ -166,12 +166,16 @@ class _Run:
         return self.counts
 
     def _tasks(self, pieces: Iterator[Piece]) -> Iterator[_Task]:
-        """In a thread ahead: decoded batches, and what the teacher needs of them."""
+        """In a thread ahead: decoded batches, and what the teacher needs of them.
+
+        Not on a CPU, where the threads of one would be those that the other sets.
+        """
         teacher, keep_content = self.tokenizer.teacher, self.writer.with_audio
+        on_cpu = teacher.device.type == "cpu"
         for piece, batches in decoded_pieces(pieces, teacher, self.batch_seconds, keep_content):
             shard = _Shard(piece)
             for batch in batches:
-                yield _Task(shard, batch, self._prepared(batch))
+                yield _Task(shard, batch, None if on_cpu else self._prepared(batch))
             yield _Task(shard)
 
     def _prepared(self, batch: list[Decoded]) -> Extraction | None:
@@ -184,6 +188,8 @@ class _Run:
     def _launch(self, task: _Task) -> None:
         started = time.monotonic()
         try:
+            if self.tokenizer.teacher.device.type == "cpu" and task.batch is not None:
+                task.extraction = self._prepared(task.batch)
             if task.extraction is not None:
                 task.extraction.launch()
         except ValueError:
