@@ -187,13 +187,10 @@ SECTOR = 32  # bytes that a lookup moves
 
 
 def teacher_gflop(seconds: float = 16.0) -> float:
-    """Of the forward pass to LAYER, for a second of audio in an utterance of `seconds`.
-
-    One block more is run than is needed: transformers hands out a hidden state where it enters the next block.
-    """
+    """Of the forward pass to LAYER, for a second of audio in an utterance of `seconds`."""
     dim, hidden, rate = WAVLM_LARGE["hidden_size"], WAVLM_LARGE["intermediate_size"], 50
-    linear = 2 * rate * (LAYER + 1) * (4 * dim**2 + 2 * dim * hidden)
-    attention = (LAYER + 1) * rate * 4 * dim * (seconds * rate)
+    linear = 2 * rate * LAYER * (4 * dim**2 + 2 * dim * hidden)
+    attention = LAYER * rate * 4 * dim * (seconds * rate)
     convolutions, frames, channels = 0, float(SAMPLING_RATE), 1
     for kernel, stride in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)):
         frames /= stride

@@ -1,9 +1,11 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Work beside the main thread: in order, bounded, and with its errors where they are due."""
 
+import threading
+
 import pytest
 
-from spear_hf.mvq.pipeline import Behind
+from spear_hf.mvq.pipeline import Behind, ahead
 
 
 def fail_in(context):
@@ -43,3 +45,34 @@ def test_error_of_a_call_surfaces():
     with pytest.raises(RuntimeError, match="main"):
         fail_in(behind)
     assert done == [1], "what was handed over is done whatever became of the rest"
+
+
+def test_ahead_makes_an_item_while_the_one_before_is_used():
+    made: list[int] = []
+    third = threading.Event()
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            if number == 2:
+                third.set()
+            yield number
+
+    taken = ahead(items())
+    assert next(taken) == 0
+    assert next(taken) == 1
+    assert third.wait(10), "nobody has asked for it"
+    assert made == [0, 1, 2], "one ahead, no more"
+    assert list(taken) == [2, 3, 4]
+    assert list(ahead(iter(()))) == []
+
+
+def test_an_error_ahead_comes_in_its_place():
+    def items():
+        yield 1
+        raise OSError("no more")
+
+    taken = ahead(items())
+    assert next(taken) == 1
+    with pytest.raises(OSError, match="no more"):
+        next(taken)

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """A corpus into a token store: shards that follow from the list alone, and bad audio set aside."""
 
+import copy
 import json
 from itertools import chain
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from spear_hf.data.manifest import read_manifest
 from spear_hf.data.sources import ListSource
@@ -151,6 +153,63 @@ def test_a_refusal_of_the_teacher_costs_one_utterance(corpus):
         if item.error is None:
             assert result == f"{id} {len(item.waveform)}"
     assert sum(item.error is not None for item, _ in results.values()) == 4
+
+
+def test_features_that_are_not_finite_cost_one_utterance_of_their_batch(corpus, store, tokenizer, tmp_path):
+    """Found when the next batch is under way; the others of the batch are as in a store without it."""
+    teacher = load_teacher("kaldi-mfcc")
+    order: list[str] = []
+    features, lengths = teacher.features, {}
+
+    def spoiled(inputs):
+        order.append("launched")
+        return [
+            rows * float("nan") if len(audio) == lengths["bad"] else rows
+            for audio, rows in zip(inputs, features(inputs))
+        ]
+
+    def encoded(*arguments, **settings):
+        order.append("encoded")
+        return encode(*arguments, **settings)
+
+    utterances = [item for item in read_manifest(corpus) if item.id.startswith("good")]
+    shortest = min(utterances, key=lambda item: soundfile.info(item.path).frames)
+    lengths["bad"] = soundfile.info(shortest.path).frames
+    teacher.features = spoiled
+    quantizer = copy.deepcopy(tokenizer.quantizer)
+    encode, quantizer.encode = quantizer.encode, encoded
+    summary = tokenize_corpus(MvqTokenizer(teacher, quantizer), utterances, tmp_path / "tokens", 3.0, progress=False)
+    assert [item.id for item in summary.bad] == [shortest.id]
+    assert "are NaN or infinite" in summary.bad[0].error
+    assert order[:3] == ["launched", "launched", "encoded"], "a batch is launched before the one before is waited for"
+    expected, found = TokenStore.open(store[0]), TokenStore.open(tmp_path / "tokens")
+    assert len(found.ids) == 16
+    for id in found.ids:
+        assert np.array_equal(found[id], expected[id])
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_codes_are_those_of_batches_one_by_one(corpus, tmp_path, device):
+    """Whatever is prepared, launched and waited for when."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "num_conv_pos_embedding_groups": 2}
+    stable = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_hidden_layers": 3}
+    WavLMModel(WavLMConfig(**small, **stable)).save_pretrained(tmp_path / "teacher")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(tmp_path / "teacher")
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    teacher = load_teacher(str(tmp_path / "teacher"), layer=2, device=device, dtype=dtype)
+    tokenizer = MvqTokenizer(teacher, MultiCodebookQuantizer(64, 256, 4, **quantizer_metadata(teacher)))
+    utterances = read_manifest(corpus)
+    summary = tokenize_corpus(tokenizer, utterances, tmp_path / "tokens", batch_seconds=2.0, progress=False)
+    assert (summary.utterances, len(summary.bad)) == (17, 3)
+    store = TokenStore.open(tmp_path / "tokens")
+    for batch in decoded_batches(utterances, teacher, 2.0):
+        good = [item for item in batch if item.waveform is not None]
+        for item, codes in zip(good, tokenizer([item.waveform for item in good])):
+            assert np.array_equal(store[item.utterance.id], codes)
 
 
 def test_batches_are_of_like_length_and_within_their_seconds(corpus):

@@ -7,6 +7,7 @@ the batches are made within a window: so any stream will do, the batches are a f
 memory is bounded by the window that is computed and the one that is decoded meanwhile, half a gigabyte.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,8 @@ Utterances = TypeVar("Utterances", bound=Iterable[Utterance])
 
 WINDOW_UTTERANCES = 1000
 WINDOW_SECONDS = 3600.0  # 230 MB of samples
-DECODERS = 4  # threads; soundfile and the resampler work outside Python's lock
+# Threads; soundfile and the resampler work outside Python's lock. A fast GPU hears what four decode.
+DECODERS = max(4, min(8, (os.cpu_count() or 1) // 2))
 
 
 @dataclass(frozen=True)

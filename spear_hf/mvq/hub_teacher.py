@@ -20,7 +20,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from spear_hf.loading_errors import loading
-from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule
+from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, WindowRule, indexed
 
 
 SLICE_PADDING_SECONDS = 2  # of silence after the speech: recovers most of what attention to the rest would give
+
+
+class _Inputs(NamedTuple):
+    """What a model takes, on the device."""
+
+    tensors: dict[str, Tensor]
+    lengths: Tensor | None  # of the rows, as the attention mask has them, on the CPU; None without a mask
 
 
 class HubTeacher(Teacher):
@@ -54,15 +61,17 @@ class HubTeacher(Teacher):
         config, self.model = _load_encoder(source, revision)
         if config.model_type == "wavlm":
             from spear_hf.mvq.wavlm_attention import fuse_wavlm_attention
+            from spear_hf.mvq.wavlm_convolutions import fuse_wavlm_convolutions
 
             fuse_wavlm_attention(self.model)
+            fuse_wavlm_convolutions(self.model)
         self.extractor = _load_extractor(source, revision, config.model_type)
         rate = getattr(self.extractor, "sampling_rate", SAMPLING_RATE)
         if rate != SAMPLING_RATE:
             raise ValueError(f"{spec} takes {rate} Hz; teachers take {SAMPLING_RATE} Hz: wrap it in a module:factory")
         parameters = fingerprint(self.model.parameters())
         self.model.to(device)
-        self.device = torch.device(device)
+        self.device = indexed(device)
         self.dtype = torch.float32
         self._fixed = config.model_type == "whisper"
         self._equal_lengths = False
@@ -86,76 +95,103 @@ class HubTeacher(Teacher):
         )
         self.model.to(dtype)
 
-    def _features(self, waveforms: list[np.ndarray]) -> list[Tensor]:
-        if not self._fixed and not self._equal_lengths:
-            return self._forward(waveforms, self.layer)[0]
-        # The rest is done by groups within which nothing is padded unequally.
-        lengths = [self._padded_length(len(waveform)) for waveform in waveforms]
+    def inputs(self, waveforms: list[np.ndarray]) -> "list[np.ndarray] | _Inputs":
+        return waveforms if self._fixed or self._equal_lengths else self._model_inputs(waveforms)
+
+    def features(self, inputs: "list[np.ndarray] | _Inputs") -> list[Tensor]:
+        if isinstance(inputs, _Inputs):
+            return self._forward(inputs, self.layer)[0]
+        # Done by groups within which nothing is padded unequally.
+        lengths = [self._padded_length(len(waveform)) for waveform in inputs]
         features: dict[int, Tensor] = {}
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
             # A batch of short utterances is many windows of 30 s.
             at_once = max(1, int(self.batch_seconds * SAMPLING_RATE) // length)
             for part in (rows[start : start + at_once] for start in range(0, len(rows), at_once)):
-                group = [waveforms[row] for row in part]
-                outputs = self._whisper(group, length) if self._fixed else self._forward(group, self.layer)[0]
+                group = [inputs[row] for row in part]
+                outputs = self._whisper(group, length) if self._fixed else self._computed(group, self.layer)
                 features |= dict(zip(part, outputs))
-        return [features[row] for row in range(len(waveforms))]
+        return [features[row] for row in range(len(inputs))]
 
     # Models that take any length
 
-    def _forward(self, waveforms: list[np.ndarray], layer: int | None) -> tuple[list[Tensor], int]:
+    def _computed(self, waveforms: list[np.ndarray], layer: int | None) -> list[Tensor]:
+        return self._forward(self._model_inputs(waveforms), layer)[0]
+
+    def _forward(self, inputs: "_Inputs", layer: int | None) -> tuple[list[Tensor], int]:
         """Features of each waveform, and how many hidden states the model has."""
-        name = self.model.main_input_name
-        inputs = self._inputs(waveforms)
-        inputs = {key: value for key, value in inputs.items() if key in (name, "attention_mask")}
-        inputs[name] = inputs[name].to(next(self.model.parameters()).dtype)
-        output = self.model(**inputs, output_hidden_states=layer is not None)
+        output = self.model(**inputs.tensors, output_hidden_states=layer is not None)
         states = output.hidden_states if layer is not None else ()
         frames = output.last_hidden_state if layer is None else states[layer]
         if frames.ndim != 3:
             raise ValueError(f"hidden states of shape {tuple(frames.shape)} are not (batch, frames, dim)")
-        counts = self._valid_frames(inputs.get("attention_mask"), getattr(output, "attention_mask", None), frames)
+        counts = self._valid_frames(inputs, getattr(output, "attention_mask", None), frames)
         return [row[:count] for row, count in zip(frames, counts)], len(states)
 
-    def _inputs(self, waveforms: list[np.ndarray]) -> dict[str, Tensor]:
-        """What the extractor makes of waveforms, on the device."""
+    def _model_inputs(self, waveforms: list[np.ndarray]) -> "_Inputs":
+        """What the extractor makes of waveforms, on the device, in the model's type."""
+        name = self.model.main_input_name
+        made, lengths = self._extracted(waveforms)
+        tensors = {key: value for key, value in made.items() if key in (name, "attention_mask")}
+        tensors[name] = tensors[name].to(next(self.model.parameters()).dtype)
+        if "attention_mask" not in tensors:
+            lengths = None
+        elif lengths is None:
+            lengths = tensors["attention_mask"].sum(dim=-1).cpu()
+        return _Inputs(tensors, lengths)
+
+    def _extracted(self, waveforms: list[np.ndarray]) -> tuple[Any, Tensor | None]:
+        """What the extractor makes of waveforms, on the device, and their lengths where it keeps them."""
         extractor = self.extractor
         if type(extractor) is not Wav2Vec2FeatureExtractor or extractor.padding_side != "right":
             on_device = {"device": str(self.device)} if self.model.config.model_type == "spear" else {}
-            return extractor(
-                waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt", **on_device
-            ).to(self.device)
+            made = extractor(waveforms, sampling_rate=SAMPLING_RATE, padding=True, return_tensors="pt", **on_device)
+            return made.to(self.device), None
         # The same about ten times faster: on a GPU, NumPy's part of the work would take longer than the model's.
-        rows = [torch.from_numpy(waveform) for waveform in waveforms]
-        values = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # (batch, samples)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        mask = torch.arange(values.shape[1], device=self.device) < lengths[:, None]
+        counts = torch.tensor([len(waveform) for waveform in waveforms])
+        values = self._sent(self._padded(waveforms))  # (batch, samples)
+        mask = torch.arange(values.shape[1], device=self.device) < self._sent(counts)[:, None]
         if extractor.do_normalize:
             # Of each alone, whatever its batch, and in one thread: torch's take seven times as long.
             moments = np.array([(waveform.mean(), waveform.var()) for waveform in waveforms], dtype=np.float32)
-            mean, variance = torch.from_numpy(moments).to(self.device).T[..., None]
+            mean, variance = self._sent(torch.from_numpy(moments)).T[..., None]
             values = (values - mean) / (variance + 1e-7).sqrt()
         values = values.masked_fill(~mask, extractor.padding_value)
         inputs = {"input_values": values}
-        return inputs | {"attention_mask": mask.int()} if extractor.return_attention_mask else inputs
+        return inputs | ({"attention_mask": mask.int()} if extractor.return_attention_mask else {}), counts
 
-    def _valid_frames(self, mask: Tensor | None, output_mask: Tensor | None, frames: Tensor) -> list[int]:
+    def _padded(self, waveforms: list[np.ndarray]) -> Tensor:
+        """(batch, samples), in memory that a GPU reads by itself, if there is one."""
+        longest = max(len(waveform) for waveform in waveforms)
+        rows = torch.empty(len(waveforms), longest, pin_memory=self.device.type == "cuda")
+        for row, waveform in zip(rows.numpy(), waveforms):
+            row[: len(waveform)] = waveform
+            row[len(waveform) :] = 0.0
+        return rows
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """On the device, once it comes to that: nobody waits for what it does before."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # what is pinned is not copied
+
+    def _valid_frames(self, inputs: "_Inputs", output_mask: Tensor | None, frames: Tensor) -> list[int]:
         """Frames of each row, told from the masks; all of them where they do not tell (the probe then sees to it)."""
         total = frames.shape[1]
-        if mask is None:
+        if inputs.lengths is None:
             return [total] * len(frames)
-        lengths = mask.sum(dim=-1)
+        lengths = inputs.lengths
         if output_mask is not None and output_mask.shape[1] == total:
-            lengths = output_mask.sum(dim=-1)
+            lengths = output_mask.sum(dim=-1).cpu()
         elif self.model.config.model_type == "spear":
             lengths = (lengths - 7) // 2  # layers stay at 50 Hz where the output is at 25 Hz
-        elif mask.shape[1] != total:
+        elif inputs.tensors["attention_mask"].shape[1] != total:
             count: Callable[..., Tensor] | None = getattr(self.model, "_get_feat_extract_output_lengths", None)
             if count is None:
                 return [total] * len(frames)
             lengths = torch.as_tensor(count(lengths))
-        return [int(length) for length in lengths.clamp(max=total)]
+        return lengths.clamp(max=total).tolist()
 
     @torch.no_grad()
     def _probed_settings(self, spec: str, config: Any, layer: int | None) -> tuple[int | None, dict[str, Any]]:
@@ -164,8 +200,8 @@ class HubTeacher(Teacher):
         noises = [(0.1 * generator.standard_normal(s * SAMPLING_RATE)).astype(np.float32) for s in (1, 3)]
         try:
             if layer is not None:
-                layer = _resolve_layer(spec, layer, self._forward(noises[:1], 0)[1])
-            alone = [self._forward([noise], layer)[0][0] for noise in noises]
+                layer = _resolve_layer(spec, layer, self._forward(self._model_inputs(noises[:1]), 0)[1])
+            alone = [self._computed([noise], layer)[0] for noise in noises]
         except (TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(
                 f"{spec} ({type(self.model).__name__}) cannot be run as an audio encoder: {error}; "
@@ -180,7 +216,7 @@ class HubTeacher(Teacher):
         group_norm = getattr(config, "feat_extract_norm", None) == "group"
         no_mask = self.model.main_input_name == "input_values" and not self.extractor.return_attention_mask
         if not group_norm and not no_mask:
-            together = self._forward(noises, layer)[0]
+            together = self._computed(noises, layer)
             self._equal_lengths = not all(_close(one, other) for one, other in zip(alone, together))
         else:
             self._equal_lengths = True
@@ -194,15 +230,27 @@ class HubTeacher(Teacher):
         }
 
     def _drop_layers_after(self, layer: int, noise: np.ndarray, expected: Tensor) -> None:
-        """Spares the layers above: `hidden_states[layer]` is what enters layer number `layer`, so that one stays."""
+        """Spares the layers above. `hidden_states[layer]` comes out of layer number `layer` - 1 and enters the next
+        one, which some models have to run to hand it out."""
         owners: list[Any] = [getattr(self.model, "encoder", None), self.model]
         for owner in owners:
             layers = getattr(owner, "layers", None)
-            if isinstance(layers, nn.ModuleList) and layer + 1 < len(layers):
+            if isinstance(layers, nn.ModuleList) and layer < len(layers):
+                owner.layers = layers[:layer]
+                if self._is_unchanged(noise, layer, expected, torch.equal):
+                    return
                 owner.layers = layers[: layer + 1]
-                if not _close(self._forward([noise], layer)[0][0], expected):
+                if not self._is_unchanged(noise, layer, expected, _close):
                     owner.layers = layers
                 return
+
+    def _is_unchanged(
+        self, noise: np.ndarray, layer: int, expected: Tensor, same: Callable[[Tensor, Tensor], bool]
+    ) -> bool:
+        try:
+            return same(self._computed([noise], layer)[0], expected)
+        except (IndexError, RuntimeError, ValueError):  # a hidden state less, or a model that needs a layer
+            return False
 
     # Whisper
 

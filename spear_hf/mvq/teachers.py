@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spear_hf.mvq import mfcc
 from spear_hf.mvq.alignment import FRAME_TOLERANCE
+from spear_hf.mvq.extraction import Extraction
 from spear_hf.mvq.known_teachers import KNOWN_TEACHERS
 
 
@@ -74,7 +75,7 @@ def plan_windows(num_samples: int, window_frames: int, context_frames: int, hop:
 
 
 class Teacher(ABC):
-    """Base of all teachers; subclasses set the attributes below and write `_features`.
+    """Base of all teachers; subclasses set the attributes below and write `features`.
 
     `frame_rate` in Hz, `feature_size` in channels, `min_samples` for a first frame; `layer` and `revision` are None
     where they mean nothing; `fingerprint` identifies the parameters wherever they are stored ("" where unknown).
@@ -107,10 +108,11 @@ class Teacher(ABC):
         self.window = window
         self.window_seconds = WINDOW_SECONDS if window_seconds is None else float(window_seconds)
         self.min_samples = min_samples
-        self.device = torch.device(device)
+        self.device = indexed(device)
         self.dtype = dtype
         self.options = dict(options or {})
         self.batch_seconds = batch_seconds
+        self._stream: torch.cuda.Stream | None = None
         self._hop = Fraction(SAMPLING_RATE) / Fraction(self.frame_rate).limit_denominator(1000)
         self._window_frames = int(self.window_seconds * self.frame_rate + 1e-6)
         # A short window cannot spare 2 s on either side.
@@ -127,7 +129,6 @@ class Teacher(ABC):
         """
         return self.extract(waveforms, ids=ids)
 
-    @torch.no_grad()
     def extract(
         self,
         waveforms: Sequence[Waveform],
@@ -138,32 +139,16 @@ class Teacher(ABC):
 
         With a transform, the features of hours of audio are never held at once, only what it makes of them.
         """
+        return self.prepare(waveforms, ids).result(transform)
+
+    def prepare(self, waveforms: Sequence[Waveform], ids: Sequence[str] | None = None) -> Extraction:
+        """The beginning of `extract`: what the device needs is there, or on its way."""
         names = [str(name) for name in ids] if ids is not None else [f"utterance {i}" for i in range(len(waveforms))]
         if len(names) != len(waveforms):
             raise ValueError(f"{len(names)} ids for {len(waveforms)} waveforms")
         arrays = [self.check(waveform, name) for waveform, name in zip(waveforms, names)]
         plans = [plan_windows(len(array), self._window_frames, self._context_frames, self._hop) for array in arrays]
-        jobs = [(index, part, window) for index, plan in enumerate(plans) for part, window in enumerate(plan)]
-        # By length, so that little is padded; the longest first, so that memory runs out at once or never.
-        jobs.sort(key=lambda job: (job[2].start - job[2].stop, job[0], job[1]))
-        parts: dict[tuple[int, int], Tensor] = {}
-        for batch in self._batches(jobs):
-            outputs = self._features([arrays[index][window.start : window.stop] for index, _, window in batch])
-            kept = []
-            for (index, _, window), output in zip(batch, outputs):
-                self._check_shape(output, window.stop - window.start, names[index])
-                kept.append(output[window.first : window.last].float())
-            sizes = [len(frames) for frames in kept]
-            frames = torch.cat(kept)  # (all frames of the batch, feature_size)
-            if not torch.isfinite(frames).all():  # once a batch: every look at a value waits for the device
-                bad = next(job for job, rows in zip(batch, kept) if not torch.isfinite(rows).all())
-                raise ValueError(
-                    f"{names[bad[0]]}: features of {self.id} in {self.dtype} are NaN or infinite; try dtype=float32"
-                )
-            rows = frames if transform is None else transform(frames)
-            for (index, part, _), piece in zip(batch, rows.split(sizes)):
-                parts[index, part] = piece
-        return [torch.cat([parts[index, part] for part in range(len(plan))]) for index, plan in enumerate(plans)]
+        return Extraction(self, arrays, names, plans)
 
     def provenance(self) -> dict[str, Any]:
         """What must be the same wherever this teacher's features are quantised, as JSON values."""
@@ -181,11 +166,24 @@ class Teacher(ABC):
             "options": self.options,
         }
 
-    @abstractmethod
-    def _features(self, waveforms: list[np.ndarray]) -> list[Tensor]:
-        """Features (frames, feature_size) of waveforms no longer than a window, each independent of the others."""
+    def inputs(self, waveforms: list[np.ndarray]) -> Any:
+        """What `features` takes of waveforms no longer than a window; made in a thread while the device computes."""
+        return waveforms
 
-    def _batches(self, jobs: list[tuple[int, int, Window]]) -> list[list[tuple[int, int, Window]]]:
+    @abstractmethod
+    def features(self, inputs: Any) -> list[Tensor]:
+        """Features (frames, feature_size) of the waveforms that `inputs` was given, each independent of the others.
+
+        Does not wait for the device, where that can be helped.
+        """
+
+    def stream_beside(self) -> torch.cuda.Stream:
+        """Of its device, for what is done with features while the next ones are computed: it goes first."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device, priority=-1)
+        return self._stream
+
+    def batches(self, jobs: list[tuple[int, int, Window]]) -> list[list[tuple[int, int, Window]]]:
         """Runs of the sorted jobs whose padded audio is within `batch_seconds`."""
         batches: list[list[tuple[int, int, Window]]] = []
         limit = self.batch_seconds * SAMPLING_RATE
@@ -213,7 +211,7 @@ class Teacher(ABC):
             raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} samples are NaN or infinite")
         return np.ascontiguousarray(array, dtype=np.float32)
 
-    def _check_shape(self, output: Tensor, num_samples: int, name: str) -> None:
+    def check_shape(self, output: Tensor, num_samples: int, name: str) -> None:
         """Refuses features that are not (about num_samples / hop, feature_size)."""
         if output.ndim != 2 or output.shape[1] != self.feature_size:
             raise ValueError(
@@ -241,9 +239,9 @@ class KaldiMfccTeacher(Teacher):
         )
         self.model = mfcc.KaldiMfcc().to(self.device)
 
-    def _features(self, waveforms: list[np.ndarray]) -> list[Tensor]:
-        lengths = torch.tensor([len(waveform) for waveform in waveforms], device=self.device)
-        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
+    def features(self, inputs: list[np.ndarray]) -> list[Tensor]:
+        lengths = torch.tensor([len(waveform) for waveform in inputs], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in inputs], batch_first=True)
         features, num_frames = self.model(padded.to(self.device), lengths)
         return [row[:count] for row, count in zip(features, num_frames.tolist())]
 
@@ -279,11 +277,11 @@ class CallableTeacher(Teacher):
         self.function = function
         self._probe()
 
-    def _features(self, waveforms: list[np.ndarray]) -> list[Tensor]:
-        outputs = self.function(waveforms)
-        if not isinstance(outputs, (list, tuple)) or len(outputs) != len(waveforms):
+    def features(self, inputs: list[np.ndarray]) -> list[Tensor]:
+        outputs = self.function(inputs)
+        if not isinstance(outputs, (list, tuple)) or len(outputs) != len(inputs):
             got = f"{len(outputs)} items" if isinstance(outputs, (list, tuple)) else type(outputs).__name__
-            raise ValueError(f"{self.id}: must return a list of {len(waveforms)} feature arrays, gave {got}")
+            raise ValueError(f"{self.id}: must return a list of {len(inputs)} feature arrays, gave {got}")
         return [torch.as_tensor(output).to(self.device) for output in outputs]
 
     def _probe(self) -> None:
@@ -350,6 +348,14 @@ def load_teacher(
         window=window,
         window_seconds=window_seconds,
     )
+
+
+def indexed(device: str | torch.device) -> torch.device:
+    """With the number of a CUDA device: the current one is a thread's own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def is_factory(spec: str) -> bool:

@@ -4,15 +4,18 @@
 Every piece of the corpus (data/sources.py) becomes a shard; within a piece utterances are batched by length. Both
 follow from the data alone, so whichever worker makes a shard makes the same bytes, and an interrupted run goes on
 shard by shard and ends with the bytes of an uninterrupted one. Decoding runs ahead in threads, across the ends of
-pieces, and shards are written behind in another, while the teacher computes.
+pieces, another prepares the teacher's next batch, and shards are written behind in one more, while the teacher
+computes: a GPU has its next batch before the codes of the last one are fetched.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from spear_hf.data.audio_encoding import encode_audio
@@ -20,7 +23,8 @@ from spear_hf.data.decoding import audio_file
 from spear_hf.data.manifest import Utterance
 from spear_hf.data.sources import AudioSource, ListSource, Piece
 from spear_hf.mvq.corpus import DECODERS, Decoded, computed, decoded_pieces, display_path
-from spear_hf.mvq.pipeline import Behind
+from spear_hf.mvq.extraction import Extraction
+from spear_hf.mvq.pipeline import Behind, ahead
 from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStoreWriter
 from spear_hf.mvq.teachers import SAMPLING_RATE
 from spear_hf.mvq.tokenize_report import MetricsFile, ShardMetrics
@@ -59,6 +63,15 @@ class _Shard:
     padded_samples: int = 0
     decode_wait: float = 0.0
     compute: float = 0.0
+
+
+@dataclass
+class _Task:
+    """A batch to compute, with what the teacher has made of it so far; without one, its shard is to be written."""
+
+    shard: _Shard
+    batch: list[Decoded] | None = None
+    extraction: Extraction | None = None
 
 
 @dataclass
@@ -121,7 +134,7 @@ def tokenize_corpus(
 
 
 class _Run:
-    """The pipeline of one worker: decode ahead, compute, write behind."""
+    """The pipeline of one worker: decode and prepare ahead, compute, write behind."""
 
     def __init__(
         self, tokenizer: MvqTokenizer, writer: TokenStoreWriter, batch_seconds: float, metrics: MetricsFile
@@ -136,24 +149,65 @@ class _Run:
     def make(self, pieces: Iterator[Piece], total: int | None, progress: bool) -> _Counts:
         """Makes those of the pieces that are not there. `total` utterances are in all of them, if that is known."""
         bar = tqdm(total=total, unit="utt", desc="tokenize", disable=not progress, smoothing=0.05)
+        launched: deque[_Task] = deque()  # in order; a batch is launched before the one before is waited for
         with bar, self.encoders, Behind(SHARDS_BEHIND) as writing:
             started = waiting_since = time.monotonic()
-            todo = self._missing(pieces, bar)
-            keep_content = self.writer.with_audio
-            for piece, batches in decoded_pieces(todo, self.tokenizer.teacher, self.batch_seconds, keep_content):
-                shard = _Shard(piece)
-                for batch in batches:
-                    shard.decode_wait += time.monotonic() - waiting_since
-                    self._compute(shard, batch)
-                    bar.update(len(batch))
-                    done = self.counts.seconds + shard.samples / SAMPLING_RATE
-                    bar.set_postfix_str(f"{done / (time.monotonic() - started):.0f}x real time", refresh=False)
+            try:
+                for task in ahead(self._tasks(self._missing(pieces, bar))):
+                    task.shard.decode_wait += time.monotonic() - waiting_since
+                    launched.append(task)
+                    self._launch(task)
+                    if len(launched) > 1:
+                        self._finish(launched.popleft(), writing, bar, started)
                     waiting_since = time.monotonic()
-                self.counts.utterances += len(shard.rows)
-                self.counts.frames += shard.frames
-                self.counts.seconds += shard.samples / SAMPLING_RATE
-                writing.submit(self._write, shard)
+            finally:
+                while launched:  # what came before an error is not lost
+                    self._finish(launched.popleft(), writing, bar, started)
         return self.counts
+
+    def _tasks(self, pieces: Iterator[Piece]) -> Iterator[_Task]:
+        """In a thread ahead: decoded batches, and what the teacher needs of them.
+
+        Not on a CPU, where the threads of one would be those that the other sets.
+        """
+        teacher, keep_content = self.tokenizer.teacher, self.writer.with_audio
+        on_cpu = teacher.device.type == "cpu"
+        for piece, batches in decoded_pieces(pieces, teacher, self.batch_seconds, keep_content):
+            shard = _Shard(piece)
+            for batch in batches:
+                yield _Task(shard, batch, None if on_cpu else self._prepared(batch))
+            yield _Task(shard)
+
+    def _prepared(self, batch: list[Decoded]) -> Extraction | None:
+        good = [(item.waveform, item.utterance.id) for item in batch if item.waveform is not None]
+        try:
+            return self.tokenizer.teacher.prepare(*zip(*good)) if good else None
+        except ValueError:  # which one it is, `computed` finds out
+            return None
+
+    def _launch(self, task: _Task) -> None:
+        started = time.monotonic()
+        try:
+            if self.tokenizer.teacher.device.type == "cpu" and task.batch is not None:
+                task.extraction = self._prepared(task.batch)
+            if task.extraction is not None:
+                task.extraction.launch()
+        except ValueError:
+            task.extraction = None
+        task.shard.compute += time.monotonic() - started
+
+    def _finish(self, task: _Task, writing: Behind, bar: tqdm, started: float) -> None:
+        shard = task.shard
+        if task.batch is not None:
+            self._compute(shard, task.batch, task.extraction)
+            bar.update(len(task.batch))
+            done = self.counts.seconds + shard.samples / SAMPLING_RATE
+            bar.set_postfix_str(f"{done / (time.monotonic() - started):.0f}x real time", refresh=False)
+            return
+        self.counts.utterances += len(shard.rows)
+        self.counts.frames += shard.frames
+        self.counts.seconds += shard.samples / SAMPLING_RATE
+        writing.submit(self._write, shard)
 
     def _missing(self, pieces: Iterator[Piece], bar: tqdm) -> Iterator[Piece]:
         """The pieces whose shards are not there, looked up when their turn comes: another job may have made them."""
@@ -166,11 +220,17 @@ class _Run:
             else:
                 yield piece
 
-    def _compute(self, shard: _Shard, batch: list[Decoded]) -> None:
+    def _compute(self, shard: _Shard, batch: list[Decoded], extraction: Extraction | None) -> None:
+        """The rows of a batch. `extraction` is that of its utterances, as far as it has come."""
         started = time.monotonic()
         longest = 0
         good = 0
-        for item, codes in computed(batch, lambda waveforms, ids: self.tokenizer(waveforms, ids=ids)):
+        begun = [extraction] if extraction is not None else []
+
+        def codes_of(waveforms: list[np.ndarray], ids: list[str]) -> list[np.ndarray]:
+            return self.tokenizer.codes(begun.pop()) if begun else self.tokenizer(waveforms, ids=ids)
+
+        for item, codes in computed(batch, codes_of):
             id, utterance = item.utterance.id, item.utterance
             if codes is None or item.waveform is None:
                 shard.bad[item.place] = QuarantinedAudio(id, display_path(utterance.path), item.error or "")

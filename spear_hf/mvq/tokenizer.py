@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spear_hf.mvq.extraction import Extraction
 from spear_hf.mvq.quantizer import PASSES, MultiCodebookQuantizer, QuantizerConfig
 from spear_hf.mvq.store import StoreInfo
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, Waveform, is_factory, load_teacher
@@ -92,9 +93,12 @@ class MvqTokenizer:
                 "spear_hf.data.audio.load_audio does"
             )
         single = isinstance(audio, (np.ndarray, Tensor))
-        codes = self.teacher.extract([audio] if single else list(audio), ids=ids, transform=self._encode)  # type: ignore[list-item]
-        arrays = [rows.numpy() for rows in codes]
+        arrays = self.codes(self.teacher.prepare([audio] if single else list(audio), ids))  # type: ignore[list-item]
         return arrays[0] if single else arrays
+
+    def codes(self, extraction: Extraction) -> list[np.ndarray]:
+        """Of what `teacher.prepare(waveforms, ids)` gave: as calling the tokenizer with them."""
+        return [rows.numpy() for rows in extraction.result(self._encode)]
 
     def decode(self, codes: np.ndarray | Tensor) -> Tensor:
         """Codes (frames, num_codebooks) -> the features they stand for, float32 (frames, feature_size)."""

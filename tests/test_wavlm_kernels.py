@@ -1,0 +1,126 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""WavLM's kernels: through Triton's interpreter here, and on a GPU against the plain way where there is one."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import WavLMConfig, WavLMModel
+
+from spear_hf.mvq.wavlm_attention import fuse_wavlm_attention, kernels_for
+from spear_hf.mvq.wavlm_convolutions import fuse_wavlm_convolutions
+
+
+triton = pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from spear_hf.mvq import wavlm_kernels as kernels  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_kernels_compute_what_plain_operations_do():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.wavlm_kernels_on_cpu"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    errors = json.loads(result.stdout.splitlines()[-1])
+    assert len(errors) == 32
+    assert not {case: error for case, error in errors.items() if not error < 3e-3}, "float16 has 11 bits"
+
+
+def resources(kernel, numbers, constants, aligned, **options) -> dict[str, int]:
+    """Registers, bytes of the stack and shared bytes of a kernel compiled for a Hopper GPU, which is not needed."""
+    kinds = {"eps": "fp32", "scale": "fp32", "lengths": "*i32"}
+    signature = {name: kinds.get(name, "i32" if name in numbers else "*bf16") for name in kernel.arg_names}
+    signature |= {name: "*fp32" for name in signature if name.startswith(("gate", "norm")) or name == "bias"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in aligned]
+    places = kernel.arg_names.index
+    source = ASTSource(
+        kernel,
+        signature,
+        {(places(name),): value for name, value in constants.items()},
+        {(places(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(re.search(rf"{name}:(\d+)", printed).group(1)) for name in ("REG", "STACK")}
+    return used | {"shared": compiled.metadata.shared}
+
+
+def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
+    """The interpreter does not see what the compiler refuses. Shapes are those of WavLM Large."""
+    attention = {"HEADS": 16, "HEAD_DIM": 64, "QUERIES": kernels.QUERIES, "KEYS": kernels.KEYS}
+    numbers = {"frames", "in_frames", "samples", "blocks", "table_head", "table_row", "origin"}
+    aligned = ("table_head", "table_row", "origin")
+    options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
+    used = resources(kernels._attention, numbers, attention, aligned, **options)
+    assert used["STACK"] == 0
+    assert 2 * used["REG"] * 32 * kernels.WARPS <= 65536, "two blocks at a time"
+    assert 2 * used["shared"] <= 226 * 1024
+    first = {"OUT": 512, "TAPS": 10, "STRIDE": 5, "FRAMES": kernels.FIRST_FRAMES}
+    assert resources(kernels._first_convolution, numbers, first, (), num_warps=8)["STACK"] == 0
+    others = {"IN": 512, "OUT": 512, "TAPS": 3, "STRIDE": 2}
+    others |= {"FRAMES": kernels.CONVOLVED_FRAMES, "DEPTH": kernels.CONVOLVED_DEPTH}
+    options = {"num_warps": kernels.CONVOLVED_WARPS, "num_stages": kernels.CONVOLVED_STAGES}
+    used = resources(kernels._convolution, numbers, others, (), **options)
+    assert used["STACK"] < 128, "all but a few numbers"
+    assert used["shared"] <= kernels.LARGE_SHARED_MEMORY
+    positions = {"GROUPS": 16, "WIDTH": 64, "TAPS": 128, "FRAMES": kernels.POSITION_FRAMES}
+    options = {"num_warps": kernels.POSITION_WARPS, "num_stages": kernels.POSITION_STAGES}
+    assert resources(kernels._position_convolution, numbers, positions, (), **options)["STACK"] == 0
+
+
+def test_elsewhere_nothing_changes():
+    assert kernels_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_hidden_states_on_a_gpu(dtype):
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=512,
+        num_conv_pos_embedding_groups=4,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+    )
+    model = WavLMModel(config).eval().cuda()
+    for name, parameter in model.named_parameters():
+        if "rel_attn_embed" in name or "gru_rel_pos" in name:
+            parameter.normal_()
+    fused = copy.deepcopy(model).to(dtype)
+    fuse_wavlm_attention(fused)
+    fuse_wavlm_convolutions(fused)
+    assert kernels_for(torch.zeros(1, dtype=dtype, device="cuda")) is not None
+    for longest in (400, 700, 16000, 50001, 200000):
+        lengths = torch.tensor([longest, max(400, longest // 2), 400], device="cuda")
+        waveforms = torch.randn(3, longest, device="cuda")
+        mask = (torch.arange(longest, device="cuda") < lengths[:, None]).long()
+        expected = model(waveforms, attention_mask=mask, output_hidden_states=True).hidden_states
+        found = fused(waveforms.to(dtype), attention_mask=mask, output_hidden_states=True).hidden_states
+        plain = model.to(dtype)(waveforms.to(dtype), attention_mask=mask, output_hidden_states=True).hidden_states
+        model.float()
+        for row, frames in enumerate(model._get_feat_extract_output_lengths(lengths).tolist()):
+            for one, other, usual in zip(expected, found, plain):
+                error, rounding = ((other, usual)[i][row, :frames].float() - one[row, :frames] for i in range(2))
+                assert error.norm() < 1.5 * rounding.norm() + 1e-3 * one[row, :frames].norm(), (longest, row)
