@@ -51,7 +51,7 @@ COMPILE_OPTIONS = {
     "combo_kernels": True,  # small kernels that do not depend on each other, as casts of weights, become one
 }
 TILES = "triton.coalesce_tiling_analysis"
-FRAMES_AT_ONCE = 4096  # of all utterances in the feed-forward modules, without gradients
+FRAMES_AT_ONCE = 1024  # of all utterances in the feed-forward modules, without gradients
 
 # Names in published checkpoints -> ours. No rule matches a key of ours.
 PUBLISHED_NAMES = {
