@@ -927,7 +927,10 @@ class SpearModel(SpearPreTrainedModel):
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         kwargs.pop("output_hidden_states", None)  # layers do the same either way, compiled ones in the same graph
-        hidden_states = self._with_gradient(self.stem(input_features, valid_mask))
+        # Without padding there is nothing to mask. To look is to wait for a GPU, but costs nothing on a CPU.
+        is_whole = valid_mask is not None and are_blocks_possible(input_features) and bool(valid_mask.all())
+        needed_mask = None if is_whole else valid_mask
+        hidden_states = self._with_gradient(self.stem(input_features, needed_mask))
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.float()  # as the first bypass makes it: all layers are then compiled at once
         position_table = relative_position_table(
@@ -935,7 +938,7 @@ class SpearModel(SpearPreTrainedModel):
         )
         position_table = F.dropout(position_table, self.config.position_dropout, training=self.training)
         for stack in self.stacks:
-            hidden_states = stack(hidden_states, position_table, valid_mask, frames, **kwargs)
+            hidden_states = stack(hidden_states, position_table, needed_mask, frames, **kwargs)
         if self.output_downsample is not None:
             hidden_states = self.output_downsample(hidden_states, valid_mask)
             if valid_mask is not None:
