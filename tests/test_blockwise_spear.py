@@ -86,7 +86,12 @@ def test_wide_values_are_convolved(small_blocks, monkeypatch):
     monkeypatch.setattr(blockwise_spear, "BLOCK_SCORES", 2**20)
     convolved = []
     convolve = blockwise_spear._convolve
-    monkeypatch.setattr(blockwise_spear, "_convolve", lambda *args: convolved.append(tuple(args[0].shape)) or convolve(*args))
+
+    def record(rows, *others):
+        convolved.append(tuple(rows.shape))
+        return convolve(rows, *others)
+
+    monkeypatch.setattr(blockwise_spear, "_convolve", record)
     config = make_config(hidden_size=384)  # 288 values
     weights = randomized(SpearAttentionWeights(config))
     hidden_states, table, mask = attention_inputs(300, [300, 280], torch.float32, 384)
