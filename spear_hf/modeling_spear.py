@@ -276,8 +276,10 @@ class SpearFeedForward(nn.Module):
             or is_watched(*self.children())
         ):
             return self._compute(hidden_states)
-        at_once = max(1, FRAMES_AT_ONCE // hidden_states.shape[0])
-        return torch.cat([self._compute(block) for block in hidden_states.split(at_once, dim=1)], dim=1)
+        rows = hidden_states.flatten(0, 1)[None]  # (1, batch * frames, dim)
+        return torch.cat([self._compute(block) for block in rows.split(FRAMES_AT_ONCE, dim=1)], dim=1).view_as(
+            hidden_states
+        )
 
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return project(self.out_proj, self.dropout(swoosh_l(project(self.in_proj, hidden_states))))
