@@ -9,6 +9,7 @@ backward pass, which then needs nothing that grows with the square of the length
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ class BlockwiseAttention:
         batch, self.frames, heads, _ = query.shape
         self.num_keys, self.masked = self._valid_keys(key_mask, batch)
         bytes_per_head = sum(self.num_keys) * self.frames * query.element_size()
-        self.kept: dict[int, torch.Tensor] = {}  # by utterance
+        self.kept: dict[int, list[torch.Tensor]] = {}  # by utterance, and block of query rows
         self.kept_heads = min(heads, KEPT_BYTES // max(1, bytes_per_head))
 
     def _valid_keys(self, key_mask: torch.Tensor | None, batch: int) -> tuple[list[int], list[torch.Tensor | None]]:
@@ -193,41 +194,36 @@ class BlockwiseAttention:
     def compute(self, values: torch.Tensor) -> torch.Tensor:
         """As `attend`, outside autograd's graph."""
         context = torch.empty_like(values)
-        heads = values.shape[2]
         for row, keys in enumerate(self.num_keys):
-            used = values[row, :keys].transpose(0, 1)  # (heads, keys, dim)
-            kept = min(heads, self.kept_heads)
-            if kept > 0:
-                _weigh(self._kept_weights(row)[:kept], used[:kept], context[row, :, :kept])
-            group, _ = self._block_size(keys)
-            for first in range(kept, heads, group):
-                which = slice(first, min(first + group, heads))
-                for start, stop in self._blocks(keys):
-                    weights = self._weights(row, which, start, stop)
-                    _weigh(weights, used[which], context[row, start:stop, which])
+            used = values[row, :keys].permute(1, 2, 0).contiguous()  # (heads, dim, keys)
+            for heads, start, stop, weights in self._all_weights(row, values.shape[2]):
+                _weigh(weights, used[heads], context[row, start:stop, heads])
         return context
 
-    def _kept_weights(self, row: int) -> torch.Tensor:
-        """Weights of the heads that are kept, `(kept heads, frames, keys)`."""
-        if row not in self.kept:
-            keys = self.num_keys[row]
-            kept = self.query.new_empty(self.kept_heads, self.frames, keys)
-            group, _ = self._block_size(keys)
-            for first in range(0, self.kept_heads, group):
-                which = slice(first, min(first + group, self.kept_heads))
-                for start, stop in self._blocks(keys):
-                    kept[which, start:stop] = self._weights(row, which, start, stop)
-            self.kept[row] = kept
-        return self.kept[row]
+    def _all_weights(self, row: int, heads: int) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
+        """Blocks of the first heads: which heads and queries `start ... stop - 1`, and their weights as `_weights`."""
+        kept = self.kept.setdefault(row, [])
+        first = min(heads, self.kept_heads)
+        if first > 0:
+            for index, (start, stop) in enumerate(self._blocks(row, self.kept_heads)):
+                if index == len(kept):
+                    kept.append(self._weights(row, slice(0, self.kept_heads), start, stop))
+                yield slice(0, first), start, stop, kept[index][:first]
+        group, _ = self._block_size(row, heads - first)
+        for begin in range(first, heads, group):
+            which = slice(begin, min(begin + group, heads))
+            for start, stop in self._blocks(row, heads - first):
+                yield which, start, stop, self._weights(row, which, start, stop)
 
-    def _block_size(self, keys: int) -> tuple[int, int]:
-        """Heads and query rows of a block: few rows of many heads before many rows, for few and large operations."""
-        scores = BLOCK_SCORES * torch.get_num_threads()
-        heads = min(self.query.shape[2], max(1, scores // (keys * MIN_BLOCK_ROWS)))
+    def _block_size(self, row: int, heads: int) -> tuple[int, int]:
+        """Heads, of so many, and query rows of a block: few rows of many heads before many rows, for few and large
+        operations."""
+        keys, scores = self.num_keys[row], BLOCK_SCORES * torch.get_num_threads()
+        heads = max(1, min(heads, scores // (keys * MIN_BLOCK_ROWS)))
         return heads, min(MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, scores // (keys * heads)))
 
-    def _blocks(self, keys: int) -> list[tuple[int, int]]:
-        _, rows = self._block_size(keys)
+    def _blocks(self, row: int, heads: int) -> list[tuple[int, int]]:
+        _, rows = self._block_size(row, heads)
         return [(start, min(start + rows, self.frames)) for start in range(0, self.frames, rows)]
 
     def _weights(self, row: int, heads: slice, start: int, stop: int) -> torch.Tensor:
@@ -256,7 +252,7 @@ class BlockwiseAttention:
         for row in range(values.shape[0]):
             for head in range(values.shape[2]):
                 keys = self.num_keys[row]
-                for start, stop in self._blocks(keys):
+                for start, stop in self._blocks(row, 1):
                     weights = self._weights(row, slice(head, head + 1), start, stop)[0]
                     block = (row, slice(start, stop), head)
                     grad_scores = grad_context[block] @ values[row, :keys, head].t()  # (rows, keys)
@@ -297,11 +293,23 @@ def _by_key(by_offset: torch.Tensor, keys: int) -> torch.Tensor:
 
 
 def _weigh(weights: torch.Tensor, values: torch.Tensor, context: torch.Tensor) -> None:
-    """Weights `(heads, rows, keys)` times values `(heads, keys, dim)`, into `context` `(rows, heads, dim)`."""
-    if values.shape[-1] < 32:  # a product of few columns is about twice as fast the other way round
-        context.copy_((values.transpose(1, 2).contiguous() @ weights.transpose(1, 2)).permute(2, 0, 1))
+    """Weights `(heads, rows, keys)` times values `(heads, dim, keys)`, into `context` `(rows, heads, dim)`."""
+    if _is_convolution_faster(weights, values):
+        for head, (rows, kernels) in enumerate(zip(weights, values)):
+            context[:, head] = _convolve(rows[None], kernels, None)[0]
+    elif values.shape[1] < 32:  # a product of few columns is about twice as fast the other way round
+        context.copy_((values @ weights.transpose(1, 2)).permute(2, 0, 1))
     else:
-        context.copy_((weights @ values).transpose(0, 1))
+        context.copy_((weights @ values.transpose(1, 2)).transpose(0, 1))
+
+
+def _is_convolution_faster(weights: torch.Tensor, values: torch.Tensor) -> bool:
+    return (
+        weights.dtype == torch.float32
+        and weights.shape[1] >= MIN_FRAMES_TO_CONVOLVE
+        and min(values.shape[1:]) >= MIN_WIDTH_TO_CONVOLVE
+        and are_convolutions_faster()
+    )
 
 
 class _RecomputedAttention(torch.autograd.Function):

@@ -61,7 +61,7 @@ def embed(
     layer: Annotated[str, typer.Option(help="last, a number (0: the stem), all, or mean (of all).")] = "last",
     pool: Annotated[str, typer.Option(help="Over frames: none, mean, or mean+std.")] = "none",
     batch_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of audio in a batch, padding included; 30 on the CPU, else 240.")
+        float | None, typer.Option(help="Seconds of audio in a batch, padding included; 60 on the CPU, else 240.")
     ] = None,
     max_seconds: Annotated[float, typer.Option(help="Refuse longer files: time grows with length squared.")] = 120.0,
     window_seconds: Annotated[

@@ -51,7 +51,7 @@ COMPILE_OPTIONS = {
     "combo_kernels": True,  # small kernels that do not depend on each other, as casts of weights, become one
 }
 TILES = "triton.coalesce_tiling_analysis"
-FRAMES_AT_ONCE = 4096  # of all utterances in the feed-forward modules, without gradients
+FRAMES_AT_ONCE = 1024  # of all utterances in the feed-forward modules, without gradients
 
 # Names in published checkpoints -> ours. No rule matches a key of ours.
 PUBLISHED_NAMES = {
@@ -276,8 +276,10 @@ class SpearFeedForward(nn.Module):
             or is_watched(*self.children())
         ):
             return self._compute(hidden_states)
-        at_once = max(1, FRAMES_AT_ONCE // hidden_states.shape[0])
-        return torch.cat([self._compute(block) for block in hidden_states.split(at_once, dim=1)], dim=1)
+        rows = hidden_states.flatten(0, 1)[None]  # (1, batch * frames, dim)
+        return torch.cat([self._compute(block) for block in rows.split(FRAMES_AT_ONCE, dim=1)], dim=1).view_as(
+            hidden_states
+        )
 
     def _compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return project(self.out_proj, self.dropout(swoosh_l(project(self.in_proj, hidden_states))))
@@ -927,7 +929,10 @@ class SpearModel(SpearPreTrainedModel):
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         kwargs.pop("output_hidden_states", None)  # layers do the same either way, compiled ones in the same graph
-        hidden_states = self._with_gradient(self.stem(input_features, valid_mask))
+        # Without padding there is nothing to mask. To look is to wait for a GPU, but costs nothing on a CPU.
+        is_whole = valid_mask is not None and are_blocks_possible(input_features) and bool(valid_mask.all())
+        needed_mask = None if is_whole else valid_mask
+        hidden_states = self._with_gradient(self.stem(input_features, needed_mask))
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.float()  # as the first bypass makes it: all layers are then compiled at once
         position_table = relative_position_table(
@@ -935,7 +940,7 @@ class SpearModel(SpearPreTrainedModel):
         )
         position_table = F.dropout(position_table, self.config.position_dropout, training=self.training)
         for stack in self.stacks:
-            hidden_states = stack(hidden_states, position_table, valid_mask, frames, **kwargs)
+            hidden_states = stack(hidden_states, position_table, needed_mask, frames, **kwargs)
         if self.output_downsample is not None:
             hidden_states = self.output_downsample(hidden_states, valid_mask)
             if valid_mask is not None:

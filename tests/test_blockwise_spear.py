@@ -79,6 +79,38 @@ def test_weighted_values(small_blocks, monkeypatch, frames, lengths, kept_bytes)
                     assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_wide_values_are_convolved(small_blocks, monkeypatch):
+    """In single precision, where there are enough rows of enough keys; those of a kept block and others."""
+    monkeypatch.setattr(blockwise_spear, "are_convolutions_faster", lambda: True)
+    monkeypatch.setattr(blockwise_spear, "MAX_BLOCK_ROWS", 48)
+    monkeypatch.setattr(blockwise_spear, "BLOCK_SCORES", 2**20)
+    convolved = []
+    convolve = blockwise_spear._convolve
+
+    def record(rows, *others):
+        convolved.append(tuple(rows.shape))
+        return convolve(rows, *others)
+
+    monkeypatch.setattr(blockwise_spear, "_convolve", record)
+    config = make_config(hidden_size=384)  # 288 values
+    weights = randomized(SpearAttentionWeights(config))
+    hidden_states, table, mask = attention_inputs(300, [300, 280], torch.float32, 384)
+    values = torch.randn(2, 300, 1, 288, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = (weights(hidden_states, table, mask)[:, :1] @ values.transpose(1, 2)).transpose(1, 2)
+        for kept_bytes in (2**26, 0):
+            monkeypatch.setattr(blockwise_spear, "KEPT_BYTES", kept_bytes)
+            blocks = weights.blockwise(hidden_states, table, mask)
+            convolved.clear()  # the projections
+            actual = blocks.compute(values)
+            assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+            # The last 12 of 300 rows are too few.
+            assert convolved == 6 * [(1, 48, 300)] + 6 * [(1, 48, 280)]
+        convolved.clear()
+        weights.double().blockwise(hidden_states.double(), table.double(), mask).compute(values.double())
+    assert not convolved
+
+
 def test_a_mask_with_holes(small_blocks):
     weights, consumer = randomized(SpearAttentionWeights(make_config())), SpearSelfAttention(make_config())
     hidden_states, table, mask = attention_inputs(30, [30, 20], torch.float32)
@@ -215,6 +247,24 @@ def test_every_hook_is_called(small_blocks, monkeypatch, kind, everywhere):
         for handle in handles:
             handle.remove()
     assert modules <= called
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_padding_nothing_is_masked(small_blocks, training):
+    model = SpearModel(make_config(hidden_dropout=0.0)).train(training)
+    features = torch.randn(2, 120, 128, generator=torch.Generator().manual_seed(0))
+    masks = []
+    layer = model.stacks[1].stack.layers[0]
+    handle = layer.register_forward_pre_hook(lambda module, args: masks.append(args[2]))
+    whole = model(features, attention_mask=torch.ones(2, 120, dtype=torch.int32))
+    padded = model(features, attention_mask=torch.tensor([[1] * 120, [1] * 100 + [0] * 20]))
+    handle.remove()
+    assert masks[0] is None
+    assert masks[1].tolist() == [[True] * 28, [True] * 23 + [False] * 5]
+    assert torch.equal(whole.last_hidden_state, model(features).last_hidden_state)
+    assert whole.attention_mask.dtype == torch.int32
+    assert whole.attention_mask.all()
+    assert torch.allclose(padded.last_hidden_state[0], whole.last_hidden_state[0], atol=1e-5)
 
 
 def test_the_default_device_does_not_matter(small_blocks):

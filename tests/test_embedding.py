@@ -2,7 +2,9 @@
 """`spear-hf embed` and `embed_files` on real files, good and bad, with the golden model."""
 
 import json
+import math
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 from spear_hf import SpearFeatureExtractor
 from spear_hf.cli import app
 from spear_hf.data.manifest import Utterance
-from spear_hf.evaluation.embedding import collect_utterances, embed_files, load_encoder
+from spear_hf.evaluation.embedding import _batches, collect_utterances, embed_files, load_encoder
 
 
 GOOD = {"long.flac", "second.wav", "deep/stereo.wav", "deep/opus.ogg"}
@@ -150,6 +152,28 @@ def test_batches_do_not_change_embeddings(audio, encoder):
     assert [result.id for result in together] == ["long.flac", "second.wav", "opus.ogg", "stereo.wav"]  # longest first
     for result in together:
         np.testing.assert_allclose(result.embedding, alone[result.id], rtol=0, atol=1e-5)
+
+
+def test_batches_have_little_padding():
+    utterances = [(float(seconds), Utterance(str(seconds), Path("x.wav"))) for seconds in (9, 9, 8.5, 8, 3, 2, 2, 2)]
+
+    def lengths(batch_seconds, padded_seconds):
+        return [[float(each.id) for each in batch] for batch in _batches(utterances, batch_seconds, padded_seconds)]
+
+    assert lengths(27, math.inf) == [[9, 9, 8.5], [8, 3, 2], [2, 2]]
+    assert lengths(27, 1.0) == [[9, 9, 8.5], [8], [3, 2], [2, 2]]
+    assert lengths(100, 1.5) == [[9, 9, 8.5, 8], [3, 2], [2, 2]]
+    assert lengths(0, 1.5) == [[9], [9], [8.5], [8], [3], [2], [2], [2]]
+
+
+def test_batches_are_no_longer_than_windows(audio, encoder):
+    paths = [audio / "long.flac", audio / "second.wav"]  # of 3.2 and 2 s
+    long, second = embed_files(paths, *encoder, window_seconds=2.4)
+    whole_long, whole_second = embed_files(paths, *encoder)
+    assert long.embedding.shape == whole_long.embedding.shape
+    np.testing.assert_allclose(second.embedding, whole_second.embedding, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="must be at least batch_seconds=3"):
+        embed_files(paths, *encoder, window_seconds=2.4, batch_seconds=3)
 
 
 def test_output_at_25_hz(audio, golden_ds2_folder, golden_ds2):

@@ -100,7 +100,7 @@ def test_pretraining_names_the_model(desk):
         ("tokenize --tokenizer nowhere --data . --output out", "there is no quantiser nowhere here"),
         ("convert strange.pt out", "numbers of stacks and layers have gaps: there are none"),
         ("embed clip.wav --output out.npz --model whole --batch-seconds nan", "batch_seconds=nan"),
-        ("embed clip.wav --output out.npz --model whole --window-seconds 5", "window_seconds=5.0 must be at least"),
+        ("embed clip.wav --output out.npz --model whole --window-seconds nan", "window_seconds=nan must be positive"),
     ],
 )
 def test_wrong_arguments(desk, command, message):
