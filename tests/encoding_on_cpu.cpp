@@ -27,9 +27,8 @@ extern "C" void run_subtract(int blocks, unsigned seed, const float* standardise
         [=] { subtract(standardised, dim, offset, centres, codes, active, residual, split, scale); });
 }
 
-extern "C" void run_refine(int blocks, unsigned seed, float* products, const float* scale, float centre_scale,
-                           const float* half_norms, const float* gram, const int* active, int most,
-                           unsigned char* codes, int* left, unsigned char* again) {
-    run(blocks, LANES, seed,
-        [=] { refine(products, scale, centre_scale, half_norms, gram, active, most, codes, left, again); });
+extern "C" void run_refine(int blocks, unsigned seed, const float* products, const float* scale, float centre_scale,
+                           const float* half_norms, const float* gram, const int* active, unsigned char* codes,
+                           unsigned char* again) {
+    run(blocks, LANES, seed, [=] { refine(products, scale, centre_scale, half_norms, gram, active, codes, again); });
 }

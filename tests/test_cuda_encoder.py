@@ -90,16 +90,6 @@ def test_codes_are_those_of_torchs_operations(library_of, num_codebooks):
         assert torch.equal(encode(frames, passes), quantizer.encode(frames, refine_iters=passes))
 
 
-@pytest.mark.parametrize("most", [0, 16])
-def test_costs_of_a_later_pass_come_from_a_product_or_from_sums(library_of, monkeypatch, most):
-    quantizer = random_quantizer(24, 256, 8)
-    frames = random_frames(quantizer, 40)
-    monkeypatch.setattr(cuda_encoder_module, "MOST_UPDATES", most)
-    encode = on_cpu(quantizer, CpuKernels(library_of(8)))
-    for passes in (2, 5):
-        assert torch.equal(encode(frames, passes), quantizer.encode(frames, refine_iters=passes))
-
-
 def test_any_order_of_threads_block_size_and_room_gives_the_same(library_of):
     """A missing barrier would show in the first; 136 numbers at a time are the fewest a merge can do with."""
     quantizer = random_quantizer(24, 256, 16)

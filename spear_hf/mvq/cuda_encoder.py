@@ -26,12 +26,11 @@ ROWS = 2048  # of every matrix product, as the order of summation may depend on 
 TILES = 16  # of ROWS frames, in work at a time
 TILES_AT_ONCE = 4  # of these in a launch of a kernel, which ends with few blocks for the many multiprocessors
 WARPS = 4  # of a block; `refine` has one
-BLOCKS = 20  # of `refine` on a multiprocessor, at least: limits its registers
+BLOCKS = 24  # of `refine` on a multiprocessor, at least: limits its registers
 CELLS = 512  # numbers that a merge looks up at a time
 UNROLL = 1  # of the kernel's inner loops: more work at a time, but more code to fetch
 CODEBOOKS = (2, 4, 8, 16)
 LARGE = 1e15
-MOST_UPDATES = 8  # codes that a pass may change, for the kernel to go on with sums; with more a product costs less
 
 
 class Kernels:
@@ -98,7 +97,6 @@ class CudaEncoder:
         Frames that a pass has left as they are would be left so by all others: the later ones go without them.
         """
         active = torch.arange(len(codes), dtype=torch.int32, device=codes.device)
-        left = torch.full((len(codes),), passes, dtype=torch.int32, device=codes.device)
         for _ in range(passes):
             again = torch.empty(len(active), dtype=torch.bool, device=codes.device)
             for first in range(0, len(active), work.rows):
@@ -107,7 +105,7 @@ class CudaEncoder:
                 self.kernels("subtract", len(part), *given, work.residual, work.split, work.units)
                 products = self._product(work, len(part), self.center_split)
                 costs = (products, work.units, self.center_unit, self.half_norms, self.gram)
-                self.kernels("refine", len(part), *costs, part, MOST_UPDATES, codes, left, again[first:])
+                self.kernels("refine", len(part), *costs, part, codes, again[first:])
             active = active[again]
             if not len(active):
                 break

@@ -383,76 +383,44 @@ __device__ inline void store_row(const float (&numbers)[COUNT], int lane, float*
     }
 }
 
-// Passes for frames `active`: codes (frames, CODEBOOKS) -> better codes. `products` (rows of the grid, WIDTH): of what the
+// A pass for frames `active`: codes (frames, CODEBOOKS) -> better codes. `products` (rows of the grid, WIDTH): of what the
 // codes leave of each frame with all centres, divided by its scale and centre_scale; `gram`: of all centres with all.
-// While a pass changes no more than `most` codes, the products are brought up to date for the next one. `left` (frames):
-// passes still to do; `again` (rows of the grid): whether they need new products.
+// `again` (rows of the grid): whether a code has changed, so that another pass may change more.
 extern "C" __global__ void __launch_bounds__(LANES, BLOCKS)
-refine(float* products, const float* __restrict__ scale, float centre_scale, const float* __restrict__ half_norms,
-       const float* __restrict__ gram, const int* __restrict__ active, int most, unsigned char* codes,
-       int* left, unsigned char* again) {
+refine(const float* __restrict__ products, const float* __restrict__ scale, float centre_scale,
+       const float* __restrict__ half_norms, const float* __restrict__ gram, const int* __restrict__ active,
+       unsigned char* codes, unsigned char* again) {
     __shared__ Frame f;
-    constexpr int COUNT = SIZE / LANES;
     const int lane = threadIdx.x, frame = active[blockIdx.x];
     codes += frame * CODEBOOKS;
     products += (long long)blockIdx.x * WIDTH;
-    int incoming = lane < CODEBOOKS ? codes[lane] : 0, outgoing;
-    const float unit = scale[blockIdx.x] * centre_scale, inverse = 1 / unit;  // powers of two
-    int passes = left[frame];
-    unsigned changed;
-    for (;;) {
+    const int incoming = lane < CODEBOOKS ? codes[lane] : 0;
+    const float unit = scale[blockIdx.x] * centre_scale;
 #pragma unroll 1
-        for (int c = lane / SINGLE; c < CODEBOOKS; c += LANES / SINGLE) {
-            // Costs of the codebook's centres, given the other codebooks' codes.
-            float costs[SINGLE], product[SINGLE], own[SINGLE];
-            load_row(half_norms + c * SIZE, lane % SINGLE, costs);
-            load_row(products + c * SIZE, lane % SINGLE, product);
-            load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane % SINGLE, own);
+    for (int c = lane / SINGLE; c < CODEBOOKS; c += LANES / SINGLE) {
+        // Costs of the codebook's centres, given the other codebooks' codes.
+        float costs[SINGLE], product[SINGLE], own[SINGLE];
+        load_row(half_norms + c * SIZE, lane % SINGLE, costs);
+        load_row(products + c * SIZE, lane % SINGLE, product);
+        load_row(gram + (c * SIZE + __shfl_sync(ALL, incoming, c)) * WIDTH + c * SIZE, lane % SINGLE, own);
 #pragma unroll
-            for (int i = 0; i < SINGLE; ++i) costs[i] -= unit * product[i] + own[i];
-            select<SINGLE, SINGLE>(costs, f.candidates, [&](int n, float value, int place) {
-                f.kept[c][n] = centre<SINGLE>(place / SINGLE, place % SINGLE);
-                f.cost[c * SINGLE + n] = value;
-            });
-            f.slot[c][lane % SINGLE] = lane % SINGLE;
-        }
-        __syncwarp();
-        merge<1>(f, gram, incoming);
-        if constexpr (CODEBOOKS > 2) merge<2>(f, gram, incoming);
-        if constexpr (CODEBOOKS > 4) merge<4>(f, gram, incoming);
-        if constexpr (CODEBOOKS > 8) merge<8>(f, gram, incoming);
+        for (int i = 0; i < SINGLE; ++i) costs[i] -= unit * product[i] + own[i];
+        select<SINGLE, SINGLE>(costs, f.candidates, [&](int n, float value, int place) {
+            f.kept[c][n] = centre<SINGLE>(place / SINGLE, place % SINGLE);
+            f.cost[c * SINGLE + n] = value;
+        });
+        f.slot[c][lane % SINGLE] = lane % SINGLE;
+    }
+    __syncwarp();
+    merge<1>(f, gram, incoming);
+    if constexpr (CODEBOOKS > 2) merge<2>(f, gram, incoming);
+    if constexpr (CODEBOOKS > 4) merge<4>(f, gram, incoming);
+    if constexpr (CODEBOOKS > 8) merge<8>(f, gram, incoming);
 
-        outgoing = lane < CODEBOOKS ? f.kept[lane][f.slot[lane][0]] : 0;
-        changed = __ballot_sync(ALL, incoming != outgoing);
-        --passes;
-        if (!changed || !passes || __popc(changed) > most) break;
-#pragma unroll 1
-        for (int c = 0; c < CODEBOOKS; ++c) {
-            float product[COUNT], moved[COUNT] = {};
-#pragma unroll 1
-            for (unsigned rest = changed; rest; rest &= rest - 1) {
-                const int other = __ffs(rest) - 1;
-                const int to = other * SIZE + __shfl_sync(ALL, outgoing, other);
-                const int from = other * SIZE + __shfl_sync(ALL, incoming, other);
-                float added[COUNT], removed[COUNT];
-                load_row(gram + to * WIDTH + c * SIZE, lane, added);
-                load_row(gram + from * WIDTH + c * SIZE, lane, removed);
-#pragma unroll
-                for (int i = 0; i < COUNT; ++i) moved[i] += added[i] - removed[i];
-            }
-            load_row(products + c * SIZE, lane, product);
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) product[i] -= moved[i] * inverse;
-            store_row(product, lane, products + c * SIZE);
-        }
-        __syncwarp();
-        incoming = outgoing;
-    }
+    const int outgoing = lane < CODEBOOKS ? f.kept[lane][f.slot[lane][0]] : 0;
+    const unsigned changed = __ballot_sync(ALL, incoming != outgoing);
     if (lane < CODEBOOKS) codes[lane] = outgoing;
-    if (lane == 0) {
-        left[frame] = passes;
-        again[blockIdx.x] = changed && passes;
-    }
+    if (lane == 0) again[blockIdx.x] = changed != 0;
 }
 
 __device__ inline float block_max(float value) {
