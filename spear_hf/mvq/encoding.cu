@@ -374,15 +374,6 @@ __device__ inline void load_row(const float* row, int lane, float (&numbers)[COU
     }
 }
 
-template <int COUNT>
-__device__ inline void store_row(const float (&numbers)[COUNT], int lane, float* row) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-        const float4 four = {numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]};
-        *reinterpret_cast<float4*>(row + centre<SIZE / COUNT>(i, lane)) = four;
-    }
-}
-
 // A pass for frames `active`: codes (frames, CODEBOOKS) -> better codes. `products` (rows of the grid, WIDTH): of what the
 // codes leave of each frame with all centres, divided by its scale and centre_scale; `gram`: of all centres with all.
 // `again` (rows of the grid): whether a code has changed, so that another pass may change more.
