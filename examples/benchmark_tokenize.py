@@ -272,7 +272,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         )
     goals = (
         f"The goals are {WANTED_HOURS:,} audio-hours an hour and an encoder below {WANTED_SHARE:.0%} of the forward "
-        "pass: within reach where the model comes near the lower of its assumed speeds."
+        "pass. The share is of the forward pass that is run here, in which WavLM has kernels of its own on GPUs; "
+        "gpu.md has it of transformers'."
     )
     lines += ["", _paragraph(goals)]
     return "\n".join(lines) + "\n"

@@ -384,8 +384,8 @@ class ExecutionConfig:
 
     compile: bool = False
     """Compile the stem and the layers with torch.compile, for any length (`SpearModel.compile_layers`), regularizers
-    with them: for GPUs, where a step then has six tenths of the kernels and moves 0.41 of the bytes, and the first
-    ones take a minute or two. Rounding differs from that of a model that is not compiled, and regularizers draw other
+    with them: for GPUs, where large batches then take half of the time (two thirds with regularizers), and the first
+    steps a minute or two. Rounding differs from that of a model that is not compiled, and regularizers draw other
     numbers. Not with fsdp."""
 
     num_workers: int = 0
