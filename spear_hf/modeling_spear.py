@@ -933,8 +933,8 @@ class SpearModel(SpearPreTrainedModel):
         is_whole = valid_mask is not None and are_blocks_possible(input_features) and bool(valid_mask.all())
         needed_mask = None if is_whole else valid_mask
         hidden_states = self._with_gradient(self.stem(input_features, needed_mask))
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            hidden_states = hidden_states.float()  # as the first bypass makes it: all layers are then compiled at once
+        # Under autocast wider, as the first bypass makes it: layers are then compiled once for all.
+        hidden_states = hidden_states.to(self.stem.conv1.weight.dtype)
         position_table = relative_position_table(
             frames, self.config.pos_dim, hidden_states.device, hidden_states.dtype
         )
