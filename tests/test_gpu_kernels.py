@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "count_gpu_kernels.py"
 @pytest.mark.timeout(1200)
 def test_a_compiled_step_moves_less_than_half_of_the_bytes(tmp_path):
     output = tmp_path / "kernels.csv"
-    subprocess.run([sys.executable, SCRIPT, "--batch", "8", "--output", output], check=True)
+    subprocess.run([sys.executable, SCRIPT, "--output", output], check=True)
     with output.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     parts = {mode: {row["part"]: row for row in rows if row["mode"] == mode} for mode in ("eager", "compiled")}
@@ -25,5 +25,8 @@ def test_a_compiled_step_moves_less_than_half_of_the_bytes(tmp_path):
     for name, eager in parts["eager"].items():
         compiled = parts["compiled"][name]
         assert eager["times"] == compiled["times"]
-        assert 0 < float(compiled["gigabytes"]) < 0.5 * float(eager["gigabytes"]), name
-        assert 0 < int(compiled["kernels"]) < 0.6 * int(eager["kernels"]), name
+        few_bytes = 0.5 if name.startswith("combination") else 0.44
+        assert 0 < float(compiled["gigabytes"]) < few_bytes * float(eager["gigabytes"]), name
+        # Of averaged frames and the stem some are small: sums in two stages, so that all of the device takes part.
+        few = 0.6 if name.startswith(("layer", "combination")) else 0.7
+        assert 0 < int(compiled["kernels"]) < few * int(eager["kernels"]), name
