@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from spear_hf import SpearFeatureExtractor
 from spear_hf.cli import app
 from spear_hf.data.manifest import Utterance
+from spear_hf.evaluation import embedding
 from spear_hf.evaluation.embedding import _batches, collect_utterances, embed_files, load_encoder
+from spear_hf.evaluation.windows import encode_in_windows
 
 
 GOOD = {"long.flac", "second.wav", "deep/stereo.wav", "deep/opus.ogg"}
@@ -174,6 +176,25 @@ def test_batches_are_no_longer_than_windows(audio, encoder):
     np.testing.assert_allclose(second.embedding, whole_second.embedding, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="must be at least batch_seconds=3"):
         embed_files(paths, *encoder, window_seconds=2.4, batch_seconds=3)
+
+
+def test_windows_keep_the_layers_asked_for(audio, encoder, monkeypatch):
+    """And no others: all layers of an hour would take gigabytes."""
+    paths, kept = [audio / "long.flac"], []
+
+    def watched(*args, **kwargs):
+        outputs = encode_in_windows(*args, **kwargs)
+        kept.append(len(outputs.hidden_states or ()))
+        return outputs
+
+    monkeypatch.setattr(embedding, "encode_in_windows", watched)
+    every, mean, third = (
+        next(iter(embed_files(paths, *encoder, layer=layer, window_seconds=1.0))).embedding
+        for layer in ("all", "mean", 3)
+    )
+    assert kept == [len(every), 1, 1]
+    np.testing.assert_allclose(mean, every.mean(axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(third, every[3])
 
 
 def test_output_at_25_hz(audio, golden_ds2_folder, golden_ds2):

@@ -327,13 +327,17 @@ def embed_waveforms(
     if window_seconds is not None and longest > window_seconds:  # a batch of one, as windows are longer than batches
         encoder = cast(SpearModel, encoder)
         features = inputs["input_features"]
-        outputs = encode_in_windows(encoder, features, window_seconds, output_hidden_states=layer != "last")
+        outputs = encode_in_windows(
+            encoder,
+            features,
+            window_seconds,
+            output_hidden_states=layer != "last",
+            keep=lambda states: _of_layers(states, layer),
+        )
+        states = outputs.hidden_states or (outputs.last_hidden_state,)  # (batch, frames, dim)
     else:
         outputs = encoder(**inputs, output_hidden_states=layer != "last")
-    if layer == "last":
-        states = (outputs.last_hidden_state,)  # (batch, frames, dim)
-    else:
-        states = outputs.hidden_states if isinstance(layer, str) else (outputs.hidden_states[layer],)
+        states = (outputs.last_hidden_state,) if layer == "last" else _of_layers(outputs.hidden_states, layer)
 
     rate: float | None = None
     if spear:
@@ -351,14 +355,19 @@ def embed_waveforms(
     embeddings = []
     for row, count in enumerate(counts.tolist()):
         frames = torch.stack([state[row, :count] for state in states]).float()  # (layers, frames, dim)
-        if layer == "mean":
-            frames = frames.mean(dim=0, keepdim=True)
         if pool == "mean":
             frames = frames.mean(dim=1)
         elif pool == "mean+std":
             frames = torch.cat([frames.mean(dim=1), frames.std(dim=1, correction=0)], dim=1)
         embeddings.append((frames if layer == "all" else frames[0]).cpu().numpy())
     return embeddings, rate if pool == "none" else None
+
+
+def _of_layers(states: tuple[torch.Tensor, ...], layer: int | str) -> tuple[torch.Tensor, ...]:
+    """All hidden states, their mean, or one."""
+    if layer == "mean":
+        return (torch.stack([state.float() for state in states]).mean(dim=0),)
+    return states if layer == "all" else (states[cast(int, layer)],)
 
 
 def embed_to_file(

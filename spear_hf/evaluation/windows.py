@@ -16,10 +16,11 @@ audio (model_cards/benchmarks/windows.csv, base size):
 
 These are of random weights, whose attention is spread over the whole recording. How far trained attention looks is for
 each checkpoint to be measured: `examples/benchmark_windows.py --model`. `spear-hf embed` of a 30-minute file by the
-base size peaks at 2.1 GB with windows of 30 s, and at 2.0 GB with windows of 60 s.
+base size peaks at 2.1 GB with windows of 30 s, and at 2.0 GB with windows of 60 s; at 2.5 GB for the mean of layers.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,6 +37,7 @@ def encode_in_windows(
     window_seconds: float,
     context_seconds: float = CONTEXT_SECONDS,
     output_hidden_states: bool = False,
+    keep: Callable[[tuple[torch.Tensor, ...]], Sequence[torch.Tensor]] = tuple,
 ) -> SpearModelOutput:
     """What `encoder(input_features)` returns, to within what attention misses; exactly that of a single window.
 
@@ -43,6 +45,8 @@ def encode_in_windows(
         input_features: of one utterance, `(1, frames, num_mel_bins)`, without padding.
         window_seconds: that are kept of each window.
         context_seconds: that are encoded besides, on either side, where there is audio.
+        keep: what becomes of the hidden states of a window, `(1, frames, dim)` each; all of them are 2.6 GB for half
+            an hour of the base size.
 
     Raises:
         ValueError: several utterances, or windows shorter than a frame of the slowest stack.
@@ -67,12 +71,13 @@ def encode_in_windows(
         first, last = max(start - context, 0), min(stop + context, frames)
         # Frame i sees the frames 2 i ... 2 i + 8 of the filter bank.
         outputs = encoder(input_features[:, 2 * first : 2 * last + 7], output_hidden_states=output_hidden_states)
+        states = keep(outputs.hidden_states) if output_hidden_states else ()
         if last_hidden_state is None:
             last_hidden_state = _empty(outputs.last_hidden_state, -(-frames // ratio))
-            hidden_states = [_empty(state, frames) for state in outputs.hidden_states or ()]
+            hidden_states = [_empty(state, frames) for state in states]
         kept = slice((start - first) // ratio, -(-(stop - first) // ratio))
         last_hidden_state[:, start // ratio : -(-stop // ratio)] = outputs.last_hidden_state[:, kept]
-        for whole, part in zip(hidden_states, outputs.hidden_states or ()):
+        for whole, part in zip(hidden_states, states):
             whole[:, start:stop] = part[:, start - first : stop - first]
     return SpearModelOutput(
         last_hidden_state=last_hidden_state, hidden_states=tuple(hidden_states) if output_hidden_states else None
