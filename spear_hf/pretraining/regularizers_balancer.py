@@ -7,6 +7,7 @@ mean squares of the channels are all that is needed: the gradient is never built
 mean square of 1 without another pass over the input.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -35,19 +36,26 @@ def balanced_part(
 
 
 def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> torch.Tensor:
-    """`grad` + 0.04 * |`grad`| * (the loss's gradient with respect to `x`, of root mean square 1 in every channel).
+    """`grad` + |`grad`| * `balancing_line`. Computed in float32, returned in the dtype of `grad`."""
+    offset, slope = balancing_line(x, limits, dim)
+    push = torch.addcmul(offset, x, slope)
+    return push.mul_(grad.abs()).add_(grad).to(grad.dtype)
 
-    Statistics run over all other axes, padded frames included, as in the published recipe: batches of bucketed lengths
-    have few of them, and since the change is proportional to the incoming gradient, padded frames get none. Computed
-    in float32, returned in the dtype of `grad`.
+
+def balancing_line(x: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset and slope, in float32 and with the axes of `x`: offset + slope * `x` is 0.04 * the loss's gradient with
+    respect to `x`, of root mean square 1 in every channel that has one.
+
+    Statistics run over all axes but `dim`, padded frames included, as in the published recipe: batches of bucketed
+    lengths have few of them, and since the change is proportional to the incoming gradient, padded frames get none.
     """
     axes = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
-    x = x.float()
-    mean = x.mean(axes, keepdim=True)
-    buffer = x.square()  # used again below: new memory is what costs most here
-    mean_square = buffer.mean(axes, keepdim=True).clamp(min=1e-20)
-    deviation = (mean_square - mean.square()).clamp(min=1e-20).sqrt()
-    ratio, rms = mean / deviation, mean_square.sqrt()
+    # Sums in float32 without a copy of the features in it.
+    mean = x.mean(axes, keepdim=True, dtype=torch.float32)
+    rms = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
+    rms = (rms / math.sqrt(x.numel() // x.shape[dim])).clamp(min=1e-10)
+    deviation = (rms.square() - mean.square()).clamp(min=1e-20).sqrt()
+    ratio = mean / deviation
     # 1 beyond the upper limit, -1 beyond the lower one, in few launches.
     by_mean = (ratio - ratio.clamp(limits.min_mean, limits.max_mean)).sign()
     by_rms = (rms - rms.clamp(limits.min_rms, limits.max_rms)).sign()
@@ -59,8 +67,7 @@ def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimit
     slope = by_rms / quotient - by_mean * ratio  # of z, whose mean is 0 and mean square 1
     scale = BALANCER_GRADIENT_SCALE / torch.hypot(center, slope).clamp(min=1e-20)
     slope = slope / deviation
-    torch.addcmul((center - slope * mean) * scale, x, slope * scale, out=buffer)
-    return buffer.mul_(grad.abs()).add_(grad).to(grad.dtype)
+    return (center - slope * mean) * scale, slope * scale
 
 
 class _Balance(torch.autograd.Function):

@@ -2,10 +2,11 @@
 """The regularisers inside compiled layers: one graph, whatever a step draws and whatever the schedules say.
 
 A graph holds numbers of the host as constants, and has no branches. So rates, limits and decisions come to it as one
-short vector a call (`GraphDraws`), a branch that is left out is multiplied by 0, and what Balancer and Whiten do to a
-gradient, which is much and seldom, is an operation that the compiler does not look into (`change_gradient`): when it
-runs, it looks at the draws, and mostly does nothing. It stands where gradients go through memory anyway, between a
-linear layer or a convolution and what follows.
+short vector a call (`GraphDraws`), a branch that is left out is multiplied by 0, and what is much and seldom is an
+operation that the compiler does not look into: when it runs, it looks at the draws, and mostly does nothing.
+`balancing` gives two numbers a channel, zeros for nothing, with which the graph changes a gradient, as it reads that and
+the features anyway. `whiten_gradient` does all of Whiten; it stands where gradients go through memory, next to a linear
+layer or a convolution.
 
 The draws are those of the latest call of a module, for its backward pass too, so a second forward pass must not come
 before the backward pass of the first one. Gradient checkpointing may: it calls layers, and a stack draws for these.
@@ -17,11 +18,12 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..modeling_spear import SpearLayer, SpearModel, SpearStack
 from .regularizers import Regularizers, Transform, first_argument
-from .regularizers_balancer import balanced_part
+from .regularizers_balancer import balancing_line
 from .regularizers_config import RegularizersConfig
 from .regularizers_schedules import (
     BYPASS_LIMIT_PROBABILITY,
@@ -31,11 +33,13 @@ from .regularizers_schedules import (
     WHITENS,
 )
 from .regularizers_skips import Draws
-from .regularizers_whiten import whitened_gradient
+from .regularizers_whiten import whiten_gradient_
 
 
-# Features and gradient to what becomes of the gradient; None leaves it.
-GradientChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+# Of features: offset and slope of Balancer's push by channel, and None for none.
+Balancing = Callable[[torch.Tensor], torch.Tensor | None]
+# Of features and their gradient, which it changes, or not.
+Whitening = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class GraphDraws(Draws):
@@ -48,7 +52,8 @@ class GraphDraws(Draws):
         super().__init__()
         self._sources: list[Callable[[], float]] = []
         self._numbers = torch.empty(0)
-        self._changes: list[GradientChange] = []
+        self._balancings: list[Balancing] = []
+        self._whitenings: list[Whitening] = []
         # A tensor, so that it is no constant of a graph, which many layers share.
         self.handle = torch.tensor(next(self._handles))
         self._known[int(self.handle)] = self
@@ -63,10 +68,15 @@ class GraphDraws(Draws):
         decision = self.new_decision()
         return self.new_number(lambda: float(self.happens(decision, probability())))
 
-    def new_change(self, change: GradientChange) -> int:
-        """A place for `changed`."""
-        self._changes.append(change)
-        return len(self._changes) - 1
+    def new_balancing(self, balancing: Balancing) -> int:
+        """A place for `balanced`."""
+        self._balancings.append(balancing)
+        return len(self._balancings) - 1
+
+    def new_whitening(self, whitening: Whitening) -> int:
+        """A place for `whitened`."""
+        self._whitenings.append(whitening)
+        return len(self._whitenings) - 1
 
     def draw(self, batch: int, device: torch.device) -> None:
         super().draw(batch, device)
@@ -76,29 +86,65 @@ class GraphDraws(Draws):
         """The number of the latest draw, shape ()."""
         return self._numbers[place]
 
-    def changed(self, features: torch.Tensor, place: int) -> torch.Tensor:
-        """`features`, whose gradient will be changed."""
-        return _Changed.apply(features, self.handle, place)
+    def balanced(self, features: torch.Tensor, place: int, dim: int) -> torch.Tensor:
+        """`features`, with channels along `dim`, whose gradient will be balanced."""
+        return _Balanced.apply(features, self.handle, place, dim % features.ndim)
+
+    def whitened(self, features: torch.Tensor, place: int) -> torch.Tensor:
+        """`features`, whose gradient will be whitened."""
+        return _Whitened.apply(features, self.handle, place)
 
     @classmethod
-    def change(cls, handle: int, place: int) -> GradientChange:
-        return cls._known[handle]._changes[place]
+    def balancing(cls, handle: int, place: int) -> Balancing:
+        return cls._known[handle]._balancings[place]
+
+    @classmethod
+    def whitening(cls, handle: int, place: int) -> Whitening:
+        return cls._known[handle]._whitenings[place]
 
 
-@torch.library.custom_op("spear_hf::change_gradient", mutates_args=("grad",))
-def change_gradient(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
-    """Changes `grad`, that of `features`, as the draws with this handle say. `handle` is on the CPU."""
-    changed = GraphDraws.change(int(handle), place)(features, grad)
-    if changed is not None:
-        grad.copy_(changed)
+# `handle`, on the CPU, is that of the draws.
 
 
-@change_gradient.register_fake
+@torch.library.custom_op("spear_hf::balancing", mutates_args=())
+def balancing(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
+    """Offset and slope of what Balancer adds to the gradient of `features`, as the draws say: float32 (2, channels)."""
+    found = GraphDraws.balancing(int(handle), place)(features)
+    return features.new_zeros(2, features.shape[dim], dtype=torch.float32) if found is None else found
+
+
+@balancing.register_fake
+def _(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
+    return features.new_empty(2, features.shape[dim], dtype=torch.float32)
+
+
+@torch.library.custom_op("spear_hf::whiten_gradient", mutates_args=("grad",))
+def whiten_gradient(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
+    """Changes `grad`, that of `features`, as the draws say."""
+    GraphDraws.whitening(int(handle), place)(features, grad)
+
+
+@whiten_gradient.register_fake
 def _(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
     pass
 
 
-class _Changed(torch.autograd.Function):
+class _Balanced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
+        ctx.save_for_backward(features, handle)
+        ctx.place, ctx.dim = place, dim
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (features, handle), (grad,) = ctx.saved_tensors, grads
+        line = balancing(features, handle, ctx.place, ctx.dim)
+        offset, slope = line.view(2, -1, *[1] * (features.ndim - 1 - ctx.dim))
+        return (grad + grad.abs() * (offset + slope * features)).to(grad.dtype), None, None, None
+
+
+class _Whitened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int) -> torch.Tensor:
         ctx.save_for_backward(features, handle)
@@ -109,7 +155,7 @@ class _Changed(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         features, handle = ctx.saved_tensors
         grad = grads[0].clone()
-        change_gradient(grad, features, handle, ctx.place)
+        whiten_gradient(grad, features, handle, ctx.place)
         return grad, None, None
 
 
@@ -217,14 +263,17 @@ class GraphRegularizers(Regularizers):
         assert isinstance(draws, GraphDraws)
         decision = draws.new_decision()
 
-        def change(features: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+        def line(features: torch.Tensor) -> torch.Tensor | None:
             limits = self.balancers[kind]
             if not draws.happens(decision, limits.probability):
                 return None
-            return balanced_part(features, grad, limits, dim, part)
+            size = features.shape[dim]
+            start, length = (0, size) if part is None else part
+            offset, slope = balancing_line(features.narrow(dim, start, length), limits, dim)
+            return F.pad(torch.stack([offset.flatten(), slope.flatten()]), (start, size - start - length))
 
-        place = draws.new_change(change)
-        return lambda features: draws.changed(features, place)
+        place = draws.new_balancing(line)
+        return lambda features: draws.balanced(features, place, dim)
 
     def _whiten(
         self,
@@ -240,11 +289,10 @@ class GraphRegularizers(Regularizers):
         assert isinstance(draws, GraphDraws)
         decision, index, scale = draws.new_decision(), self.whiten_state.add(name), WHITENS[kind].gradient_scale
 
-        def change(features: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
-            if not draws.happens(decision, WHITEN_PROBABILITIES[self.whiten_state.exceeded[index]]):
-                return None
-            limit = self.whiten_limits[kind]
-            return whitened_gradient(features, grad, limit, scale, self.whiten_state, index, groups, dim, part)
+        def whiten(features: torch.Tensor, grad: torch.Tensor) -> None:
+            if draws.happens(decision, WHITEN_PROBABILITIES[self.whiten_state.exceeded[index]]):
+                limit = self.whiten_limits[kind]
+                whiten_gradient_(grad, features, limit, scale, self.whiten_state, index, groups, dim, part)
 
-        place = draws.new_change(change)
-        return lambda features: draws.changed(features, place)
+        place = draws.new_whitening(whiten)
+        return lambda features: draws.whitened(features, place)

@@ -7,9 +7,10 @@ they all lie on a line. Its gradient is a multiple of x_g (C_g - metric * I), wi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import is_torch_greater_or_equal
 
 
 class WhitenState:
@@ -68,25 +69,55 @@ def whiten(
     return _Whiten.apply(x, limit, gradient_scale, state, index, groups, dim, start, length)
 
 
-def whitening_penalty(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The metric of `(frames, channels)` in float32, shape (), and its gradient up to a positive factor.
+class Penalty(NamedTuple):
+    """The gradient of the metric of features (frames, channels), up to a positive factor, as a function of them."""
+
+    metric: torch.Tensor  # shape ()
+    matrix: torch.Tensor  # (channels, channels): the gradient is features @ matrix + offset
+    offset: torch.Tensor  # (channels,)
+    norm: torch.Tensor  # of the gradient, shape ()
+
+
+def whitening_penalty(x: torch.Tensor, groups: int) -> Penalty:
+    """Of `(frames, channels)`, in float32, from the covariances alone: the features are read once.
 
     Statistics run over all frames, padded ones included, as in the published recipe.
     """
-    grouped = x.unflatten(-1, (groups, -1)).transpose(0, 1)  # (groups, frames, channels of a group)
-    grouped = grouped - grouped.mean(dim=1, keepdim=True)
-    covariance = grouped.transpose(1, 2) @ grouped
-    diagonal = covariance.diagonal(dim1=1, dim2=2)
-    covariance /= diagonal.mean().clamp(min=1e-20)
-    metric = covariance.square().sum() / diagonal.numel()
-    diagonal -= metric  # in place: a view of the covariance
-    penalty = grouped @ covariance
-    return metric, penalty.transpose(0, 1).flatten(1)  # (frames, channels)
+    covariance, mean = _covariance(x, groups)
+    matrix = covariance / covariance.diagonal().mean().clamp(min=1e-20)
+    metric = matrix.square().sum() / x.shape[1]
+    matrix.diagonal().sub_(metric)
+    norm = ((covariance @ matrix) * matrix).sum().clamp(min=0.0).sqrt()
+    return Penalty(metric, matrix, -(mean @ matrix), norm)
 
 
-def whitened_gradient(
-    x: torch.Tensor,
+def _covariance(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over frames of products of centred channels, 0 between groups, and the means (channels,); in float32."""
+    frames, channels = x.shape
+    mean = x.mean(dim=0, dtype=torch.float32)
+    if _in_half_precision(x):
+        covariance = _products(x).addr_(mean, mean, alpha=-frames)
+    else:
+        centred = x.float() - mean
+        covariance = centred.T @ centred
+    if groups > 1:
+        same = torch.eye(groups, device=x.device)[:, None, :, None]
+        covariance = (covariance.view(groups, channels // groups, groups, -1) * same).view(channels, channels)
+    return covariance, mean
+
+
+def _products(x: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x.T, x, out_dtype=torch.float32)
+
+
+def _in_half_precision(x: torch.Tensor) -> bool:
+    """Whether products are of numbers as they are, with sums in float32. The range of float16 is too small."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and is_torch_greater_or_equal("2.8")
+
+
+def whiten_gradient_(
     grad: torch.Tensor,
+    x: torch.Tensor,
     limit: float,
     gradient_scale: float,
     state: WhitenState,
@@ -94,26 +125,21 @@ def whitened_gradient(
     groups: int,
     dim: int,
     part: tuple[int, int] | None,
-) -> torch.Tensor:
-    """What becomes of `grad` in the backward pass of `whiten`, which votes."""
+) -> None:
+    """What the backward pass of `whiten` does to `grad`, in place; it votes."""
     start, length = (0, x.shape[dim]) if part is None else part
-    whole = length == x.shape[dim]
-    place = grad if whole else grad.narrow(dim, start, length)
+    place = grad.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
+    features = x.narrow(dim, start, length).movedim(dim, -1).flatten(0, -2)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        features = x.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
-        metric, penalty = whitening_penalty(features.float().flatten(0, -2), groups)
+        penalty = whitening_penalty(features, groups)
         # No branch on the metric, which would make the host wait for the device.
-        exceeded = metric > limit
-        norms = torch.linalg.vector_norm(place, dtype=torch.float32) / (torch.linalg.vector_norm(penalty) + 1e-20)
+        exceeded = penalty.metric > limit
+        norms = torch.linalg.vector_norm(place, dtype=torch.float32) / (penalty.norm + 1e-20)
         scale = torch.where(exceeded, gradient_scale * norms, 0.0)
-        penalty = penalty.view(features.shape).movedim(-1, dim)
-        changed = torch.addcmul(place, penalty, scale).to(grad.dtype)
+        dtype = x.dtype if _in_half_precision(x) else torch.float32
+        matrix, offset = (penalty.matrix * scale).to(dtype), (penalty.offset * scale).to(dtype)
+        place += torch.addmm(offset, features.to(dtype), matrix).view(place.shape)
     state.vote(index, exceeded)
-    if whole:
-        return changed
-    everything = grad.clone()
-    everything.narrow(dim, start, length).copy_(changed)
-    return everything
 
 
 class _Whiten(torch.autograd.Function):
@@ -138,7 +164,6 @@ class _Whiten(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (grad,), (dim, *part) = ctx.saved_tensors, grads, ctx.part
-        changed = whitened_gradient(
-            x, grad, ctx.limit, ctx.gradient_scale, ctx.state, ctx.index, ctx.groups, dim, tuple(part)
-        )
-        return changed, *[None] * 8
+        grad = grad.clone()
+        whiten_gradient_(grad, x, ctx.limit, ctx.gradient_scale, ctx.state, ctx.index, ctx.groups, dim, tuple(part))
+        return grad, *[None] * 8
