@@ -9,6 +9,7 @@ import torch
 
 from spear_hf import SpearConfig
 from spear_hf.modeling_spear import SpearAttentionWeights, SpearBypass, relative_position_table
+from spear_hf.pretraining import regularizers_whiten
 from spear_hf.pretraining.regularizers_balancer import balance
 from spear_hf.pretraining.regularizers_schedules import (
     BALANCERS,
@@ -258,6 +259,43 @@ def test_whiten_finds_channels_in_any_axis_and_in_a_part_of_it():
     whiten(leaf, 1.0, 0.1, state, index, groups=2, part=(8, 12)).backward(grad.view(4, 24, 24))
     part = slow_whitened_gradient(x[:, 8:20].double(), grad[:, 8:20].double(), 1.0, 0.1, 2).float()
     torch.testing.assert_close(leaf.grad.view(96, 24), torch.cat([grad[:, :8], part, grad[:, 20:]], dim=1))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_norm_of_the_metrics_gradient_needs_no_features(groups):
+    x = coloured(torch.Generator().manual_seed(2))
+    penalty = whitening_penalty(x, groups)
+    gradient = x @ penalty.matrix + penalty.offset
+    torch.testing.assert_close(penalty.norm, gradient.norm(), rtol=1e-4, atol=1e-6)
+
+
+def whitened_in_half_precision(device):
+    """Bfloat16 features, their gradient, and what becomes of it."""
+    generator = torch.Generator().manual_seed(3)
+    x = coloured(generator, frames=4000).bfloat16()
+    grad = torch.randn(x.shape, generator=generator).bfloat16()
+    state = WhitenState()
+    leaf = x.to(device).requires_grad_()
+    whiten(leaf, 1.0, 0.5, state, state.add("place"), groups=2).backward(grad.to(device))
+    return x.double(), grad.double(), leaf.grad.cpu().double()
+
+
+def assert_whitened(x, grad, found):
+    """The change is that of float64, but for roundings to 8 bits."""
+    expected = slow_whitened_gradient(x, grad, 1.0, 0.5, 2)
+    assert (found - expected).norm() < 0.01 * (expected - grad).norm()
+
+
+def test_whiten_from_sums_of_products_of_uncentred_features(monkeypatch):
+    """As on a GPU, where products of bfloat16 are summed in float32."""
+    monkeypatch.setattr(regularizers_whiten, "_in_half_precision", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(regularizers_whiten, "_products", lambda x: x.float().T @ x.float())
+    assert_whitened(*whitened_in_half_precision("cpu"))
+
+
+@pytest.mark.gpu
+def test_whiten_in_half_precision_on_a_gpu():
+    assert_whitened(*whitened_in_half_precision("cuda"))
 
 
 def test_white_features_have_metric_one_and_dead_ones_do_no_harm():

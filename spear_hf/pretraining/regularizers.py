@@ -294,13 +294,16 @@ class Regularizers:
         self._install_bypass(layer.bypass_mid, draws)
         self._layer_skips[name] = skip
         self._install_bypass(layer.bypass, draws, name if self.config.layer_skip else None)
-        self._after(layer, self._balancer("layer_output", draws), self._whiten("layer_output", name, draws))
+        # The bypass is the last of the layer.
+        self._after(layer.bypass, self._balancer("layer_output", draws), self._whiten("layer_output", name, draws))
         if self.config.feature_mask:
+            self._install_layer_mask(layer)
 
-            def mask(module: SpearLayer, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
-                return output * kwargs["feature_mask"] if "feature_mask" in kwargs else None
+    def _install_layer_mask(self, layer: SpearLayer) -> None:
+        def mask(module: SpearLayer, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+            return output * kwargs["feature_mask"] if "feature_mask" in kwargs else None
 
-            self._undo.append(layer.register_forward_hook(self._traced(mask), with_kwargs=True).remove)
+        self._undo.append(layer.register_forward_hook(torch.compiler.disable(mask), with_kwargs=True).remove)
 
     def _install_attention_weights(self, module: SpearAttentionWeights, name: str, draws: Draws) -> None:
         keys = module.num_heads * module.query_head_dim

@@ -4,9 +4,9 @@
 A graph holds numbers of the host as constants, and has no branches. So rates, limits and decisions come to it as one
 short vector a call (`GraphDraws`), a branch that is left out is multiplied by 0, and what is much and seldom is an
 operation that the compiler does not look into: when it runs, it looks at the draws, and mostly does nothing.
-`balancing` gives two numbers a channel, zeros for nothing, with which the graph changes a gradient, as it reads that and
-the features anyway. `whiten_gradient` does all of Whiten; it stands where gradients go through memory, next to a linear
-layer or a convolution.
+`balancing` gives two numbers a channel, zeros for nothing, with which the graph changes a gradient, as it reads that
+and the features anyway. `whiten_gradient` does all of Whiten; it stands where gradients go through memory, next to a
+linear layer or a convolution.
 
 The draws are those of the latest call of a module, for its backward pass too, so a second forward pass must not come
 before the backward pass of the first one. Gradient checkpointing may: it calls layers, and a stack draws for these.
@@ -108,7 +108,7 @@ class GraphDraws(Draws):
 
 @torch.library.custom_op("spear_hf::balancing", mutates_args=())
 def balancing(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
-    """Offset and slope of what Balancer adds to the gradient of `features`, as the draws say: float32 (2, channels)."""
+    """Offset and slope of Balancer's push on the gradient of `features`, as the draws say: float32 (2, channels)."""
     found = GraphDraws.balancing(int(handle), place)(features)
     return features.new_zeros(2, features.shape[dim], dtype=torch.float32) if found is None else found
 
@@ -218,6 +218,14 @@ class GraphRegularizers(Regularizers):
                 draw_mask(features.new_empty(features.shape[0], 1, module.config.hidden_size))
 
         self._undo.append(encoder.register_forward_pre_hook(draw_before, with_kwargs=True).remove)
+
+    def _install_layer_mask(self, layer: SpearLayer) -> None:
+        # Inside of the layer's graph, which a hook of the layer would not be.
+        def mask(hidden_states: torch.Tensor) -> torch.Tensor:
+            assert self._feature_mask is not None
+            return hidden_states * self._feature_mask.to(hidden_states.dtype)
+
+        self._after(layer.bypass, mask)
 
     def _position_skip(self, draws: Draws) -> Transform:
         assert isinstance(draws, GraphDraws)
