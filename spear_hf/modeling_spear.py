@@ -35,6 +35,7 @@ from .blockwise_spear import (
     is_watched,
     project,
 )
+from .compiled_spear import DepthwiseConv2d, RelativeScores, channels_last, in_autocast, is_trained_by_compiler
 from .configuration_spear import SpearConfig
 
 
@@ -207,6 +208,8 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
         offsets = torch.arange(length, device=scores.device)
         index = length - 1 + offsets[None, :] - offsets[:, None]
         return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
+    if is_trained_by_compiler():
+        return RelativeScores.apply(scores)
     rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
     return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
 
@@ -400,15 +403,6 @@ class SpearNonlinAttention(nn.Module):
         return self.out_proj(torch.zeros_like(context[:1, :1]))  # (1, 1, dim)
 
 
-def channels_last(weight: torch.Tensor) -> torch.Tensor:
-    """The kernels of a depthwise convolution, `(channels, 1, height, width)`, with strides that say so.
-
-    Without them torch takes the kernels, and then the gradients, to be in its default order: with a single channel a
-    tensor is in both.
-    """
-    return weight.squeeze(1).unsqueeze(-1).movedim(-1, 1)
-
-
 def computes_in_half(hidden_states: torch.Tensor) -> bool:
     """Whether this is on a GPU and convolutions of it are in half precision: with channels last in memory these are
     then several times as fast, but slow in full precision."""
@@ -426,6 +420,9 @@ class SpearDepthwiseConv(nn.Conv1d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, frames)` to the same."""
+        if is_trained_by_compiler():
+            image = in_autocast(hidden_states).unsqueeze(2)
+            return DepthwiseConv2d.apply(image, self.weight.unsqueeze(2), self.bias).squeeze(2)
         if computes_in_half(hidden_states):
             image, weight = hidden_states.unsqueeze(2), channels_last(self.weight.unsqueeze(2))
             return F.conv2d(image, weight, self.bias, padding=(0, self.padding[0]), groups=self.groups).squeeze(2)
@@ -619,6 +616,8 @@ class SpearDepthwiseConv2d(nn.Conv2d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, frames, bins)` to the same."""
+        if is_trained_by_compiler():
+            return DepthwiseConv2d.apply(in_autocast(hidden_states), self.weight, self.bias)
         on_cpu = torch.is_grad_enabled() and are_blocks_possible(hidden_states)
         if not on_cpu and not computes_in_half(hidden_states):
             return super().forward(hidden_states)
