@@ -62,7 +62,7 @@ def test_compiled_layers_do_the_same_with_few_graphs(backend):
             model.compile_layers(backend=backend)
         for seed in range(5):
             regularizers.set_step(seed * 700.0, 20.0)
-            inputs = make_inputs(batch=5 + seed)
+            inputs = make_inputs(batch=6 + seed)
             results.append((*step(model, regularizers, seed, inputs), regularizers.state_dict()))
             counts.append(counters["stats"]["unique_graphs"] - before)
     for one, other in zip(results[:5], results[5:]):
@@ -72,6 +72,23 @@ def test_compiled_layers_do_the_same_with_few_graphs(backend):
     assert len({gradients.sum().item() for _, gradients, _ in results[5:]}) == 5
     # The stem, the layers, a downsampling, what combines a stack with its input, and a loss.
     assert counts == [0] * 5 + [5] * 5
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whiten_changes_the_gradient_of_its_branch_alone(backend, known):
+    """Where a branch leaves a sum, the sum's other part gets the same gradient, which must stay as it is."""
+    torch.compiler.reset()
+    plain = make_model(num_layers_per_stack=[1], downsampling_factors=[1], conv_kernel_sizes=[7]).double()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in make_inputs().items()}
+    results = []
+    for model in (plain, copy.deepcopy(plain)):
+        regularizers = install_regularizers(model, only("whiten"), in_graph=True)
+        regularizers.whiten_limits = dict.fromkeys(regularizers.whiten_limits, 0.0)
+        if results:
+            model.compile_layers(backend=backend)
+        results.append(step(model, inputs=inputs)[1])
+    assert (results[0] - results[1]).norm() < 1e-6 * results[0].norm()
     torch.compiler.reset()
 
 

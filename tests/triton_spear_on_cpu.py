@@ -26,7 +26,8 @@ def convolution_error(batch: int, frames: int, channels: int, taps: int) -> floa
     grad, x = torch.randn(2, batch, frames, channels).half()
     expected = depthwise_weight_gradient(grad.mT, x.mT, taps)
     found = triton_spear.depthwise_weight_gradient(grad, x, taps)
-    assert found.shape == expected.shape and found.is_contiguous()
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
     return float((found - expected).abs().max() / expected.abs().max())
 
 

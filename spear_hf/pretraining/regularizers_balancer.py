@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..compiled_spear import widened_type
 from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
 
 
@@ -43,16 +44,17 @@ def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimit
 
 
 def balancing_line(x: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offset and slope, in float32 and with the axes of `x`: offset + slope * `x` is 0.04 * the loss's gradient with
-    respect to `x`, of root mean square 1 in every channel that has one.
+    """Offset and slope, float32 at least, with the axes of `x`: offset + slope * `x` is 0.04 * the loss's gradient
+    with respect to `x`, of root mean square 1 in every channel that has one.
 
     Statistics run over all axes but `dim`, padded frames included, as in the published recipe: batches of bucketed
     lengths have few of them, and since the change is proportional to the incoming gradient, padded frames get none.
     """
     axes = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
     # Sums in float32 without a copy of the features in it.
-    mean = x.mean(axes, keepdim=True, dtype=torch.float32)
-    rms = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=torch.float32)
+    dtype = widened_type(x)
+    mean = x.mean(axes, keepdim=True, dtype=dtype)
+    rms = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=dtype)
     rms = (rms / math.sqrt(x.numel() // x.shape[dim])).clamp(min=1e-10)
     deviation = (rms.square() - mean.square()).clamp(min=1e-20).sqrt()
     ratio = mean / deviation

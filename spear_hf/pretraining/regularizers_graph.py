@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..compiled_spear import widened_type
 from ..modeling_spear import SpearLayer, SpearModel, SpearStack
 from .regularizers import Regularizers, Transform, first_argument
 from .regularizers_balancer import balancing_line
@@ -52,6 +53,7 @@ class GraphDraws(Draws):
         super().__init__()
         self._sources: list[Callable[[], float]] = []
         self._numbers = torch.empty(0)
+        self._one = self.new_number(lambda: 1.0)
         self._balancings: list[Balancing] = []
         self._whitenings: list[Whitening] = []
         # A tensor, so that it is no constant of a graph, which many layers share.
@@ -92,7 +94,7 @@ class GraphDraws(Draws):
 
     def whitened(self, features: torch.Tensor, place: int) -> torch.Tensor:
         """`features`, whose gradient will be whitened."""
-        return _Whitened.apply(features, self.handle, place)
+        return _Whitened.apply(features, self.handle, place, self.number(self._one))
 
     @classmethod
     def balancing(cls, handle: int, place: int) -> Balancing:
@@ -108,14 +110,14 @@ class GraphDraws(Draws):
 
 @torch.library.custom_op("spear_hf::balancing", mutates_args=())
 def balancing(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
-    """Offset and slope of Balancer's push on the gradient of `features`, as the draws say: float32 (2, channels)."""
+    """Offset and slope of Balancer's push on the gradient of `features`, as the draws say: (2, channels)."""
     found = GraphDraws.balancing(int(handle), place)(features)
-    return features.new_zeros(2, features.shape[dim], dtype=torch.float32) if found is None else found
+    return features.new_zeros(2, features.shape[dim], dtype=widened_type(features)) if found is None else found
 
 
 @balancing.register_fake
 def _(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
-    return features.new_empty(2, features.shape[dim], dtype=torch.float32)
+    return features.new_empty(2, features.shape[dim], dtype=widened_type(features))
 
 
 @torch.library.custom_op("spear_hf::whiten_gradient", mutates_args=("grad",))
@@ -146,17 +148,19 @@ class _Balanced(torch.autograd.Function):
 
 class _Whitened(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int) -> torch.Tensor:
-        ctx.save_for_backward(features, handle)
+    def forward(ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int, one: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(features, handle, one)
         ctx.place = place
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        features, handle = ctx.saved_tensors
-        grad = grads[0].clone()
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        features, handle, one = ctx.saved_tensors
+        # A copy, which others that got the same gradient need. inductor does without one where it sees that it is one,
+        # and reads the changed gradient for what was computed of it before (torch 2.11).
+        grad = grads[0] * one.to(grads[0].dtype)
         whiten_gradient(grad, features, handle, ctx.place)
-        return grad, None, None
+        return grad, None, None, None
 
 
 class LimitValueIf(torch.autograd.Function):

@@ -7,10 +7,12 @@ they all lie on a line. Its gradient is a multiple of x_g (C_g - metric * I), wi
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.utils import is_torch_greater_or_equal
+
+from ..compiled_spear import widened_type
 
 
 class WhitenState:
@@ -69,41 +71,30 @@ def whiten(
     return _Whiten.apply(x, limit, gradient_scale, state, index, groups, dim, start, length)
 
 
-class Penalty(NamedTuple):
-    """The gradient of the metric of features (frames, channels), up to a positive factor, as a function of them."""
+def whitening_penalty(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The metric of `(frames, channels)`, shape (), and its gradient up to a positive factor.
 
-    metric: torch.Tensor  # shape ()
-    matrix: torch.Tensor  # (channels, channels): the gradient is features @ matrix + offset
-    offset: torch.Tensor  # (channels,)
-    norm: torch.Tensor  # of the gradient, shape ()
-
-
-def whitening_penalty(x: torch.Tensor, groups: int) -> Penalty:
-    """Of `(frames, channels)`, in float32, from the covariances alone: the features are read once.
-
-    Statistics run over all frames, padded ones included, as in the published recipe.
+    Statistics run over all frames, padded ones included, as in the published recipe. In float32 at least, but the
+    gradient is in bfloat16 for features that are on a GPU.
     """
-    covariance, mean = _covariance(x, groups)
-    matrix = covariance / covariance.diagonal().mean().clamp(min=1e-20)
-    metric = matrix.square().sum() / x.shape[1]
-    matrix.diagonal().sub_(metric)
-    norm = ((covariance @ matrix) * matrix).sum().clamp(min=0.0).sqrt()
-    return Penalty(metric, matrix, -(mean @ matrix), norm)
-
-
-def _covariance(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over frames of products of centred channels, 0 between groups, and the means (channels,); in float32."""
     frames, channels = x.shape
-    mean = x.mean(dim=0, dtype=torch.float32)
-    if _in_half_precision(x):
+    mean = x.mean(dim=0, dtype=widened_type(x))
+    in_half = _in_half_precision(x)
+    if in_half:
         covariance = _products(x).addr_(mean, mean, alpha=-frames)
     else:
-        centred = x.float() - mean
-        covariance = centred.T @ centred
+        x = x - mean
+        covariance = x.T @ x
     if groups > 1:
-        same = torch.eye(groups, device=x.device)[:, None, :, None]
+        same = torch.eye(groups, device=x.device, dtype=covariance.dtype)[:, None, :, None]
         covariance = (covariance.view(groups, channels // groups, groups, -1) * same).view(channels, channels)
-    return covariance, mean
+    diagonal = covariance.diagonal()
+    covariance /= diagonal.mean().clamp(min=1e-20)
+    metric = covariance.square().sum() / channels
+    diagonal -= metric  # in place: a view of the covariance
+    if in_half:
+        return metric, torch.addmm((mean @ covariance).neg().to(x.dtype), x, covariance.to(x.dtype))
+    return metric, x @ covariance
 
 
 def _products(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +102,7 @@ def _products(x: torch.Tensor) -> torch.Tensor:
 
 
 def _in_half_precision(x: torch.Tensor) -> bool:
-    """Whether products are of numbers as they are, with sums in float32. The range of float16 is too small."""
+    """Whether products are of the numbers as they are. The range of float16 is too small for them."""
     return x.is_cuda and x.dtype == torch.bfloat16 and is_torch_greater_or_equal("2.8")
 
 
@@ -131,14 +122,13 @@ def whiten_gradient_(
     place = grad.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
     features = x.narrow(dim, start, length).movedim(dim, -1).flatten(0, -2)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        penalty = whitening_penalty(features, groups)
+        metric, penalty = whitening_penalty(features, groups)
         # No branch on the metric, which would make the host wait for the device.
-        exceeded = penalty.metric > limit
-        norms = torch.linalg.vector_norm(place, dtype=torch.float32) / (penalty.norm + 1e-20)
+        exceeded = metric > limit
+        norms = torch.linalg.vector_norm(place, dtype=widened_type(place))
+        norms = norms / (torch.linalg.vector_norm(penalty, dtype=widened_type(penalty)) + 1e-20)
         scale = torch.where(exceeded, gradient_scale * norms, 0.0)
-        dtype = x.dtype if _in_half_precision(x) else torch.float32
-        matrix, offset = (penalty.matrix * scale).to(dtype), (penalty.offset * scale).to(dtype)
-        place += torch.addmm(offset, features.to(dtype), matrix).view(place.shape)
+        place.addcmul_(penalty.view(place.shape), scale)
     state.vote(index, exceeded)
 
 
