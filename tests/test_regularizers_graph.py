@@ -62,7 +62,7 @@ def test_compiled_layers_do_the_same_with_few_graphs(backend):
             model.compile_layers(backend=backend)
         for seed in range(5):
             regularizers.set_step(seed * 700.0, 20.0)
-            inputs = make_inputs(batch=6 + seed)
+            inputs = make_inputs(batch=9 + seed)
             results.append((*step(model, regularizers, seed, inputs), regularizers.state_dict()))
             counts.append(counters["stats"]["unique_graphs"] - before)
     for one, other in zip(results[:5], results[5:]):
