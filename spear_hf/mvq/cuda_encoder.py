@@ -32,6 +32,11 @@ CODEBOOKS = (2, 4, 8, 16)
 LARGE = 1e15
 
 
+def definitions(num_codebooks: int) -> dict[str, int]:
+    """What encoding.cu is compiled with."""
+    return {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS, "UNROLL": UNROLL}
+
+
 class Kernels:
     """encoding.cu on a device."""
 
@@ -39,8 +44,8 @@ class Kernels:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             raise CudaUnavailable(f"compute capability 8.0 is needed, this is {capability[0]}.{capability[1]}.")
-        definitions = {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS, "UNROLL": UNROLL}
-        code = compile_source(SOURCE.read_text(encoding="utf-8"), SOURCE.name, capability, definitions)
+        source = SOURCE.read_text(encoding="utf-8")
+        code = compile_source(source, SOURCE.name, capability, definitions(num_codebooks))
         self._module = CudaModule(code, device)
         sample = torch.ones(8, 8, dtype=torch.float16, device=device)
         try:
