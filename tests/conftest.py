@@ -60,7 +60,7 @@ class Outcomes:
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
-        # What compiles for minutes comes last.
+        # What may take minutes comes last.
         items.sort(key=lambda item: all(item.get_closest_marker(name) for name in ("gpu", "timeout")))
         return
     for item in items:

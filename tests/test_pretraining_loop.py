@@ -365,6 +365,7 @@ def test_domains_are_heard_by_weight(runs, finished):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["adamw", "scaled_adam"])
 def test_a_step_hardly_waits_for_the_gpu(runs, finished, name):
     """Once for the places of the targets, once for all that is recorded; ScaledAdam once more in four steps."""

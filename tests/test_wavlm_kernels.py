@@ -115,16 +115,17 @@ def test_elsewhere_nothing_changes():
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.bfloat16, 4), (torch.float16, 2)])
 @torch.no_grad()
-def test_hidden_states_on_a_gpu(dtype):
+def test_hidden_states_on_a_gpu(dtype, groups):
+    """Groups of 64 channels, and of 128, the widest that a kernel takes."""
     torch.manual_seed(0)
     config = WavLMConfig(
         hidden_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=512,
-        num_conv_pos_embedding_groups=4,
+        num_conv_pos_embedding_groups=groups,
         do_stable_layer_norm=True,
         feat_extract_norm="layer",
     )
@@ -148,3 +149,31 @@ def test_hidden_states_on_a_gpu(dtype):
             for one, other, usual in zip(expected, found, plain):
                 error, rounding = ((other, usual)[i][row, :frames].float() - one[row, :frames] for i in range(2))
                 assert error.norm() < 1.5 * rounding.norm() + 1e-3 * one[row, :frames].norm(), (longest, row)
+
+
+def end_of_convolutions(samples, length, device):
+    """The last frames of two convolutions, and those of the last `length` samples alone."""
+    torch.manual_seed(0)
+
+    def weights(channels_in, taps, stride):
+        weight = torch.randn(taps * channels_in, 512, dtype=torch.float16, device=device)
+        numbers = torch.randn(3, 512, device=device)
+        return kernels.ConvolutionWeights(weight / (taps * channels_in) ** 0.5, *numbers, 1e-5, taps, stride)
+
+    waveforms = torch.randn(1, samples, dtype=torch.float16, device=device)
+    layers = weights(1, 10, 5), weights(512, 3, 2)
+    outputs = []
+    for x in (waveforms, waveforms[:, -length:].contiguous()):
+        for layer in layers:
+            x = kernels.convolution(x, layer)
+        outputs.append(x[:, -(length // 10) + 2 :].clone())
+    return outputs
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_more_than_32_bits_of_numbers_on_a_gpu():
+    if torch.cuda.mem_get_info()[0] < 8e9:
+        pytest.skip("needs 8 GB of a GPU's memory")
+    found, alone = end_of_convolutions(21_600_000, 10_000, "cuda")  # 22 minutes: 4.3 million frames of 512 numbers
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-2)
