@@ -138,7 +138,7 @@ def test_cuda(extractor, golden):
     for i in range(5):
         expected = golden[f"{i}.input_features"]
         found = batch.input_features[i, : len(expected)].cpu()
-        # Another Fourier transform, whose errors are of the size of the frame's loudest bin: the square root of its energy.
+        # Errors of another Fourier transform go with the amplitude of the frame's loudest bin.
         loudest = expected.amax(dim=1, keepdim=True)
         assert ((found - expected).abs() < TOLERANCE + 1e-6 * ((loudest - expected) / 2).exp()).all()
 
