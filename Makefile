@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OUTCOMES ?= runs/gpu.jsonl
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow test-oldest lint format clean
+.PHONY: help setup demo test test-slow test-gpu test-oldest lint format clean
 
 help:
 	@echo "make setup      create .venv and install spear_hf with its tested dependencies"
 	@echo "make demo       real audio to a pre-trained SPEAR, on the bundled audio: runs/demo/report.json"
 	@echo "make test       lint, then the fast tests"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make test-gpu   the tests that need a GPU, with PYTHON and its packages; OUTCOMES: $(OUTCOMES)"
 	@echo "make test-oldest the fast tests with the oldest transformers that is supported"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
@@ -34,6 +36,10 @@ test: setup lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Without setup: machines that are lent may have their own packages, and no network.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu -n 0 -v -p no:cacheprovider --continue-on-collection-errors --outcomes $(OUTCOMES)
 
 test-oldest: setup
 	$(BIN)/python -m pip install --quiet --upgrade --target .oldest transformers==5.17.0

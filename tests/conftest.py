@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Settings and fixtures of all tests. Nothing here or in the tests reaches the network."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,8 +24,44 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # the tensors are tiny: waiting for a second thread costs more than it brings
 
 
+def pytest_addoption(parser):
+    parser.addoption("--outcomes", help="file that gets a line of JSON when a test begins, and when it ends")
+
+
+def pytest_configure(config):
+    path = config.getoption("--outcomes")
+    if path and not hasattr(config, "workerinput"):  # the process that hears of all tests
+        config.pluginmanager.register(Outcomes(Path(path)))
+
+
+class Outcomes:
+    """What is known of every test, on the disk at once: for machines that are taken back in the middle."""
+
+    def __init__(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("w", encoding="utf-8")
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.write(test=nodeid, outcome="begun")
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+            self.write(**row, output=report.capstdout, why=report.longreprtext)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.write(test=report.nodeid, outcome="not collected", why=report.longreprtext)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        # What may take minutes comes last.
+        items.sort(key=lambda item: all(item.get_closest_marker(name) for name in ("gpu", "timeout")))
         return
     for item in items:
         if item.get_closest_marker("gpu"):

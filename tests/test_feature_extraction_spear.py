@@ -138,9 +138,9 @@ def test_cuda(extractor, golden):
     for i in range(5):
         expected = golden[f"{i}.input_features"]
         found = batch.input_features[i, : len(expected)].cpu()
-        # Another Fourier transform: only bins at the floor of loud frames may be further off than the tolerance.
-        assert ((found - expected).abs() > TOLERANCE).float().mean() < 1e-3
-        assert (found - expected).abs().max() < 5e-3
+        # Errors of another Fourier transform go with the amplitude of the frame's loudest bin.
+        loudest = expected.amax(dim=1, keepdim=True)
+        assert ((found - expected).abs() < TOLERANCE + 1e-6 * ((loudest - expected) / 2).exp()).all()
 
 
 class CopiesToTheHost(TorchDispatchMode):

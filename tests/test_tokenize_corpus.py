@@ -188,10 +188,7 @@ def test_features_that_are_not_finite_cost_one_utterance_of_their_batch(corpus, 
         assert np.array_equal(found[id], expected[id])
 
 
-ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_codes_are_those_of_batches_one_by_one(corpus, tmp_path, device):
     """Whatever is prepared, launched and waited for when."""
     torch.manual_seed(0)

@@ -522,6 +522,7 @@ def test_cuda_equals_cpu(model_class):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 def test_compiled_layers_train_on_a_gpu():
     """Under autocast to bfloat16, at three lengths, against the same without compilation."""
     torch.compiler.reset()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import WavLMConfig, WavLMModel
 
-from spear_hf.mvq.wavlm_attention import fuse_wavlm_attention, kernels_for
-from spear_hf.mvq.wavlm_convolutions import fuse_wavlm_convolutions
+from spear_hf.mvq.wavlm_attention import HEAD_DIMS, SHARED_MEMORY, fuse_wavlm_attention, kernels_for
+from spear_hf.mvq.wavlm_convolutions import GROUP_WIDTHS, fuse_wavlm_convolutions
 
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
@@ -38,13 +38,17 @@ def test_kernels_compute_what_plain_operations_do():
     assert not {case: error for case, error in errors.items() if not error < 3e-3}, "float16 has 11 bits"
 
 
-def resources(kernel, numbers, constants, aligned, **options) -> dict[str, int]:
-    """Registers, bytes of the stack and shared bytes of a kernel compiled for a Hopper GPU, which is not needed."""
+NUMBERS = {"frames", "in_frames", "samples", "blocks", "table_head", "table_row", "origin"}
+ALIGNED = ("table_head", "table_row", "origin")
+
+
+def resources(kernel, constants, capability=90, **options) -> dict[str, int]:
+    """Registers, bytes of the stack and shared bytes of a kernel compiled for a GPU, which is not needed."""
     kinds = {"eps": "fp32", "scale": "fp32", "lengths": "*i32"}
-    signature = {name: kinds.get(name, "i32" if name in numbers else "*bf16") for name in kernel.arg_names}
+    signature = {name: kinds.get(name, "i32" if name in NUMBERS else "*bf16") for name in kernel.arg_names}
     signature |= {name: "*fp32" for name in signature if name.startswith(("gate", "norm")) or name == "bias"}
     signature |= dict.fromkeys(constants, "constexpr")
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in aligned]
+    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in ALIGNED]
     places = kernel.arg_names.index
     source = ASTSource(
         kernel,
@@ -52,7 +56,7 @@ def resources(kernel, numbers, constants, aligned, **options) -> dict[str, int]:
         {(places(name),): value for name, value in constants.items()},
         {(places(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -62,27 +66,47 @@ def resources(kernel, numbers, constants, aligned, **options) -> dict[str, int]:
     return used | {"shared": compiled.metadata.shared}
 
 
+def attention_of(head_dim, capability=90):
+    shape = {"HEADS": 16, "HEAD_DIM": head_dim, "QUERIES": kernels.QUERIES, "KEYS": kernels.KEYS}
+    options = {"num_warps": kernels.WARPS, "num_stages": kernels.attention_stages(head_dim)}
+    return resources(kernels._attention, shape, capability, **options)
+
+
+def convolution_of(stages, capability=90):
+    shape = {"IN": 512, "OUT": 512, "TAPS": 3, "STRIDE": 2}
+    shape |= {"FRAMES": kernels.CONVOLVED_FRAMES, "DEPTH": kernels.CONVOLVED_DEPTH}
+    options = {"num_warps": kernels.CONVOLVED_WARPS, "num_stages": stages}
+    return resources(kernels._convolution, shape, capability, **options)
+
+
+def positions_of(width, capability=90):
+    shape = {"GROUPS": 16, "WIDTH": width, "TAPS": 128, "FRAMES": kernels.POSITION_FRAMES}
+    return resources(kernels._position_convolution, shape, capability, **kernels.position_options(width))
+
+
 def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     """The interpreter does not see what the compiler refuses. Shapes are those of WavLM Large."""
-    attention = {"HEADS": 16, "HEAD_DIM": 64, "QUERIES": kernels.QUERIES, "KEYS": kernels.KEYS}
-    numbers = {"frames", "in_frames", "samples", "blocks", "table_head", "table_row", "origin"}
-    aligned = ("table_head", "table_row", "origin")
-    options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
-    used = resources(kernels._attention, numbers, attention, aligned, **options)
+    used = attention_of(64)
     assert used["STACK"] == 0
     assert 2 * used["REG"] * 32 * kernels.WARPS <= 65536, "two blocks at a time"
     assert 2 * used["shared"] <= 226 * 1024
     first = {"OUT": 512, "TAPS": 10, "STRIDE": 5, "FRAMES": kernels.FIRST_FRAMES}
-    assert resources(kernels._first_convolution, numbers, first, (), num_warps=8)["STACK"] == 0
-    others = {"IN": 512, "OUT": 512, "TAPS": 3, "STRIDE": 2}
-    others |= {"FRAMES": kernels.CONVOLVED_FRAMES, "DEPTH": kernels.CONVOLVED_DEPTH}
-    options = {"num_warps": kernels.CONVOLVED_WARPS, "num_stages": kernels.CONVOLVED_STAGES}
-    used = resources(kernels._convolution, numbers, others, (), **options)
+    assert resources(kernels._first_convolution, first, num_warps=8)["STACK"] == 0
+    used = convolution_of(kernels.CONVOLVED_STAGES)
     assert used["STACK"] < 128, "all but a few numbers"
     assert used["shared"] <= kernels.LARGE_SHARED_MEMORY
-    positions = {"GROUPS": 16, "WIDTH": 64, "TAPS": 128, "FRAMES": kernels.POSITION_FRAMES}
-    options = {"num_warps": kernels.POSITION_WARPS, "num_stages": kernels.POSITION_STAGES}
-    assert resources(kernels._position_convolution, numbers, positions, (), **options)["STACK"] == 0
+    assert positions_of(64)["STACK"] == 0
+
+
+def test_the_widest_kernels_find_room_on_every_gpu_that_takes_them():
+    """From the A100 on, a block of which has 163 KB."""
+    room = SHARED_MEMORY
+    assert attention_of(max(HEAD_DIMS), 80)["shared"] <= room
+    assert convolution_of(2, 80)["shared"] <= room
+    for capability in (80, 90):
+        used = positions_of(max(GROUP_WIDTHS), capability)
+        assert used["shared"] <= room
+        assert used["STACK"] == 0
 
 
 def test_elsewhere_nothing_changes():
@@ -90,17 +114,18 @@ def test_elsewhere_nothing_changes():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.bfloat16, 4), (torch.float16, 2)])
 @torch.no_grad()
-def test_hidden_states_on_a_gpu(dtype):
+def test_hidden_states_on_a_gpu(dtype, groups):
+    """Groups of 64 channels, and of 128, the widest that a kernel takes."""
     torch.manual_seed(0)
     config = WavLMConfig(
         hidden_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=512,
-        num_conv_pos_embedding_groups=4,
+        num_conv_pos_embedding_groups=groups,
         do_stable_layer_norm=True,
         feat_extract_norm="layer",
     )
@@ -124,3 +149,31 @@ def test_hidden_states_on_a_gpu(dtype):
             for one, other, usual in zip(expected, found, plain):
                 error, rounding = ((other, usual)[i][row, :frames].float() - one[row, :frames] for i in range(2))
                 assert error.norm() < 1.5 * rounding.norm() + 1e-3 * one[row, :frames].norm(), (longest, row)
+
+
+def end_of_convolutions(samples, length, device):
+    """The last frames of two convolutions, and those of the last `length` samples alone."""
+    torch.manual_seed(0)
+
+    def weights(channels_in, taps, stride):
+        weight = torch.randn(taps * channels_in, 512, dtype=torch.float16, device=device)
+        numbers = torch.randn(3, 512, device=device)
+        return kernels.ConvolutionWeights(weight / (taps * channels_in) ** 0.5, *numbers, 1e-5, taps, stride)
+
+    waveforms = torch.randn(1, samples, dtype=torch.float16, device=device)
+    layers = weights(1, 10, 5), weights(512, 3, 2)
+    outputs = []
+    for x in (waveforms, waveforms[:, -length:].contiguous()):
+        for layer in layers:
+            x = kernels.convolution(x, layer)
+        outputs.append(x[:, -(length // 10) + 2 :].clone())
+    return outputs
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_more_than_32_bits_of_numbers_on_a_gpu():
+    if torch.cuda.mem_get_info()[0] < 8e9:
+        pytest.skip("needs 8 GB of a GPU's memory")
+    found, alone = end_of_convolutions(21_600_000, 10_000, "cuda")  # 22 minutes: 4.3 million frames of 512 numbers
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-2)

@@ -1,11 +1,10 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Encoding on an NVIDIA GPU: matrix products on the tensor cores, and the kernels of encoding.cu around them.
 
-The products are those of frames with the classifier and, before a pass, of what the codes leave of the frames with the
-centres; after a pass that changed few codes, the kernel adds up rows of the Gram matrix instead. They are of float16
-numbers with float32 sums: every factor is split into two float16 numbers of 22 bits together, so three products make
-up one. The errors of the sums, as in plain float32, are larger than those of the splits. A frame's codes are those of
-refinement.py but for ties within these errors.
+The products are those of frames with the classifier and, before every pass, of what the codes leave of the frames with
+the centres. They are of float16 numbers with float32 sums: every factor is split into two float16 numbers of 22 bits
+together, so three products make up one. The errors of the sums, as in plain float32, are larger than those of the
+splits. A frame's codes are those of refinement.py but for ties within these errors.
 """
 
 import functools
@@ -33,6 +32,11 @@ CODEBOOKS = (2, 4, 8, 16)
 LARGE = 1e15
 
 
+def definitions(num_codebooks: int) -> dict[str, int]:
+    """What encoding.cu is compiled with."""
+    return {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS, "UNROLL": UNROLL}
+
+
 class Kernels:
     """encoding.cu on a device."""
 
@@ -40,8 +44,8 @@ class Kernels:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             raise CudaUnavailable(f"compute capability 8.0 is needed, this is {capability[0]}.{capability[1]}.")
-        definitions = {"CODEBOOKS": num_codebooks, "WARPS": WARPS, "BLOCKS": BLOCKS, "CELLS": CELLS, "UNROLL": UNROLL}
-        code = compile_source(SOURCE.read_text(encoding="utf-8"), SOURCE.name, capability, definitions)
+        source = SOURCE.read_text(encoding="utf-8")
+        code = compile_source(source, SOURCE.name, capability, definitions(num_codebooks))
         self._module = CudaModule(code, device)
         sample = torch.ones(8, 8, dtype=torch.float16, device=device)
         try:
@@ -140,6 +144,7 @@ def cuda_encoder(weight: Tensor, bias: Tensor, search: CodeSearch) -> CudaEncode
     """None for what the kernels do not take, and, with a warning, where they cannot be had."""
     # Rows of the splits, 6 * dim bytes, begin where tensor cores can read.
     taken = search.num_codebooks in CODEBOOKS and search.codebook_size == 256 and weight.shape[1] % 8 == 0
+    taken = taken and weight.dtype == torch.float32
     if not (weight.is_cuda and torch.version.cuda and taken and _is_moderate(weight, bias, search.flat_centers)):
         return None
     kernels = _kernels(search.num_codebooks, weight.device)

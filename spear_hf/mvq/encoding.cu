@@ -46,7 +46,7 @@ constexpr int MOST = 32;                   // options kept of a group at most
 constexpr int ENTRIES = SINGLE + 1;        // of a codebook: the incoming code, and the kept ones that differ from it
 constexpr int COLUMNS = (CODEBOOKS < 8 ? 4 : CODEBOOKS / 2) * ENTRIES;
 constexpr int GUESSES = 6;                 // of `select`, cheap ones
-constexpr int HALF_RANGE = 13;           // splits have their largest number in 2^13 to 2^14
+constexpr int HALF_RANGE = 13;             // splits have their largest number in 2^13 to 2^14
 constexpr float TINY = 1e-30f;             // frames below are as good as zero
 constexpr float LARGE = 1e15f;             // sums of squares of numbers below are finite
 
@@ -401,8 +401,8 @@ refine(const float* __restrict__ products, const float* __restrict__ scale, floa
             f.cost[c * SINGLE + n] = value;
         });
         f.slot[c][lane % SINGLE] = lane % SINGLE;
+        __syncwarp();
     }
-    __syncwarp();
     merge<1>(f, gram, incoming);
     if constexpr (CODEBOOKS > 2) merge<2>(f, gram, incoming);
     if constexpr (CODEBOOKS > 4) merge<4>(f, gram, incoming);

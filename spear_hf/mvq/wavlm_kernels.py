@@ -148,10 +148,11 @@ def _convolution(
     What a frame sees lies in one stretch of memory: rows of a matrix product that overlap.
     """
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = (tl.program_id(0) % blocks) * FRAMES + tl.arange(0, FRAMES)
-    inside = (rows < frames)[:, None]
+    block = (tl.program_id(0) % blocks) * FRAMES
+    rows = tl.arange(0, FRAMES)
+    inside = (block + rows < frames)[:, None]
     depth, channels = tl.arange(0, DEPTH), tl.arange(0, OUT)
-    seen = x + batch * in_frames * IN + rows[:, None] * (STRIDE * IN) + depth[None, :]
+    seen = x + (batch * in_frames + block * STRIDE) * IN + rows[:, None] * (STRIDE * IN) + depth[None, :]
     taken = weight + depth[:, None] * OUT + channels[None, :]
     summed = tl.zeros([FRAMES, OUT], tl.float32)
     for first in range(0, TAPS * IN, DEPTH):
@@ -159,7 +160,7 @@ def _convolution(
         summed = tl.dot(left, tl.load(taken + first * OUT), summed)
     summed += tl.load(bias + channels)[None, :]
     normalised = _normalised(summed, tl.load(norm_weight + channels), tl.load(norm_bias + channels), eps, OUT)
-    places = batch * frames * OUT + rows[:, None] * OUT + channels[None, :]
+    places = (batch * frames + block) * OUT + rows[:, None] * OUT + channels[None, :]
     tl.store(out + places, _gelu(normalised).to(out.dtype.element_ty), mask=inside)
 
 
@@ -182,16 +183,18 @@ def _first_convolution(
 ):
     """As `_convolution`, of one channel: x (batch, samples), weight (TAPS, OUT)."""
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = (tl.program_id(0) % blocks) * FRAMES + tl.arange(0, FRAMES)
+    block = (tl.program_id(0) % blocks) * FRAMES
+    rows = tl.arange(0, FRAMES)
+    inside = block + rows < frames
     channels = tl.arange(0, OUT)
-    seen = x + batch * samples + rows * STRIDE
+    seen = x + batch * samples + block * STRIDE + rows * STRIDE
     summed = tl.zeros([FRAMES, OUT], tl.float32) + tl.load(bias + channels)[None, :]
     for tap in tl.static_range(TAPS):
-        sample = tl.load(seen + tap, mask=rows < frames, other=0.0).to(tl.float32)
+        sample = tl.load(seen + tap, mask=inside, other=0.0).to(tl.float32)
         summed += sample[:, None] * tl.load(weight + tap * OUT + channels).to(tl.float32)[None, :]
     normalised = _normalised(summed, tl.load(norm_weight + channels), tl.load(norm_bias + channels), eps, OUT)
-    places = batch * frames * OUT + rows[:, None] * OUT + channels[None, :]
-    tl.store(out + places, _gelu(normalised).to(out.dtype.element_ty), mask=(rows < frames)[:, None])
+    places = (batch * frames + block) * OUT + rows[:, None] * OUT + channels[None, :]
+    tl.store(out + places, _gelu(normalised).to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["frames", "blocks"])
@@ -296,9 +299,13 @@ def attention(
             QUERIES=QUERIES,
             KEYS=KEYS,
             num_warps=WARPS,
-            num_stages=STAGES if width // heads <= 64 else 2,
+            num_stages=attention_stages(width // heads),
         )
     return out
+
+
+def attention_stages(head_dim: int) -> int:
+    return STAGES if head_dim <= 64 else 2
 
 
 def convolution(x: Tensor, weights: ConvolutionWeights) -> Tensor:
@@ -332,6 +339,13 @@ def position_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     shape = {"GROUPS": groups, "WIDTH": width, "TAPS": taps, "FRAMES": POSITION_FRAMES}
     with torch.cuda.device_of(x):
         _position_convolution[(blocks * groups * batch,)](
-            x, weight, bias, out, frames, blocks, **shape, num_warps=POSITION_WARPS, num_stages=POSITION_STAGES
+            x, weight, bias, out, frames, blocks, **shape, **position_options(width)
         )
     return out
+
+
+def position_options(width: int) -> dict[str, int]:
+    """For groups of so many channels. Those of 128 need twice the registers and shared memory of 64."""
+    if width > 64:
+        return {"num_warps": 2 * POSITION_WARPS, "num_stages": 2}
+    return {"num_warps": POSITION_WARPS, "num_stages": POSITION_STAGES}
