@@ -110,6 +110,29 @@ def test_interrupted_run_ends_with_the_same_bytes(tokenizer, corpus, store, tmp_
     assert contents(tmp_path / "tokens") == contents(output)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])  # RuntimeError: a GPU without memory, for one
+@pytest.mark.parametrize("batch", range(4))
+def test_a_shard_that_lost_a_batch_is_not_written(tokenizer, corpus, store, tmp_path, monkeypatch, batch, error):
+    """Stopped in the midst of a batch, the last of its shard or not: no utterance is missing after the next run."""
+    output, _ = store
+    real, begun = module.computed, []
+
+    def stopped(*arguments):
+        begun.append(arguments)
+        for item in real(*arguments):
+            if len(begun) == batch + 1:
+                raise error
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "computed", stopped)
+        with pytest.raises(error):
+            run(tokenizer, corpus, tmp_path / "tokens", batch_seconds=2.0)
+    assert len(list((tmp_path / "tokens").glob("tokens-*.parquet"))) < 3
+    run(tokenizer, corpus, tmp_path / "tokens", batch_seconds=2.0)
+    assert contents(tmp_path / "tokens") == contents(output)
+
+
 def test_grown_list_gives_the_bytes_of_a_fresh_run(tokenizer, corpus, store, tmp_path):
     output, _ = store
     utterances = read_manifest(corpus)

@@ -72,6 +72,7 @@ class _Task:
     shard: _Shard
     batch: list[Decoded] | None = None
     extraction: Extraction | None = None
+    utterances: int = 0  # of the whole shard, where it is to be written
 
 
 @dataclass
@@ -161,7 +162,7 @@ class _Run:
                         self._finish(launched.popleft(), writing, bar, started)
                     waiting_since = time.monotonic()
             finally:
-                while launched:  # what came before an error is not lost
+                while launched:  # shards that came whole before an error are not lost
                     self._finish(launched.popleft(), writing, bar, started)
         return self.counts
 
@@ -173,10 +174,11 @@ class _Run:
         teacher, keep_content = self.tokenizer.teacher, self.writer.with_audio
         on_cpu = teacher.device.type == "cpu"
         for piece, batches in decoded_pieces(pieces, teacher, self.batch_seconds, keep_content):
-            shard = _Shard(piece)
+            shard, utterances = _Shard(piece), 0
             for batch in batches:
+                utterances += len(batch)
                 yield _Task(shard, batch, None if on_cpu else self._prepared(batch))
-            yield _Task(shard)
+            yield _Task(shard, utterances=utterances)
 
     def _prepared(self, batch: list[Decoded]) -> Extraction | None:
         good = [(item.waveform, item.utterance.id) for item in batch if item.waveform is not None]
@@ -204,6 +206,8 @@ class _Run:
             done = self.counts.seconds + shard.samples / SAMPLING_RATE
             bar.set_postfix_str(f"{done / (time.monotonic() - started):.0f}x real time", refresh=False)
             return
+        if len(shard.rows) + len(shard.bad) < task.utterances:
+            return  # the error, or Ctrl-C, that ends the run came in one of its batches
         self.counts.utterances += len(shard.rows)
         self.counts.frames += shard.frames
         self.counts.seconds += shard.samples / SAMPLING_RATE
