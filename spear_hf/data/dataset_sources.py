@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from .manifest import AUDIO_SUFFIXES, DOMAINS, Utterance
+from ..mvq.store_format import id_hash
+from .manifest import AUDIO_SUFFIXES, DOMAINS, Utterance, check_unicode
 from .sources import DATASET_SUFFIXES, AudioSource, Columns, HeadSource, Piece, fingerprint, is_saved_dataset
 
 
@@ -30,6 +33,10 @@ _PLAIN = ("binary", "large_binary", "string", "large_string")  # types of column
 _ENDS = 1 << 16  # bytes at either end of a file that its fingerprint takes in; the footer of parquet is there
 _REMOTE = re.compile(r"hf://datasets/(?P<repo>[^@]+)@(?P<commit>[^/]+)/(?P<name>.+)")
 _READING = (OSError, ValueError, pa.ArrowException, tarfile.TarError, EOFError, RuntimeError)
+
+
+class RowError(ValueError):
+    """A row that was read, and is wrong; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,15 @@ def dataset_source(
 ) -> AudioSource:
     """The dataset that `spec` names, see sources.py."""
     path = Path(spec)
-    if path.is_dir() and is_saved_dataset(path):
+    folder = path.is_dir()
+    named = not folder and (path.suffix.lower() in DATASET_SUFFIXES or glob.has_magic(spec))
+    saved = folder and is_saved_dataset(path)
+    for name, value, is_local in (("revision", revision, folder or named), ("config", config, saved or named)):
+        if value is not None and is_local:
+            raise ValueError(f"{name}={value!r} is for datasets of the Hub, and {spec} is none")
+    if saved:
         return SavedSource(path, splits, columns, domain)
-    if path.is_dir() or not (path.suffix.lower() in DATASET_SUFFIXES or glob.has_magic(spec)):
+    if not named:
         kind, files = _resolved(spec, splits, config, revision)
     else:
         if splits:
@@ -93,6 +106,25 @@ class DatasetSource(AudioSource):
     def describe(self) -> str:
         return f"{len(self)} files of {self.name}"
 
+    def check_ids(self) -> None:
+        pieces = [self._piece_ids(index) for index in range(len(self))] if self.columns.id is not None else []
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(ids) for ids in pieces)])
+        owners = np.repeat(np.arange(len(pieces)), [len(ids) for ids in pieces])
+        order = np.argsort(hashes, kind="stable")
+        hashes, owners = hashes[order], owners[order]
+        alike = np.flatnonzero((hashes[1:] == hashes[:-1]) & (owners[1:] != owners[:-1]))
+        for one, other in zip(owners[alike], owners[alike + 1]):
+            if both := {*map(str, pieces[one])} & {*map(str, pieces[other])}:
+                names = [self._piece_file(index)[0] for index in (one, other)]
+                raise ValueError(
+                    f"{' and '.join(names)} of {self.name} have the same id, {min(both)!r}: name a column of ids that "
+                    "are unique over all files (--id-column), or rename one"
+                )
+
+    def _piece_ids(self, index: int) -> Sequence[str | int]:
+        """The column of ids, as far as it can be had without reading all of a piece."""
+        return ()
+
     def subset(self, seed: int, max_hours: float) -> HeadSource:
         """An equal share of every piece, from its beginning: what lies further back need not be fetched for it."""
         return HeadSource(self, 3600 * max_hours / len(self))
@@ -103,6 +135,8 @@ class DatasetSource(AudioSource):
         for number in range(2**63):
             try:
                 row = next(rows, None)
+            except RowError:
+                raise
             except _READING as error:
                 raise ValueError(
                     f"{name} cannot be read after row {number}: {type(error).__name__}: {error} (truncated? fetch it "
@@ -116,6 +150,7 @@ class DatasetSource(AudioSource):
                     f"{name}: rows {seen[utterance.id]} and {number} have the same id, {utterance.id!r}: name a "
                     "column of ids that are unique (--id-column), or rename one"
                 )
+            check_unicode(utterance.id, f"{name}, row {number}: the id {utterance.id!r}")
             seen[utterance.id] = number
             yield utterance
 
@@ -123,7 +158,7 @@ class DatasetSource(AudioSource):
         if self.columns.id is not None:
             value = row.get(self.columns.id)
             if not isinstance(value, (str, int)) or value == "":
-                raise ValueError(f"{place}: {self.columns.id}={value!r} is no id; name another column (--id-column)")
+                raise ValueError(f"{place}: {self.columns.id}={value!r:.80} is no id; name another (--id-column)")
             id = str(value)
         domain = self.domain
         if self.columns.domain is not None:
@@ -178,6 +213,12 @@ class ParquetSource(_FileSource):
             "parquet", data_files={"piece": [where]}, split="piece", streaming=True, batch_size=ROWS, **options
         )
 
+    def _piece_ids(self, index: int) -> Sequence[str | int]:
+        file, id = self.files[index], self.columns.id
+        if _REMOTE.fullmatch(file.where):
+            return ()
+        return _guarded(lambda: pq.read_table(file.where, columns=[id])[id].to_pylist(), file.name)
+
 
 class SavedSource(DatasetSource):
     """Datasets of `save_to_disk`, mapped into memory; pieces are as many rows as one of its files has."""
@@ -209,6 +250,10 @@ class SavedSource(DatasetSource):
         name = f"{split}/{Path(where).name}" if split else Path(where).name
         return name, DataFile(where, name).key()
 
+    def _piece_ids(self, index: int) -> Sequence[str | int]:
+        dataset, place, count, _ = self._pieces[index]
+        return list(dataset.shard(count, place, contiguous=True)[self.columns.id])
+
     def _rows(self, index: int) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
         dataset, place, count, _ = self._pieces[index]
         name = self._piece_file(index)[0]
@@ -231,6 +276,7 @@ class TarSource(_FileSource):
             _check_end(file.where)
         key: str | None = None
         row: dict[str, Any] = {}
+        audio: bytes | None = None
         for member, opened in datasets.StreamingDownloadManager().iter_archive(file.where):
             folder, base = os.path.split(member)
             stem, _, suffix = base.partition(".")
@@ -238,26 +284,32 @@ class TarSource(_FileSource):
                 continue
             name = f"{folder}/{stem}" if folder else stem
             if name != key and key is not None:
-                yield f"{file.name}#{key}", row, row.get("__audio__")
+                yield f"{file.name}#{key}", row, audio
             if name != key:
-                key, row = name, {"__key__": name}
-            self._add(row, suffix.lower(), opened, f"{file.name}, member {member}")
-        if key is not None:
-            yield f"{file.name}#{key}", row, row.get("__audio__")
-
-    def _add(self, row: dict[str, Any], suffix: str, opened: Any, place: str) -> None:
-        last = "." + suffix.rpartition(".")[2]
-        if suffix == self.columns.audio or (self.columns.audio is None and last in AUDIO_SUFFIXES):
-            if "__audio__" in row:
-                raise ValueError(
+                key, row, audio = name, {"__key__": name}, None
+            place = f"{file.name}, member {member}"
+            if not self._is_audio(suffix.lower()):
+                self._add(row, suffix.lower(), opened, place)
+            elif audio is None:
+                audio = opened.read()
+            else:
+                raise RowError(
                     f"{place}: the row has audio already; name the suffix of the one that is meant (--audio-column)"
                 )
-            row["__audio__"] = opened.read()
-        elif suffix == "json":
+        if key is not None:
+            yield f"{file.name}#{key}", row, audio
+
+    def _is_audio(self, suffix: str) -> bool:
+        if self.columns.audio is None:
+            return "." + suffix.rpartition(".")[2] in AUDIO_SUFFIXES
+        return suffix == self.columns.audio.lower().removeprefix(".")
+
+    def _add(self, row: dict[str, Any], suffix: str, opened: Any, place: str) -> None:
+        if suffix == "json":
             try:
                 fields = json.loads(opened.read())
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place} is not JSON: {error}") from error
+                raise RowError(f"{place} is not JSON: {error}") from error
             row.update(fields if isinstance(fields, dict) else {})
         elif suffix in (self.columns.id, self.columns.domain):
             row[suffix] = opened.read().decode().strip()
@@ -363,6 +415,10 @@ def _stored(dataset: Any, audio: str | None) -> Any:
     if isinstance(dataset.features[audio], datasets.Audio):
         return dataset.cast_column(audio, datasets.Audio(decode=False))
     return dataset
+
+
+def _hashes(ids: Sequence[str | int]) -> np.ndarray:
+    return np.fromiter((id_hash(str(id)) for id in ids), np.uint64, len(ids))
 
 
 def _guarded(action: Callable[[], Any], name: str) -> Any:

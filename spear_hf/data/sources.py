@@ -33,7 +33,15 @@ from pathlib import Path
 from .audio import SAMPLING_RATE, AudioError
 from .cutting import CutRule, cut_utterance, may_be_cut
 from .decoding import utterance_seconds
-from .manifest import AUDIO_SUFFIXES, DOMAINS, MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
+from .manifest import (
+    AUDIO_SUFFIXES,
+    DOMAINS,
+    MANIFEST_NAME,
+    MANIFEST_SUFFIXES,
+    Utterance,
+    find_files,
+    read_manifest,
+)
 from .seeding import keyed_seed
 
 
@@ -77,6 +85,9 @@ class AudioSource(ABC):
     @abstractmethod
     def subset(self, seed: int, max_hours: float) -> "AudioSource":
         """At most about so many hours, spread over the corpus, a function of seed and data."""
+
+    def check_ids(self) -> None:  # noqa: B027 (a list's are unique anyway)
+        """ValueError where two pieces have an id in common, as far as that can be told without reading all."""
 
     def __iter__(self) -> Iterator[Piece]:
         return (self[index] for index in range(len(self)))
@@ -143,6 +154,9 @@ class CutSource(AudioSource):
 
     def describe(self) -> str:
         return f"{self.source.describe()}, those over {self.rule.max_seconds:g} s cut ({self.rule.at})"
+
+    def check_ids(self) -> None:
+        self.source.check_ids()
 
     def subset(self, seed: int, max_hours: float) -> "CutSource":
         return CutSource(self.source.subset(seed, max_hours), self.rule)
@@ -225,8 +239,9 @@ def open_source(
         raise ValueError(f"domain={domain!r} must be one of {', '.join(DOMAINS)}")
     source: AudioSource
     if _is_list(spec):
-        for name, value in (("config", config), ("revision", revision), ("columns", columns)):
-            if value not in (None, Columns()):
+        for name, value in {"config": config, "revision": revision, **asdict(columns or Columns())}.items():
+            if value is not None:
+                name = f"{name}_column" if name in ("audio", "id", "domain") else name
                 raise ValueError(f"{name}={value!r} is for datasets, and {spec} is a folder of audio or a manifest")
         utterances = read_manifest(spec, split=splits or None)
         if domain is not None:
@@ -294,12 +309,9 @@ def _is_list(spec: str) -> bool:
 
 def _kind_of_files(folder: Path) -> str:
     """The kind of the files below a folder: "audio", "parquet" or "tar". ValueError if there are several, or none."""
-    kinds = set()
-    for _, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        suffixes = {os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}
-        kinds |= {suffix[1:] for suffix in suffixes if suffix in DATASET_SUFFIXES}
-        kinds |= {"audio"} if suffixes & AUDIO_SUFFIXES else set()
+    suffixes = {path.suffix.lower() for path in find_files(folder)}
+    kinds = {suffix[1:] for suffix in suffixes if suffix in DATASET_SUFFIXES}
+    kinds |= {"audio"} if suffixes & AUDIO_SUFFIXES else set()
     if len(kinds) > 1:
         raise ValueError(
             f"{folder} holds files of several kinds ({', '.join(sorted(kinds))}): name a manifest of the audio, or "

@@ -351,7 +351,10 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
     alike = np.flatnonzero(hashes[1:] == hashes[:-1])
     ids = [table["id"][int(order[place + offset])].as_py() for place in alike for offset in (0, 1)]
     if twice := [id for id, next_id in zip(ids[::2], ids[1::2]) if id == next_id]:
-        raise ValueError(f"{where}: {twice[0]!r} occurs twice")
+        raise ValueError(
+            f"{where}: {twice[0]!r} occurs twice: name a column of ids that are unique over all the data "
+            "(--id-column), or rename one, and write to a new folder"
+        )
     return hashes, order
 
 

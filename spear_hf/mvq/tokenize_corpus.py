@@ -107,6 +107,8 @@ def tokenize_corpus(
     source = corpus if isinstance(corpus, AudioSource) else ListSource(corpus)
     pieces = list(source)
     ranks = ranks or Ranks()
+    if share.index == 0 and ranks.is_main:  # enough to know it early
+        source.check_ids()
     tokenizer.teacher.batch_seconds = batch_seconds
     writer = TokenStoreWriter(output, tokenizer.store_info(), with_audio=with_audio)
     mine = share.of(pieces)
