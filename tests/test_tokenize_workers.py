@@ -397,3 +397,12 @@ def test_job_on_two_nodes(made, tmp_path):
     printed = job.communicate()[0]
     assert "21 utterances tokenised, 0 were there already, 2 bad" in printed, printed
     assert contents(tmp_path / "store") == contents(store)
+
+
+def test_the_working_folder_as_a_store(made, tmp_path, monkeypatch):
+    tokenizer, corpus, store = made
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(command(tokenizer, corpus, Path(".")))
+    assert (Path("metadata.json")).read_bytes() == (store / "metadata.json").read_bytes()
+    assert (tmp_path / "here.metrics" / "summary.json").exists()

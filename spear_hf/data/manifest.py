@@ -80,21 +80,23 @@ def find_audio(folder: str | os.PathLike) -> list[Path]:
 def find_files(folder: str | os.PathLike) -> Iterator[Path]:
     """Files below a folder, in no order. What is hidden is skipped, and links to folders are followed.
 
-    A folder that several links lead to, or a loop of them, is gone through once. OSError for one that may not be read.
+    A folder that several links lead to is gone through once, and a link to one that `folder` is in not at all. OSError
+    for one that may not be read.
     """
-    seen: set[tuple[int, int]] = set()
+    above = {str(path) for path in Path(folder, "x").resolve().parents}
+    seen: set[str] = set()
     pending = [os.fspath(folder)]
     while pending:
         links = []
         for top in pending:
             for parent, subfolders, names in os.walk(top, onerror=_raise):
-                status = os.stat(parent)
-                if (status.st_dev, status.st_ino) in seen:
+                if (real := os.path.realpath(parent)) in seen:
                     subfolders.clear()
                     continue
-                seen.add((status.st_dev, status.st_ino))
+                seen.add(real)
                 subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-                links += [path for name in subfolders if os.path.islink(path := os.path.join(parent, name))]
+                inside = [os.path.join(parent, name) for name in subfolders]
+                links += [path for path in inside if os.path.islink(path) and os.path.realpath(path) not in above]
                 yield from (Path(parent) / name for name in names if not name.startswith("."))
         pending = links  # after the folders themselves, so that these keep their own names
 
