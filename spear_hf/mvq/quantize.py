@@ -33,6 +33,7 @@ from spear_hf.mvq.corpus import Decoded, computed, decoded_pieces, display_path
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.quantizer_files import CONFIG_NAME, WEIGHTS_NAME
 from spear_hf.mvq.reservoir import FrameReservoir
+from spear_hf.mvq.teacher_probe import probed
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher
 from spear_hf.mvq.tokenizer import quantizer_metadata
 from spear_hf.mvq.training import QuantizerTrainer, QuantizerTrainingConfig
@@ -267,6 +268,7 @@ def train_on_sample(
     )
     with explained(output, NOT_KEPT):
         quantizer = trainer.train(sample.frames)
+        quantizer.config.provenance.update(probed(teacher, quantizer))
         report = {
             "quantizer_id": quantizer.quantizer_id,
             "bits_per_second": teacher.frame_rate * training.num_codebooks * math.log2(training.codebook_size),
