@@ -56,6 +56,6 @@ def check_probe(teacher: Teacher, quantizer: MultiCodebookQuantizer) -> None:
     if not distance <= (TOLERANCE if exact else TOLERANCE_16_BIT):
         raise ValueError(
             f"teacher {teacher.id} gives other features than when the quantiser was trained (off by "
-            f"{100 * distance:.0f} % on a probe): its config.json, its feature extractor or its code has changed; give "
+            f"{100 * distance:.0f} % on a probe): its config.json, its extractor or its code has changed; give "
             "the teacher it was trained on"
         )
