@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -397,6 +398,21 @@ def test_job_on_two_nodes(made, tmp_path):
     printed = job.communicate()[0]
     assert "21 utterances tokenised, 0 were there already, 2 bad" in printed, printed
     assert contents(tmp_path / "store") == contents(store)
+
+
+def test_repaired_files_are_tried_again_where_it_is_said(made, tmp_path):
+    tokenizer, corpus, store = made
+    output, repaired = shutil.copytree(store, tmp_path / "store"), shutil.copytree(corpus, tmp_path / "corpus")
+    code, printed = run(command(tokenizer, repaired, output))
+    assert code == 1
+    (hint,) = [line for line in printed.splitlines() if line.startswith("to try repaired files again")]
+    for line in (output / "quarantine.jsonl").read_text().splitlines():
+        shutil.copyfile(repaired / "good00.wav", repaired / json.loads(line)["id"])
+    for name in re.findall(r"tokens-\d+\.parquet", hint):
+        (output / name).unlink()
+    code, printed = run(command(tokenizer, repaired, output))
+    assert code == 0, printed
+    assert "the store is complete: 23 utterances" in printed
 
 
 def test_the_working_folder_as_a_store(made, tmp_path, monkeypatch):

@@ -140,6 +140,13 @@ def run_tokenize(
     if not ranks.is_main:
         return 0
     _list_bad([(item.id, item.error) for item in summary.bad], output / QUARANTINE if summary.complete else None)
+    if shards := summary.bad_shards:
+        more = f" and {len(shards) - SHOWN} more" if len(shards) > SHOWN else ""
+        print(
+            f"to try repaired files again, delete their shards ({', '.join(shards[:SHOWN])}{more}) and run the same "
+            "command again",
+            file=sys.stderr,
+        )
     print(
         f"{output}: {summary.utterances} utterances tokenised, {summary.already_there} were there already, "
         f"{len(summary.bad)} bad; new are {summary.seconds / 3600:.2f} h, {summary.frames} frames of "

@@ -107,8 +107,8 @@ def waveform_checksum(waveform: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(waveform, dtype="<f4").data)
 
 
-def list_key(items: Iterable[tuple[str, int | None]]) -> str:
-    """Identifies a list of utterances by their ids and lengths in samples, which decide what is batched together."""
+def list_key(items: Iterable[tuple[str | int | None, ...]]) -> str:
+    """Identifies a list of utterances by their ids, and what else is known of each: lengths, checksums."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(to_json(item).encode() + b"\n")
@@ -314,10 +314,17 @@ def infos_content(infos: Infos) -> dict[str, Any]:
 def read_infos(content: dict[str, Any], path: Path) -> Infos:
     """From a footer, or from metadata, in which the one teacher of a store stands on the top level."""
     entries = content.get("teachers") or {SINGLE: content.get("info", content)}
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{path} is damaged: what its tokens are is no object; restore it")
     for entry in entries.values():
         if missing := [column.name for column in fields(StoreInfo) if column.name not in entry]:
             raise ValueError(f"{path}: the metadata of a token store lacks {', '.join(missing)}")
-    return {name: StoreInfo(**{f.name: entry[f.name] for f in fields(StoreInfo)}) for name, entry in entries.items()}
+    try:
+        return {
+            name: StoreInfo(**{f.name: entry[f.name] for f in fields(StoreInfo)}) for name, entry in entries.items()
+        }
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it") from error
 
 
 def index_content(table: pa.Table, where: str) -> memoryview:

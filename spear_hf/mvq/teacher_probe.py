@@ -52,7 +52,7 @@ def check_probe(teacher: Teacher, quantizer: MultiCodebookQuantizer) -> None:
     was, now = np.array(provenance["probe"]), np.array(probe(teacher, quantizer))
     recorded = provenance.get("teacher", {}).get("dtype", "float32")
     exact = recorded == "float32" and teacher.dtype == torch.float32
-    distance = float(np.linalg.norm(now - was) / max(1e-6, np.linalg.norm(was)))
+    distance = float(np.linalg.norm(now - was)) / max(1e-6, float(np.linalg.norm(was)))
     if not distance <= (TOLERANCE if exact else TOLERANCE_16_BIT):
         raise ValueError(
             f"teacher {teacher.id} gives other features than when the quantiser was trained (off by "

@@ -26,6 +26,7 @@ from spear_hf.mvq.corpus import DECODERS, Decoded, computed, decoded_pieces, dis
 from spear_hf.mvq.extraction import Extraction
 from spear_hf.mvq.pipeline import Behind, ahead
 from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStoreWriter
+from spear_hf.mvq.store_format import shard_path
 from spear_hf.mvq.teachers import SAMPLING_RATE
 from spear_hf.mvq.tokenize_report import MetricsFile, ShardMetrics
 from spear_hf.mvq.tokenizer import MvqTokenizer
@@ -47,6 +48,7 @@ class TokenizeSummary:
     bad: list[QuarantinedAudio]  # of the store if it is complete, else of this job's share
     complete: bool  # whether the store is
     missing: int = 0  # shards that other jobs still have to make
+    bad_shards: list[str] = field(default_factory=list)  # files that hold `bad`
 
 
 @dataclass
@@ -124,15 +126,17 @@ def tokenize_corpus(
     missing = sorted({piece.index for piece in pieces} - set(writer.shards))
     if not missing and ranks.is_main:
         writer.finish(num_shards=len(pieces), keys=[piece.key for piece in pieces])
-    there = pieces if not missing else mine
+    there = [piece.index for piece in (pieces if not missing else mine)] if ranks.is_main else []
+    quarantined = {shard_path(writer.folder, index).name: writer.footer(index).quarantine for index in there}
     return TokenizeSummary(
         utterances=sum(c.utterances for c in everyone),
         already_there=sum(c.already_there for c in everyone),
         frames=sum(c.frames for c in everyone),
         seconds=sum(c.seconds for c in everyone),
-        bad=[item for piece in there for item in writer.footer(piece.index).quarantine] if ranks.is_main else [],
+        bad=[item for items in quarantined.values() for item in items],
         complete=not missing,
         missing=len(missing),
+        bad_shards=[name for name, items in quarantined.items() if items],
     )
 
 
