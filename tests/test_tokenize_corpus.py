@@ -3,12 +3,14 @@
 
 import copy
 import json
+import shutil
 from itertools import chain
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import load_dataset
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from spear_hf.data.manifest import read_manifest
@@ -259,3 +261,16 @@ def test_audio_is_identified_by_its_samples(corpus, store):
     row = pq.read_table(output / "tokens-00000.parquet").to_pylist()[0]
     waveform, _ = soundfile.read(corpus / row["id"], dtype="float32")
     assert row["audio_checksum"] == waveform_checksum(waveform)
+
+
+def test_plain_datasets_reads_a_store_with_a_shard_of_bad_audio_alone(tokenizer, corpus, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("bad0.wav", "good00.wav", "good01.wav"):
+        shutil.copyfile(corpus / name, folder / name)
+    for with_audio in (False, True):
+        output = tmp_path / f"tokens-{with_audio}"
+        source = ListSource(read_manifest(folder), piece_utterances=1)
+        tokenize_corpus(tokenizer, source, output, progress=False, with_audio=with_audio)
+        rows = load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+        assert list(rows["id"]) == TokenStore.open(output).ids == ["good00.wav", "good01.wav"]

@@ -205,15 +205,17 @@ def shard_content(
     # Checksums of pages guard the other columns; codes have one for each utterance.
     raw = {f"{prefix(name)}codes" for name in infos} | {"audio"}
     leaves = [name for name in schema.names if name != "audio"] + (["audio.bytes", "audio.path"] if with_audio else [])
-    pq.write_table(
-        pa.table({name: columns[name] for name in schema.names}, schema=schema),
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    with pq.ParquetWriter(
         sink,
-        row_group_size=ROW_GROUP_WITH_AUDIO if with_audio else ROW_GROUP,
+        schema,
         compression={leaf: "NONE" if leaf.split(".")[0] in raw else "ZSTD" for leaf in leaves},
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
-    )
+    ) as writer:
+        if len(table):  # `datasets` refuses a row group without rows, and with it the whole store
+            writer.write_table(table, row_group_size=ROW_GROUP_WITH_AUDIO if with_audio else ROW_GROUP)
     return memoryview(sink.getvalue())
 
 
