@@ -366,3 +366,27 @@ def test_full_disk_promises_nothing_that_is_not_so(corpus, tmp_path):
     assert "cannot be written: it is too large" in message
     assert "is kept" not in message
     assert message.endswith("run the same command again")
+
+
+def test_no_memory_is_an_error_of_one_line(corpus, tmp_path, monkeypatch):
+    (tmp_path / "hungry.py").write_text(
+        """
+import torch
+
+class Hungry:
+    frame_rate, feature_size = 50, 4
+
+    def __call__(self, waveforms):
+        if max(map(len, waveforms)) > 40_000:
+            torch.empty(1 << 50)
+        return [torch.from_numpy(w)[: len(w) // 320 * 320].view(-1, 4, 80).mean(dim=2) for w in waveforms]
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    quantizer = MultiCodebookQuantizer(4, 16, 4, teacher="hungry:Hungry", frame_rate=50.0)
+    quantizer.save_pretrained(tmp_path / "tokenizer")
+    code, printed = run("tokenize", "--tokenizer", "tokenizer", "--data", corpus, "--output", "tokens")
+    assert code == 1
+    assert "spear-hf tokenize: there is not enough memory (" in printed
+    assert "--batch-seconds" in printed
+    assert not list(Path("tokens").glob("tokens-*.parquet")), "nothing is taken for done"
