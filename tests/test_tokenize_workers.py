@@ -415,6 +415,21 @@ def test_repaired_files_are_tried_again_where_it_is_said(made, tmp_path):
     assert "the store is complete: 23 utterances" in printed
 
 
+def test_a_store_inside_the_folder_of_its_audio_is_completed(made, tmp_path):
+    tokenizer, corpus, store = made
+    audio = shutil.copytree(corpus, tmp_path / "audio")
+    output = audio / "tokens"
+    process = start(command(tokenizer, audio, output), kill_at=30)
+    process.join()
+    assert list(output.glob("tokens-*.parquet"))
+    assert not complete(output)
+    code, printed = run(command(tokenizer, audio, output))
+    assert code == 1, "two files are bad"
+    assert "the store is complete: 21 utterances" in printed
+    shards = [path.name for path in sorted(store.glob("tokens-*.parquet"))]
+    assert [name for name in contents(output) if name in shards] == shards
+
+
 def test_the_working_folder_as_a_store(made, tmp_path, monkeypatch):
     tokenizer, corpus, store = made
     (tmp_path / "here").mkdir()

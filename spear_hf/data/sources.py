@@ -48,6 +48,7 @@ from .seeding import keyed_seed
 PIECE_UTTERANCES = 1000
 PIECE_HOURS = 24.0  # of audio, where lengths are known: 70 MB of 16 codebooks at 50 Hz
 DATASET_SUFFIXES = (".parquet", ".tar")
+_STORE_FILE = re.compile(r"(tokens-\d{5,}|index)\.parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -308,8 +309,11 @@ def _is_list(spec: str) -> bool:
 
 
 def _kind_of_files(folder: Path) -> str:
-    """The kind of the files below a folder: "audio", "parquet" or "tar". ValueError if there are several, or none."""
-    suffixes = {path.suffix.lower() for path in find_files(folder)}
+    """The kind of the files below a folder: "audio", "parquet" or "tar". ValueError if there are several, or none.
+
+    A token store in a folder inside, such as that of the audio itself, does not count.
+    """
+    suffixes = {path.suffix.lower() for path in find_files(folder) if not _is_of_store(path, folder)}
     kinds = {suffix[1:] for suffix in suffixes if suffix in DATASET_SUFFIXES}
     kinds |= {"audio"} if suffixes & AUDIO_SUFFIXES else set()
     if len(kinds) > 1:
@@ -323,6 +327,12 @@ def _kind_of_files(folder: Path) -> str:
             f"{' '.join(sorted((*AUDIO_SUFFIXES, *DATASET_SUFFIXES)))}"
         )
     return kinds.pop()
+
+
+def _is_of_store(path: Path, folder: Path) -> bool:
+    """Whether a file is one of a token store (mvq/store.py) below `folder`."""
+    named = path.parent != folder and _STORE_FILE.fullmatch(path.name) is not None
+    return named and (path.parent / "metadata.json").is_file()
 
 
 def _seconds(utterance: Utterance) -> float:
