@@ -372,3 +372,13 @@ def test_ids_that_two_files_have_in_common_are_found_before_the_work(tmp_path):
 def test_options_that_would_do_nothing_are_refused(corpora, name, settings, message):
     with pytest.raises(ValueError, match=message):
         open_source(corpora / name, **settings)
+
+
+def test_files_whose_names_read_like_patterns(tmp_path):
+    folder = tmp_path / "album [2019]"
+    folder.mkdir()
+    dataset([1, 2]).to_parquet(folder / "a[1].parquet")
+    with tarfile.open(folder / "b[1].tar", "w") as tar:
+        add(tar, "1.flac", flac(1))
+    assert lengths(open_source(folder / "a[1].parquet")) == [[1, 2]]
+    assert lengths(open_source(folder / "b[1].tar")) == [[1]]

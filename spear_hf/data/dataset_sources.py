@@ -209,8 +209,9 @@ class ParquetSource(_FileSource):
             yield f"{self.files[index].name}#{number}", row, row[audio]
 
     def _dataset(self, where: str, **options: Any) -> datasets.IterableDataset:
+        name = where if _REMOTE.fullmatch(where) else glob.escape(where)  # it is taken for a pattern
         return datasets.load_dataset(
-            "parquet", data_files={"piece": [where]}, split="piece", streaming=True, batch_size=ROWS, **options
+            "parquet", data_files={"piece": [name]}, split="piece", streaming=True, batch_size=ROWS, **options
         )
 
     def _piece_ids(self, index: int) -> Sequence[str | int]:
@@ -355,7 +356,8 @@ def _resolved(
 
 def _matching(pattern: str) -> tuple[str, list[DataFile]]:
     """Kind and files of a path or a pattern of paths."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold a [
+    paths = sorted(path for path in found if os.path.isfile(path))
     if not paths:
         raise ValueError(f"{pattern} matches no file: name an existing file or folder, or a pattern that matches some")
     suffixes = {os.path.splitext(path)[1].lower() for path in paths}
