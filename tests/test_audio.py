@@ -132,11 +132,11 @@ def test_without_torchaudio(tmp_path, monkeypatch):
         load_audio(tmp_path / "other.wav")
 
 
-@pytest.mark.parametrize("suffix", ["wav", "aiff"])
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "au", "w64", "rf64"])
 def test_cut_off(tmp_path, speech, suffix):
     """libsndfile takes what is left of such a file for all of it."""
     whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
-    soundfile.write(whole, speech, 16000)
+    soundfile.write(whole, speech, 16000, format=suffix)
     assert len(load_audio(whole)) == len(speech)
     content = whole.read_bytes()
     cut.write_bytes(content[: len(content) // 2])

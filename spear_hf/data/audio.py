@@ -41,7 +41,7 @@ _EXACT_SEEKS = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_", "IMA_ADPCM",
 _UNKNOWN = 2**40
 
 # In libsndfile's log: bytes of samples by the header, and bytes that are there.
-_STATED_SIZE = re.compile(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STATED_SIZE = re.compile(r"^ *(?:data|SSND|riff|Riff size|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = 0x7FFF0000  # bytes; sox says so and some more, ffmpeg twice as many
 
 Result = TypeVar("Result")
@@ -295,7 +295,7 @@ def _refuse_special(file: AudioFile, name: str) -> None:
 
 
 def _cut_off(file: soundfile.SoundFile) -> int:
-    """Bytes that a WAV or AIFF file lacks of what its header says, if that is 0.1 s or more.
+    """Bytes that a WAV (W64, RF64), AIFF or AU file lacks of what its header says, if that is 0.1 s or more.
 
     libsndfile makes do with what is there, and has it in its log alone. A header with the largest number there is was
     written before the length was known, to a pipe.
