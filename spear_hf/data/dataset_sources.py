@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,23 +107,24 @@ class DatasetSource(AudioSource):
         return f"{len(self)} files of {self.name}"
 
     def check_ids(self) -> None:
-        pieces = [self._piece_ids(index) for index in range(len(self))] if self.columns.id is not None else []
-        hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(ids) for ids in pieces)])
-        owners = np.repeat(np.arange(len(pieces)), [len(ids) for ids in pieces])
+        if self.columns.id is None:
+            return  # FILE#ROW
+        parts = [np.array([id_hash(id) for id in self._piece_ids(index)], np.uint64) for index in range(len(self))]
+        hashes, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         order = np.argsort(hashes, kind="stable")
         hashes, owners = hashes[order], owners[order]
         alike = np.flatnonzero((hashes[1:] == hashes[:-1]) & (owners[1:] != owners[:-1]))
-        for one, other in zip(owners[alike], owners[alike + 1]):
-            if both := {*map(str, pieces[one])} & {*map(str, pieces[other])}:
+        for one, other in zip(owners[alike].tolist(), owners[alike + 1].tolist()):
+            if both := {*self._piece_ids(one)} & {*self._piece_ids(other)}:
                 names = [self._piece_file(index)[0] for index in (one, other)]
                 raise ValueError(
                     f"{' and '.join(names)} of {self.name} have the same id, {min(both)!r}: name a column of ids that "
                     "are unique over all files (--id-column), or rename one"
                 )
 
-    def _piece_ids(self, index: int) -> Sequence[str | int]:
+    def _piece_ids(self, index: int) -> list[str]:
         """The column of ids, as far as it can be had without reading all of a piece."""
-        return ()
+        return []
 
     def subset(self, seed: int, max_hours: float) -> HeadSource:
         """An equal share of every piece, from its beginning: what lies further back need not be fetched for it."""
@@ -200,6 +201,7 @@ class ParquetSource(_FileSource):
     def __init__(self, name: str, files: Sequence[DataFile], columns: Columns, domain: str | None) -> None:
         features = _guarded(lambda: self._dataset(files[0].where).features or {}, files[0].name)
         super().__init__(name, files, _chosen(columns, features, name), domain)
+        self._has_plain_ids = isinstance(features.get(self.columns.id), datasets.Value)
 
     def _rows(self, index: int) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
         audio = self.columns.audio
@@ -214,11 +216,11 @@ class ParquetSource(_FileSource):
             "parquet", data_files={"piece": [name]}, split="piece", streaming=True, batch_size=ROWS, **options
         )
 
-    def _piece_ids(self, index: int) -> Sequence[str | int]:
+    def _piece_ids(self, index: int) -> list[str]:
         file, id = self.files[index], self.columns.id
-        if _REMOTE.fullmatch(file.where):
-            return ()
-        return _guarded(lambda: pq.read_table(file.where, columns=[id])[id].to_pylist(), file.name)
+        if _REMOTE.fullmatch(file.where) or not self._has_plain_ids:
+            return []
+        return _texts(_guarded(lambda: pq.read_table(file.where, columns=[id])[id].to_pylist(), file.name))
 
 
 class SavedSource(DatasetSource):
@@ -251,9 +253,11 @@ class SavedSource(DatasetSource):
         name = f"{split}/{Path(where).name}" if split else Path(where).name
         return name, DataFile(where, name).key()
 
-    def _piece_ids(self, index: int) -> Sequence[str | int]:
+    def _piece_ids(self, index: int) -> list[str]:
         dataset, place, count, _ = self._pieces[index]
-        return list(dataset.shard(count, place, contiguous=True)[self.columns.id])
+        if not isinstance(dataset.features[self.columns.id], datasets.Value):
+            return []
+        return _texts(dataset.shard(count, place, contiguous=True)[self.columns.id])
 
     def _rows(self, index: int) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
         dataset, place, count, _ = self._pieces[index]
@@ -419,8 +423,9 @@ def _stored(dataset: Any, audio: str | None) -> Any:
     return dataset
 
 
-def _hashes(ids: Sequence[str | int]) -> np.ndarray:
-    return np.fromiter((id_hash(str(id)) for id in ids), np.uint64, len(ids))
+def _texts(ids: Iterable[Any]) -> list[str]:
+    """Those that are there; who reads the row of one that is not says so."""
+    return [str(id) for id in ids if id is not None]
 
 
 def _guarded(action: Callable[[], Any], name: str) -> Any:
