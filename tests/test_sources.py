@@ -352,6 +352,11 @@ def test_ids_that_two_files_have_in_common_are_found_before_the_work(tmp_path):
         with pytest.raises(ValueError, match=message):
             source.check_ids()
     open_source(tmp_path).check_ids()  # FILE#ROW
+    for path in tmp_path.glob("*.parquet"):
+        dataset((1, 2), id=["x", "x"]).to_parquet(path)
+    with pytest.raises(ValueError, match="'#' for FILE#ROW"):
+        ids(open_source(tmp_path))
+    assert ids(open_source(tmp_path, columns=Columns(id="#")))[:2] == ["train-0.parquet#0", "train-0.parquet#1"]
     DatasetDict(train=dataset((1, 2)), test=dataset((3, 1))).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="have the same id, 'n1'"):
         open_source(tmp_path / "saved", columns=columns).check_ids()

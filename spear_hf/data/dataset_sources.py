@@ -13,7 +13,7 @@ import re
 import tarfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .sources import DATASET_SUFFIXES, AudioSource, Columns, HeadSource, Piece, 
 
 
 ID_COLUMNS = ("id", "path")  # looked for where no column is named
+PLACE = "#"  # in place of a column of ids: FILE#ROW, whatever columns there are
 ROWS = 16  # of a parquet file, turned into Python objects at a time
 _PLAIN = ("binary", "large_binary", "string", "large_string")  # types of columns that hold files, or paths of files
 _ENDS = 1 << 16  # bytes at either end of a file that its fingerprint takes in; the footer of parquet is there
@@ -86,7 +87,7 @@ class DatasetSource(AudioSource):
 
     def __init__(self, name: str, columns: Columns, domain: str | None) -> None:
         self.name = name
-        self.columns = columns
+        self.columns = replace(columns, id=None) if columns.id == PLACE else columns
         self.domain = domain
 
     @abstractmethod
@@ -119,7 +120,7 @@ class DatasetSource(AudioSource):
                 names = [self._piece_file(index)[0] for index in (one, other)]
                 raise ValueError(
                     f"{' and '.join(names)} of {self.name} have the same id, {min(both)!r}: name a column of ids that "
-                    "are unique over all files (--id-column), or rename one"
+                    "are unique over all files (--id-column), or none of them (--id-column '#': FILE#ROW)"
                 )
 
     def _piece_ids(self, index: int) -> list[str]:
@@ -149,7 +150,7 @@ class DatasetSource(AudioSource):
             if utterance.id in seen:
                 raise ValueError(
                     f"{name}: rows {seen[utterance.id]} and {number} have the same id, {utterance.id!r}: name a "
-                    "column of ids that are unique (--id-column), or rename one"
+                    "column of ids that are unique (--id-column, or '#' for FILE#ROW), or rename one"
                 )
             check_unicode(utterance.id, f"{name}, row {number}: the id {utterance.id!r}")
             seen[utterance.id] = number
@@ -386,7 +387,7 @@ def _known(splits: Sequence[str], known: Sequence[str], name: str) -> Sequence[s
 def _chosen(columns: Columns, features: Mapping[str, Any], name: str) -> Columns:
     """The columns with what was left open filled in. ValueError naming one that is missing or of no use."""
     for column in (columns.audio, columns.id, columns.domain):
-        if column is not None and column not in features:
+        if column not in (None, PLACE) and column not in features:
             raise ValueError(f"{name} has no column {column!r}; it has: {', '.join(features)}")
     audio = columns.audio
     if audio is None:
@@ -404,9 +405,8 @@ def _chosen(columns: Columns, features: Mapping[str, Any], name: str) -> Columns
         raise ValueError(
             f"{name}: column {audio!r} is {feature}; audio must be of the type Audio, the bytes of a file, or its path"
         )
-    return Columns(
-        audio, columns.id or next((column for column in ID_COLUMNS if column in features), None), columns.domain
-    )
+    id = columns.id or next((column for column in ID_COLUMNS if column in features), None)
+    return Columns(audio, None if id == PLACE else id, columns.domain)
 
 
 _PLAIN = ("binary", "large_binary", "string", "large_string")

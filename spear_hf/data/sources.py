@@ -197,7 +197,8 @@ class Columns:
     """Where a dataset has what an utterance needs; for WebDataset, `audio` is the suffix of the audio members.
 
     By default `audio` is the one column of audio there is, and ids are the column `id` or `path` if there is one, else
-    FILE#ROW; of WebDataset, FILE#KEY, because keys often begin anew in every file. `domain` names a column, too.
+    FILE#ROW, which "#" asks for; of WebDataset, FILE#KEY, because keys often begin anew in every file. `domain` names
+    a column, too.
     """
 
     audio: str | None = None
