@@ -24,7 +24,7 @@ Splits = Annotated[list[str] | None, typer.Option(help="Of the data; may be repe
 DataConfig = Annotated[str | None, typer.Option(help="Configuration of a dataset that has several.")]
 DataRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a dataset of the Hub.")]
 AudioColumn = Annotated[str | None, typer.Option(help="Of a dataset; of tar files, the suffix of the audio.")]
-IdColumn = Annotated[str | None, typer.Option(help="Of a dataset; default: id, path, or FILE#ROW.")]
+IdColumn = Annotated[str | None, typer.Option(help="Of a dataset; default: id, path, or FILE#ROW (#).")]
 DomainColumn = Annotated[str | None, typer.Option(help="Of a dataset: speech or audio.")]
 Domain = Annotated[str | None, typer.Option(help="speech or audio, of utterances that have none.")]
 Cut = Annotated[str, typer.Option(help="Where longer audio is cut: silence, fixed, or none.")]

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Decoding: formats, rates, channels, and files that are no audio."""
 
+import os
 import sys
 
 import numpy as np
@@ -129,3 +130,42 @@ def test_without_torchaudio(tmp_path, monkeypatch):
     version = torch.__version__.split("+")[0]
     with pytest.raises(ImportError, match=rf"pip install torch=={version} torchaudio=={version}"):
         load_audio(tmp_path / "other.wav")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "au", "w64", "rf64"])
+def test_cut_off(tmp_path, speech, suffix):
+    """libsndfile takes what is left of such a file for all of it."""
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    soundfile.write(whole, speech, 16000, format=suffix)
+    assert len(load_audio(whole)) == len(speech)
+    content = whole.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    with pytest.raises(AudioError, match=rf"cut\.{suffix} cannot be decoded: it is cut off, \d+ bytes"):
+        load_audio(cut)
+
+
+@pytest.mark.parametrize("stated", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFF000])
+def test_header_of_a_stream(tmp_path, speech, stated):
+    """Whoever writes to a pipe cannot know the length."""
+    path = tmp_path / "stream.wav"
+    soundfile.write(path, speech, 16000)
+    content = path.read_bytes()
+    place = content.index(b"data") + 4
+    path.write_bytes(content[:place] + stated.to_bytes(4, "little") + content[place + 4 :])
+    assert len(load_audio(path)) == len(speech)
+    # A few samples less than stated are the fault of who wrote the header.
+    path.write_bytes(content[:place] + (2 * len(speech) + 36).to_bytes(4, "little") + content[place + 4 :])
+    assert len(load_audio(path)) == len(speech)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    for function in (load_audio, audio_duration):
+        with pytest.raises(AudioError, match=r"pipe\.wav cannot be decoded: it is a pipe"):
+            function(tmp_path / "pipe.wav")
+
+
+def test_a_damaged_mp3_is_not_called_missing(tmp_path):
+    (tmp_path / "a.mp3").write_bytes(np.random.default_rng(0).bytes(5000))
+    with pytest.raises(AudioError, match=r"a\.mp3 cannot be decoded: Format not recognised"):
+        load_audio(tmp_path / "a.mp3")

@@ -241,3 +241,12 @@ def test_two_hours_in_flat_memory(tmp_path):
     printed, growth = run_and_measure(script, tmp_path)
     assert printed == ["160000", "241", str(2 * 3600 * SAMPLING_RATE)]
     assert growth < 150
+
+
+def test_a_manifest_of_stretches_can_be_read_whatever_was_in_the_folder(tmp_path, noise):
+    """A file without a sample would be a row that no reader of manifests takes."""
+    write(tmp_path / "good.wav", noise)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), SAMPLING_RATE)
+    done = write_segments(read_manifest(tmp_path), SILENCE, tmp_path / "cuts.jsonl")
+    assert [id for id, _ in done.bad] == ["empty.wav"]
+    assert len(read_manifest(tmp_path / "cuts.jsonl")) == done.rows

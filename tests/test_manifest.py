@@ -2,6 +2,7 @@
 """Utterances from folders and from manifests of three kinds, and the errors in them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,44 @@ def test_bad_sources(tmp_path):
     (tmp_path / "a.wav").touch()
     with pytest.raises(ValueError, match=r"split='train': .* files found in a folder have no splits"):
         read_manifest(tmp_path, "train")
+
+
+def test_links_are_followed_and_nothing_is_there_twice(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "deep").mkdir()
+    for name in ("f.wav", "deep/g.wav"):
+        (elsewhere / name).touch()
+    for name, target in (
+        ("far", elsewhere),
+        ("far again", elsewhere),
+        ("a/inner", elsewhere / "deep"),
+        ("A", folder / "a"),  # comes first by name; the folder itself is the one that counts
+        ("a/loop", folder),
+        ("up", folder.parent),
+        ("link.wav", elsewhere / "f.wav"),
+        ("gone.wav", folder / "none.wav"),  # for the one who decodes it to report
+    ):
+        (folder / name).symlink_to(target)
+    ids = [utterance.id for utterance in read_manifest(folder)]
+    assert ids == ["a/c.FLAC", "a/d.opus", "b.wav", "far/deep/g.wav", "far/f.wav", "gone.wav", "link.wav"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_an_error(folder):
+    (folder / "a").chmod(0)
+    try:
+        with pytest.raises(PermissionError, match="a"):
+            read_manifest(folder)
+    finally:
+        (folder / "a").chmod(0o700)
+
+
+def test_a_name_that_is_no_text_is_an_error(folder):
+    Path(os.fsdecode(os.fsencode(folder) + b"/x\xff.wav")).touch()
+    with pytest.raises(ValueError, match=r"x\\udcff\.wav' is not UTF-8: .* rename it"):
+        read_manifest(folder)
+
+
+def test_empty_lines_before_the_names_of_columns(tmp_path):
+    (tmp_path / "m.csv").write_text("\n\nid,path\n\na,a.wav\n")
+    assert [utterance.id for utterance in read_manifest(tmp_path / "m.csv")] == ["a"]

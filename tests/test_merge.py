@@ -192,6 +192,18 @@ def test_other_audio_under_the_same_id_is_refused(tokenizers, stores, corpus, tm
     assert not (tmp_path / "both").exists()
 
 
+def test_a_merged_store_of_other_audio_is_not_taken_for_this_one(tokenizers, stores, merged, corpus, tmp_path):
+    """As long, with the same ids, all of it changed in both stores: only the checksums tell."""
+    other = shutil.copytree(corpus, tmp_path / "corpus")
+    samples, rate = soundfile.read(other / "good03.wav", dtype="int16")
+    samples[5] += 1
+    soundfile.write(other / "good03.wav", samples, rate)
+    speech = tokenize(tokenizers[0], read_manifest(other), tmp_path / "speech")
+    audio = tokenize(tokenizers[1], read_manifest(other), tmp_path / "audio", with_audio=True)
+    with pytest.raises(ValueError, match="was made from another list of utterances"):
+        merge_stores(shutil.copytree(merged, tmp_path / "copy"), {"speech": speech, "audio": audio}, progress=False)
+
+
 def test_what_does_not_go_together_is_refused(tokenizers, stores, merged, corpus, tmp_path):
     speech, audio = stores["speech"], stores["audio"]
     old = shutil.copytree(speech, tmp_path / "old")

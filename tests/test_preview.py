@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
@@ -124,3 +125,30 @@ def test_errors_are_one_line(tokenizer_folder, clip, tmp_path):
         assert code == 2
         assert "say --data" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_the_excerpt_never_replaces_its_file(tokenizer_folder, clip, tmp_path):
+    """The name that suggests itself: speech.wav to speech.png."""
+    speech = tmp_path / "speech.wav"
+    soundfile.write(speech, load_audio(clip), 16000)
+    before = speech.read_bytes()
+    where = ("tokenize", "--tokenizer", tokenizer_folder, "--device", "cpu", "--preview", speech)
+    code, printed = run(*where, "--output", tmp_path / "speech.png", "--preview-audio", "--preview-seconds", 1)
+    assert code == 1
+    assert "would replace the file that it is of" in printed
+    assert speech.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["speech.wav"]
+
+
+def test_very_short_audio_and_the_very_end(tokenizer_folder, clip, tmp_path):
+    waveform = load_audio(clip)[8000:24000]
+    for samples, options in ((480, ()), (800, ()), (16000, ("--preview-start", 0.995))):
+        soundfile.write(tmp_path / "short.wav", waveform[:samples], 16000)
+        where = ("--preview", tmp_path / "short.wav", "--output", tmp_path / "short.png", "--device", "cpu")
+        code, printed = run("tokenize", "--tokenizer", tokenizer_folder, *where, *options)
+        assert code == 0, printed
+        assert imread(tmp_path / "short.png").shape[0] > 300
+    soundfile.write(tmp_path / "short.wav", waveform[:300], 16000)
+    code, printed = run("tokenize", "--tokenizer", tokenizer_folder, *where)
+    assert code == 1
+    assert "short.wav: 300 samples are too short" in printed

@@ -3,12 +3,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from typer.testing import CliRunner
 
@@ -277,6 +280,12 @@ def test_heldout_report_of_a_perfect_and_an_idle_quantizer():
         (("--max-hours", "nan"), "max_hours must be positive, not nan"),
         (("--heldout-frames", 0), "frames=2000 and heldout_frames=0 must be at least 1"),
         (("--data", ""), "the data has an empty name"),
+        (("--learning-rate", "inf"), "learning_rate must be finite, not inf"),
+        (("--window-seconds", "nan"), "window_seconds=nan must be a number of seconds"),
+        (("--window-seconds", "inf"), "window_seconds=inf must be a number of seconds"),
+        (("--codebook-size", 257), "codebook_size=257: token stores hold bytes, so 256 at most"),
+        (("--heldout-frames", 1), "the 1 held-out frames are all the same"),
+        (("--device", "meta"), "device='meta' cannot be used"),
     ],
 )
 def test_options_that_cannot_be_are_errors(corpus, tmp_path, options, message):
@@ -313,3 +322,71 @@ def test_tokenizing_with_options_that_cannot_be_writes_nothing(
     assert code == 1
     assert message in printed
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize("name", ["report.json", "metrics.jsonl"])
+def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path, name):
+    """A run of pre-training has metrics.jsonl, too, but not alone."""
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoint").mkdir()
+    code, printed = quantize(corpus, tmp_path)
+    assert code == 1
+    assert "is not empty, and no quantiser (it has checkpoint)" in printed
+    assert "features:" not in printed
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_killed_run_left_is_no_obstacle(corpus, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert quantize(corpus, tmp_path, "--split", "train")[0] == 0
+
+
+def test_silence_is_refused_before_training(tmp_path):
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(16000), 16000)
+    code, printed = quantize(tmp_path, tmp_path / "quantizer")
+    assert code == 1
+    assert "sampled frames are all the same: is the audio silent?" in printed
+    assert "quantiser:" not in printed
+
+
+def test_full_disk_promises_nothing_that_is_not_so(corpus, tmp_path):
+    """A quantiser is begun anew."""
+    shell = 'ulimit -f 16; exec "$0" -m spear_hf.cli quantize "$@"'
+    settings = {"teacher": "kaldi-mfcc", "codebooks": 4, "steps": 5, "data": corpus, "split": "train"}
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, *options, f"--output={tmp_path / 'quantizer'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("spear-hf quantize: ")]
+    assert "cannot be written: it is too large" in message
+    assert "is kept" not in message
+    assert message.endswith("run the same command again")
+
+
+def test_no_memory_is_an_error_of_one_line(corpus, tmp_path, monkeypatch):
+    (tmp_path / "hungry.py").write_text(
+        """
+import torch
+
+class Hungry:
+    frame_rate, feature_size = 50, 4
+
+    def __call__(self, waveforms):
+        if max(map(len, waveforms)) > 40_000:
+            torch.empty(1 << 50)
+        return [torch.from_numpy(w)[: len(w) // 320 * 320].view(-1, 4, 80).mean(dim=2) for w in waveforms]
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    quantizer = MultiCodebookQuantizer(4, 16, 4, teacher="hungry:Hungry", frame_rate=50.0)
+    quantizer.save_pretrained(tmp_path / "tokenizer")
+    code, printed = run("tokenize", "--tokenizer", "tokenizer", "--data", corpus, "--output", "tokens")
+    assert code == 1
+    assert "spear-hf tokenize: there is not enough memory (" in printed
+    assert "--batch-seconds" in printed
+    assert not list(Path("tokens").glob("tokens-*.parquet")), "nothing is taken for done"

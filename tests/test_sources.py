@@ -314,3 +314,76 @@ def test_pieces_of_lists_follow_from_the_list():
     assert source[2].key == ListSource(utterances[4:])[0].key, "a key is of the utterances"
     with pytest.raises(ValueError, match="list of utterances is empty"):
         ListSource([])
+
+
+def test_audio_of_a_tar_by_any_spelling_of_its_suffix(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "1.FLAC", flac(1))
+        add(tar, "1.wav", flac(2))
+    for audio in ("flac", "FLAC", ".flac"):
+        assert lengths(open_source(tmp_path / "a.tar", columns=Columns(audio=audio))) == [[1]]
+
+
+def test_a_row_of_a_tar_names_no_file_of_ours(tmp_path):
+    (tmp_path / "secret.flac").write_bytes(flac(1))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "1.json", json.dumps({"__audio__": str(tmp_path / "secret.flac")}).encode())
+    (utterance,) = open_source(tmp_path / "a.tar")[0]
+    assert utterance.content == b""
+
+
+def test_errors_of_a_row_blame_the_row(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "1.flac", flac(1))
+        add(tar, "1.wav", b"")
+    with pytest.raises(ValueError, match=r"^a\.tar, member 1\.wav: .*\(--audio-column\)$"):
+        list(open_source(tmp_path / "a.tar")[0])
+    dataset([1]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"^.{,200}\Z"):  # not all the bytes of a file
+        list(open_source(tmp_path / "a.parquet", columns=Columns(id="sound"))[0])
+
+
+def test_ids_that_two_files_have_in_common_are_found_before_the_work(tmp_path):
+    for name, numbers in (("train-0", (1, 2)), ("test-0", (3, 2))):
+        dataset(numbers).to_parquet(tmp_path / f"{name}.parquet")
+    columns = Columns(id="name")
+    message = "train-0.parquet and test-0.parquet of .* have the same id, 'n2': name a column"
+    for source in (open_source(tmp_path, columns=columns), open_source(tmp_path, columns=columns, cut=CutRule())):
+        with pytest.raises(ValueError, match=message):
+            source.check_ids()
+    open_source(tmp_path).check_ids()  # FILE#ROW
+    for path in tmp_path.glob("*.parquet"):
+        dataset((1, 2), id=["x", "x"]).to_parquet(path)
+    with pytest.raises(ValueError, match="'#' for FILE#ROW"):
+        ids(open_source(tmp_path))
+    assert ids(open_source(tmp_path, columns=Columns(id="#")))[:2] == ["train-0.parquet#0", "train-0.parquet#1"]
+    DatasetDict(train=dataset((1, 2)), test=dataset((3, 1))).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="have the same id, 'n1'"):
+        open_source(tmp_path / "saved", columns=columns).check_ids()
+    DatasetDict(train=dataset((1, 2)), test=dataset((3, 4))).save_to_disk(tmp_path / "unique")
+    open_source(tmp_path / "unique", columns=columns).check_ids()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("parquet/*.parquet", {"revision": "v2"}, "revision='v2' is for datasets of the Hub"),
+        ("parquet/*.parquet", {"config": "en"}, "config='en' is for datasets of the Hub"),
+        ("parquet", {"revision": "v2"}, "revision='v2' is for datasets of the Hub"),
+        ("saved", {"config": "en"}, "config='en' is for datasets of the Hub"),
+        ("audio", {"columns": Columns(id="name")}, "id_column='name' is for datasets"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(corpora, name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(corpora / name, **settings)
+
+
+def test_files_whose_names_read_like_patterns(tmp_path):
+    folder = tmp_path / "album [2019]"
+    folder.mkdir()
+    dataset([1, 2]).to_parquet(folder / "a[1].parquet")
+    with tarfile.open(folder / "b[1].tar", "w") as tar:
+        add(tar, "1.flac", flac(1))
+    assert lengths(open_source(folder / "a[1].parquet")) == [[1, 2]]
+    assert lengths(open_source(folder / "b[1].tar")) == [[1]]

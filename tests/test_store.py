@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The token store: what goes in comes out, and nothing half-written, doubled or foreign is taken for a store."""
 
+import dataclasses
 import fcntl
 import json
 import multiprocessing
@@ -467,3 +468,18 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     with pytest.raises(ValueError, match=r"README\.md is a file"):
         write(tmp_path / "README.md", make_rows(2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"teachers": [1]},
+        {"teachers": {"speech": 1}},
+        {"info": 3},
+        {entry.name: "x" for entry in dataclasses.fields(StoreInfo)},
+    ],
+)
+def test_damaged_metadata_is_named(tmp_path, content):
+    (tmp_path / "metadata.json").write_text(json.dumps({"format_version": 2, "complete": True, **content}))
+    with pytest.raises(ValueError, match=r"metadata\.json is damaged: .*restore it"):
+        TokenStore.open(tmp_path)

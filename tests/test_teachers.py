@@ -576,6 +576,8 @@ def test_callable_teacher(adapter):
         ("level_adapter:leaking", {}, "change with the other utterances"),
         ("level_adapter:wrong", {}, "must return a list of 1 feature arrays, gave ndarray"),
         ("level_adapter:build", {"revision": "main"}, "takes no `revision`"),
+        ("", {}, "the teacher has an empty name"),
+        (".", {"revision": "main"}, r"\. is a folder: it has no revision 'main'"),
     ],
 )
 def test_unusable_callables(adapter, spec, settings, message):

@@ -3,12 +3,14 @@
 
 import copy
 import json
+import shutil
 from itertools import chain
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import load_dataset
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from spear_hf.data.manifest import read_manifest
@@ -107,6 +109,29 @@ def test_interrupted_run_ends_with_the_same_bytes(tokenizer, corpus, store, tmp_
     assert len(list((tmp_path / "tokens").glob("tokens-*.parquet"))) == 2
     summary = run(tokenizer, corpus, tmp_path / "tokens")
     assert summary.already_there == 12
+    assert contents(tmp_path / "tokens") == contents(output)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])  # RuntimeError: a GPU without memory, for one
+@pytest.mark.parametrize("batch", range(4))
+def test_a_shard_that_lost_a_batch_is_not_written(tokenizer, corpus, store, tmp_path, monkeypatch, batch, error):
+    """Stopped in the midst of a batch, the last of its shard or not: no utterance is missing after the next run."""
+    output, _ = store
+    real, begun = module.computed, []
+
+    def stopped(*arguments):
+        begun.append(arguments)
+        for item in real(*arguments):
+            if len(begun) == batch + 1:
+                raise error
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "computed", stopped)
+        with pytest.raises(error):
+            run(tokenizer, corpus, tmp_path / "tokens", batch_seconds=2.0)
+    assert len(list((tmp_path / "tokens").glob("tokens-*.parquet"))) < 3
+    run(tokenizer, corpus, tmp_path / "tokens", batch_seconds=2.0)
     assert contents(tmp_path / "tokens") == contents(output)
 
 
@@ -233,3 +258,16 @@ def test_audio_is_identified_by_its_samples(corpus, store):
     row = pq.read_table(output / "tokens-00000.parquet").to_pylist()[0]
     waveform, _ = soundfile.read(corpus / row["id"], dtype="float32")
     assert row["audio_checksum"] == waveform_checksum(waveform)
+
+
+def test_plain_datasets_reads_a_store_with_a_shard_of_bad_audio_alone(tokenizer, corpus, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("bad0.wav", "good00.wav", "good01.wav"):
+        shutil.copyfile(corpus / name, folder / name)
+    for with_audio in (False, True):
+        output = tmp_path / f"tokens-{with_audio}"
+        source = ListSource(read_manifest(folder), piece_utterances=1)
+        tokenize_corpus(tokenizer, source, output, progress=False, with_audio=with_audio)
+        rows = load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+        assert list(rows["id"]) == TokenStore.open(output).ids == ["good00.wav", "good01.wav"]

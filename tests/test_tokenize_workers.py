@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -397,3 +398,42 @@ def test_job_on_two_nodes(made, tmp_path):
     printed = job.communicate()[0]
     assert "21 utterances tokenised, 0 were there already, 2 bad" in printed, printed
     assert contents(tmp_path / "store") == contents(store)
+
+
+def test_repaired_files_are_tried_again_where_it_is_said(made, tmp_path):
+    tokenizer, corpus, store = made
+    output, repaired = shutil.copytree(store, tmp_path / "store"), shutil.copytree(corpus, tmp_path / "corpus")
+    code, printed = run(command(tokenizer, repaired, output))
+    assert code == 1
+    (hint,) = [line for line in printed.splitlines() if line.startswith("to try repaired files again")]
+    for line in (output / "quarantine.jsonl").read_text().splitlines():
+        shutil.copyfile(repaired / "good00.wav", repaired / json.loads(line)["id"])
+    for name in re.findall(r"tokens-\d+\.parquet", hint):
+        (output / name).unlink()
+    code, printed = run(command(tokenizer, repaired, output))
+    assert code == 0, printed
+    assert "the store is complete: 23 utterances" in printed
+
+
+def test_a_store_inside_the_folder_of_its_audio_is_completed(made, tmp_path):
+    tokenizer, corpus, store = made
+    audio = shutil.copytree(corpus, tmp_path / "audio")
+    output = audio / "tokens"
+    process = start(command(tokenizer, audio, output), kill_at=30)
+    process.join()
+    assert list(output.glob("tokens-*.parquet"))
+    assert not complete(output)
+    code, printed = run(command(tokenizer, audio, output))
+    assert code == 1, "two files are bad"
+    assert "the store is complete: 21 utterances" in printed
+    shards = [path.name for path in sorted(store.glob("tokens-*.parquet"))]
+    assert [name for name in contents(output) if name in shards] == shards
+
+
+def test_the_working_folder_as_a_store(made, tmp_path, monkeypatch):
+    tokenizer, corpus, store = made
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(command(tokenizer, corpus, Path(".")))
+    assert (Path("metadata.json")).read_bytes() == (store / "metadata.json").read_bytes()
+    assert (tmp_path / "here.metrics" / "summary.json").exists()

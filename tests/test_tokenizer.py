@@ -1,16 +1,20 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """MvqTokenizer: teacher and quantiser in one object, and never the wrong teacher."""
 
+import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
+from spear_hf.mvq.quantize import FrameSample, train_on_sample
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.teachers import Teacher, load_teacher
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
+from spear_hf.mvq.training import QuantizerTrainingConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -157,6 +161,53 @@ def test_a_teacher_that_moved_and_one_that_changed(tmp_path):
     model.save_pretrained(tmp_path / "moved")
     with pytest.raises(ValueError, match="with fingerprint of the parameters"):
         MvqTokenizer.from_pretrained(tmp_path / "tokenizer", teacher=str(tmp_path / "moved"))
+
+
+def quantize(teacher: Teacher, folder) -> None:
+    frames = [torch.cat(teacher([noise(2.0, seed) for seed in seeds])) for seeds in (range(16), range(16, 20))]
+    settings = QuantizerTrainingConfig(4, codebook_size=16, steps=2)
+    train_on_sample(teacher, FrameSample(*frames, {}, []), folder, settings, progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("setting", ["hidden_act", "feat_extract_activation"])
+def test_the_same_parameters_do_not_make_the_same_teacher(tmp_path, setting, dtype):
+    spec = save_teacher(tmp_path / "teacher")
+    model = WavLMModel.from_pretrained(spec)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(spec)
+    quantize(load_teacher(spec, layer=2, dtype=dtype), tmp_path / "quantizer")
+    for other in ("float32", "bfloat16"):  # rounding is no change
+        MvqTokenizer.from_pretrained(tmp_path / "quantizer", dtype=other)
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {setting: "relu"}))
+    with pytest.raises(ValueError, match="gives other features than when the quantiser was trained"):
+        MvqTokenizer.from_pretrained(tmp_path / "quantizer")
+
+
+def test_the_code_of_a_factory_is_part_of_the_teacher(tmp_path, monkeypatch):
+    code = """
+import torch
+
+class Energy:
+    frame_rate, feature_size = 50, 4
+
+    def __call__(self, waveforms):
+        frames = [torch.from_numpy(w)[: len(w) // 320 * 320].view(-1, 4, 80) for w in waveforms]
+        return [part.square().mean(dim=2) for part in frames]
+"""
+    (tmp_path / "probed_teacher.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    quantize(load_teacher("probed_teacher:Energy"), tmp_path / "quantizer")
+    assert MvqTokenizer.from_pretrained(tmp_path / "quantizer")(noise(1.0)).shape == (50, 4)
+    monkeypatch.delitem(sys.modules, "probed_teacher")
+    (tmp_path / "probed_teacher.py").write_text(code.replace("square()", "abs()") + "# changed\n")
+    with pytest.raises(ValueError, match="its code has changed"):
+        MvqTokenizer.from_pretrained(tmp_path / "quantizer")
+    monkeypatch.delitem(sys.modules, "probed_teacher")
 
 
 def test_teacher_beside_the_quantizer(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ of real audio were off by up to 1.1, 0.006 and 1e-7), so these are decoded from 
 import io
 import math
 import os
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -38,6 +39,10 @@ _EXACT_SEEKS = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_", "IMA_ADPCM",
 
 # Samples; a FLAC file from a pipe does not say how many it has. libsndfile then says 2^63 - 1, and fails at its end.
 _UNKNOWN = 2**40
+
+# In libsndfile's log: bytes of samples by the header, and bytes that are there.
+_STATED_SIZE = re.compile(r"^ *(?:data|SSND|riff|Riff size|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = 0x7FFF0000  # bytes; sox says so and some more, ffmpeg twice as many
 
 Result = TypeVar("Result")
 AudioFile = str | os.PathLike | BinaryIO | bytes
@@ -74,6 +79,8 @@ class AudioReader:
             raise AudioError(f"{self.name} cannot be decoded: its header says {self.rate} Hz")
         if self._file.frames >= _UNKNOWN:
             raise AudioError(f"{self.name} cannot be decoded: its header does not say how long it is; write it anew")
+        if missing := _cut_off(self._file):
+            raise AudioError(f"{self.name} cannot be decoded: it is cut off, {missing} bytes of it are missing")
         self.sampling_rate = sampling_rate
         self._resampler = None if self.rate == sampling_rate else _resampler(self.rate, sampling_rate)
         self.num_samples = self._resampled_length(self._file.frames)
@@ -151,6 +158,7 @@ class AudioReader:
 
     def _open(self) -> soundfile.SoundFile:
         source = self._source
+        _refuse_special(source, self.name)
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         elif not isinstance(source, (str, os.PathLike)) and source.seekable():
@@ -202,6 +210,7 @@ def audio_duration(file: AudioFile, name: str | None = None) -> float:
     Raises:
         AudioError: the file is missing or its header cannot be read.
     """
+    _refuse_special(file, name or _name(file))
     try:
         info = soundfile.info(io.BytesIO(file) if isinstance(file, bytes) else _plain(file))
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
@@ -277,13 +286,38 @@ def _name(file: AudioFile) -> str:
     return os.fspath(file) if isinstance(file, (str, os.PathLike)) else str(getattr(file, "name", "the audio"))
 
 
+def _refuse_special(file: AudioFile, name: str) -> None:
+    """AudioError for a pipe, a socket or a device: to open one may wait forever, and its audio can be read once."""
+    if not isinstance(file, (str, os.PathLike)) or "\0" in os.fspath(file) or not os.path.exists(file):
+        return
+    if not os.path.isfile(file) and not os.path.isdir(file):
+        raise AudioError(f"{name} cannot be decoded: it is a pipe, a socket or a device, not a file")
+
+
+def _cut_off(file: soundfile.SoundFile) -> int:
+    """Bytes that a WAV (W64, RF64), AIFF or AU file lacks of what its header says, if that is 0.1 s or more.
+
+    libsndfile makes do with what is there, and has it in its log alone. A header with the largest number there is was
+    written before the length was known, to a pipe.
+    """
+    stated = _STATED_SIZE.search(file.extra_info)
+    if stated is None or int(stated[1]) >= _STREAMED:
+        return 0
+    missing = int(stated[1]) - int(stated[2])
+    total = max(1, int(stated[2]))
+    return missing if missing * file.frames >= 0.1 * file.samplerate * total else 0
+
+
 def _reason(error: Exception, file: AudioFile) -> str:
-    """What went wrong, in a word: libsndfile calls a missing file a system error."""
+    """What went wrong, in a word: libsndfile calls a missing file a system error, and some damaged ones missing."""
     if isinstance(file, (str, os.PathLike)) and "\0" not in os.fspath(file):
         if not os.path.exists(file):
             return "there is no such file"
         if os.path.isdir(file):
             return "it is a folder"
+        if not os.access(file, os.R_OK):
+            return "it may not be read (permission denied)"
     if file == b"":
         return "there is no audio, 0 bytes"
-    return str(getattr(error, "error_string", error)) or type(error).__name__
+    reason = str(getattr(error, "error_string", error)) or type(error).__name__
+    return "Format not recognised." if reason.startswith("File does not exist") else reason

@@ -274,6 +274,8 @@ def _planned(utterance: Utterance, rule: CutRule) -> list[Utterance] | str:
         if planned or utterance.num_samples is not None:
             return planned or [utterance]
         with AudioReader(utterance.path) as reader:
+            if reader.num_samples == 0:
+                return f"{reader.name} is empty: it has 0 samples"
             return [replace(utterance, num_samples=reader.num_samples) if reader.seeks else utterance]
     except AudioError as error:
         return str(error)

@@ -12,24 +12,32 @@ import os
 import re
 import tarfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from .manifest import AUDIO_SUFFIXES, DOMAINS, Utterance
+from ..mvq.store_format import id_hash
+from .manifest import AUDIO_SUFFIXES, DOMAINS, Utterance, check_unicode
 from .sources import DATASET_SUFFIXES, AudioSource, Columns, HeadSource, Piece, fingerprint, is_saved_dataset
 
 
 ID_COLUMNS = ("id", "path")  # looked for where no column is named
+PLACE = "#"  # in place of a column of ids: FILE#ROW, whatever columns there are
 ROWS = 16  # of a parquet file, turned into Python objects at a time
 _PLAIN = ("binary", "large_binary", "string", "large_string")  # types of columns that hold files, or paths of files
 _ENDS = 1 << 16  # bytes at either end of a file that its fingerprint takes in; the footer of parquet is there
 _REMOTE = re.compile(r"hf://datasets/(?P<repo>[^@]+)@(?P<commit>[^/]+)/(?P<name>.+)")
 _READING = (OSError, ValueError, pa.ArrowException, tarfile.TarError, EOFError, RuntimeError)
+
+
+class RowError(ValueError):
+    """A row that was read, and is wrong; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,15 @@ def dataset_source(
 ) -> AudioSource:
     """The dataset that `spec` names, see sources.py."""
     path = Path(spec)
-    if path.is_dir() and is_saved_dataset(path):
+    folder = path.is_dir()
+    named = not folder and (path.suffix.lower() in DATASET_SUFFIXES or glob.has_magic(spec))
+    saved = folder and is_saved_dataset(path)
+    for name, value, is_local in (("revision", revision, folder or named), ("config", config, saved or named)):
+        if value is not None and is_local:
+            raise ValueError(f"{name}={value!r} is for datasets of the Hub, and {spec} is none")
+    if saved:
         return SavedSource(path, splits, columns, domain)
-    if path.is_dir() or not (path.suffix.lower() in DATASET_SUFFIXES or glob.has_magic(spec)):
+    if not named:
         kind, files = _resolved(spec, splits, config, revision)
     else:
         if splits:
@@ -73,7 +87,7 @@ class DatasetSource(AudioSource):
 
     def __init__(self, name: str, columns: Columns, domain: str | None) -> None:
         self.name = name
-        self.columns = columns
+        self.columns = replace(columns, id=None) if columns.id == PLACE else columns
         self.domain = domain
 
     @abstractmethod
@@ -93,6 +107,26 @@ class DatasetSource(AudioSource):
     def describe(self) -> str:
         return f"{len(self)} files of {self.name}"
 
+    def check_ids(self) -> None:
+        if self.columns.id is None:
+            return  # FILE#ROW
+        parts = [np.array([id_hash(id) for id in self._piece_ids(index)], np.uint64) for index in range(len(self))]
+        hashes, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        order = np.argsort(hashes, kind="stable")
+        hashes, owners = hashes[order], owners[order]
+        alike = np.flatnonzero((hashes[1:] == hashes[:-1]) & (owners[1:] != owners[:-1]))
+        for one, other in zip(owners[alike].tolist(), owners[alike + 1].tolist()):
+            if both := {*self._piece_ids(one)} & {*self._piece_ids(other)}:
+                names = [self._piece_file(index)[0] for index in (one, other)]
+                raise ValueError(
+                    f"{' and '.join(names)} of {self.name} have the same id, {min(both)!r}: name a column of ids that "
+                    "are unique over all files (--id-column), or none of them (--id-column '#': FILE#ROW)"
+                )
+
+    def _piece_ids(self, index: int) -> list[str]:
+        """The column of ids, as far as it can be had without reading all of a piece."""
+        return []
+
     def subset(self, seed: int, max_hours: float) -> HeadSource:
         """An equal share of every piece, from its beginning: what lies further back need not be fetched for it."""
         return HeadSource(self, 3600 * max_hours / len(self))
@@ -103,6 +137,8 @@ class DatasetSource(AudioSource):
         for number in range(2**63):
             try:
                 row = next(rows, None)
+            except RowError:
+                raise
             except _READING as error:
                 raise ValueError(
                     f"{name} cannot be read after row {number}: {type(error).__name__}: {error} (truncated? fetch it "
@@ -114,8 +150,9 @@ class DatasetSource(AudioSource):
             if utterance.id in seen:
                 raise ValueError(
                     f"{name}: rows {seen[utterance.id]} and {number} have the same id, {utterance.id!r}: name a "
-                    "column of ids that are unique (--id-column), or rename one"
+                    "column of ids that are unique (--id-column, or '#' for FILE#ROW), or rename one"
                 )
+            check_unicode(utterance.id, f"{name}, row {number}: the id {utterance.id!r}")
             seen[utterance.id] = number
             yield utterance
 
@@ -123,7 +160,7 @@ class DatasetSource(AudioSource):
         if self.columns.id is not None:
             value = row.get(self.columns.id)
             if not isinstance(value, (str, int)) or value == "":
-                raise ValueError(f"{place}: {self.columns.id}={value!r} is no id; name another column (--id-column)")
+                raise ValueError(f"{place}: {self.columns.id}={value!r:.80} is no id; name another (--id-column)")
             id = str(value)
         domain = self.domain
         if self.columns.domain is not None:
@@ -165,6 +202,7 @@ class ParquetSource(_FileSource):
     def __init__(self, name: str, files: Sequence[DataFile], columns: Columns, domain: str | None) -> None:
         features = _guarded(lambda: self._dataset(files[0].where).features or {}, files[0].name)
         super().__init__(name, files, _chosen(columns, features, name), domain)
+        self._has_plain_ids = isinstance(features.get(self.columns.id), datasets.Value)
 
     def _rows(self, index: int) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
         audio = self.columns.audio
@@ -174,9 +212,16 @@ class ParquetSource(_FileSource):
             yield f"{self.files[index].name}#{number}", row, row[audio]
 
     def _dataset(self, where: str, **options: Any) -> datasets.IterableDataset:
+        name = where if _REMOTE.fullmatch(where) else glob.escape(where)  # it is taken for a pattern
         return datasets.load_dataset(
-            "parquet", data_files={"piece": [where]}, split="piece", streaming=True, batch_size=ROWS, **options
+            "parquet", data_files={"piece": [name]}, split="piece", streaming=True, batch_size=ROWS, **options
         )
+
+    def _piece_ids(self, index: int) -> list[str]:
+        file, id = self.files[index], self.columns.id
+        if _REMOTE.fullmatch(file.where) or not self._has_plain_ids:
+            return []
+        return _texts(_guarded(lambda: pq.read_table(file.where, columns=[id])[id].to_pylist(), file.name))
 
 
 class SavedSource(DatasetSource):
@@ -209,6 +254,12 @@ class SavedSource(DatasetSource):
         name = f"{split}/{Path(where).name}" if split else Path(where).name
         return name, DataFile(where, name).key()
 
+    def _piece_ids(self, index: int) -> list[str]:
+        dataset, place, count, _ = self._pieces[index]
+        if not isinstance(dataset.features[self.columns.id], datasets.Value):
+            return []
+        return _texts(dataset.shard(count, place, contiguous=True)[self.columns.id])
+
     def _rows(self, index: int) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
         dataset, place, count, _ = self._pieces[index]
         name = self._piece_file(index)[0]
@@ -231,6 +282,7 @@ class TarSource(_FileSource):
             _check_end(file.where)
         key: str | None = None
         row: dict[str, Any] = {}
+        audio: bytes | None = None
         for member, opened in datasets.StreamingDownloadManager().iter_archive(file.where):
             folder, base = os.path.split(member)
             stem, _, suffix = base.partition(".")
@@ -238,26 +290,32 @@ class TarSource(_FileSource):
                 continue
             name = f"{folder}/{stem}" if folder else stem
             if name != key and key is not None:
-                yield f"{file.name}#{key}", row, row.get("__audio__")
+                yield f"{file.name}#{key}", row, audio
             if name != key:
-                key, row = name, {"__key__": name}
-            self._add(row, suffix.lower(), opened, f"{file.name}, member {member}")
-        if key is not None:
-            yield f"{file.name}#{key}", row, row.get("__audio__")
-
-    def _add(self, row: dict[str, Any], suffix: str, opened: Any, place: str) -> None:
-        last = "." + suffix.rpartition(".")[2]
-        if suffix == self.columns.audio or (self.columns.audio is None and last in AUDIO_SUFFIXES):
-            if "__audio__" in row:
-                raise ValueError(
+                key, row, audio = name, {"__key__": name}, None
+            place = f"{file.name}, member {member}"
+            if not self._is_audio(suffix.lower()):
+                self._add(row, suffix.lower(), opened, place)
+            elif audio is None:
+                audio = opened.read()
+            else:
+                raise RowError(
                     f"{place}: the row has audio already; name the suffix of the one that is meant (--audio-column)"
                 )
-            row["__audio__"] = opened.read()
-        elif suffix == "json":
+        if key is not None:
+            yield f"{file.name}#{key}", row, audio
+
+    def _is_audio(self, suffix: str) -> bool:
+        if self.columns.audio is None:
+            return "." + suffix.rpartition(".")[2] in AUDIO_SUFFIXES
+        return suffix == self.columns.audio.lower().removeprefix(".")
+
+    def _add(self, row: dict[str, Any], suffix: str, opened: Any, place: str) -> None:
+        if suffix == "json":
             try:
                 fields = json.loads(opened.read())
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place} is not JSON: {error}") from error
+                raise RowError(f"{place} is not JSON: {error}") from error
             row.update(fields if isinstance(fields, dict) else {})
         elif suffix in (self.columns.id, self.columns.domain):
             row[suffix] = opened.read().decode().strip()
@@ -303,7 +361,8 @@ def _resolved(
 
 def _matching(pattern: str) -> tuple[str, list[DataFile]]:
     """Kind and files of a path or a pattern of paths."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold a [
+    paths = sorted(path for path in found if os.path.isfile(path))
     if not paths:
         raise ValueError(f"{pattern} matches no file: name an existing file or folder, or a pattern that matches some")
     suffixes = {os.path.splitext(path)[1].lower() for path in paths}
@@ -328,7 +387,7 @@ def _known(splits: Sequence[str], known: Sequence[str], name: str) -> Sequence[s
 def _chosen(columns: Columns, features: Mapping[str, Any], name: str) -> Columns:
     """The columns with what was left open filled in. ValueError naming one that is missing or of no use."""
     for column in (columns.audio, columns.id, columns.domain):
-        if column is not None and column not in features:
+        if column not in (None, PLACE) and column not in features:
             raise ValueError(f"{name} has no column {column!r}; it has: {', '.join(features)}")
     audio = columns.audio
     if audio is None:
@@ -346,9 +405,8 @@ def _chosen(columns: Columns, features: Mapping[str, Any], name: str) -> Columns
         raise ValueError(
             f"{name}: column {audio!r} is {feature}; audio must be of the type Audio, the bytes of a file, or its path"
         )
-    return Columns(
-        audio, columns.id or next((column for column in ID_COLUMNS if column in features), None), columns.domain
-    )
+    id = columns.id or next((column for column in ID_COLUMNS if column in features), None)
+    return Columns(audio, None if id == PLACE else id, columns.domain)
 
 
 _PLAIN = ("binary", "large_binary", "string", "large_string")
@@ -363,6 +421,11 @@ def _stored(dataset: Any, audio: str | None) -> Any:
     if isinstance(dataset.features[audio], datasets.Audio):
         return dataset.cast_column(audio, datasets.Audio(decode=False))
     return dataset
+
+
+def _texts(ids: Iterable[Any]) -> list[str]:
+    """Those that are there; who reads the row of one that is not says so."""
+    return [str(id) for id in ids if id is not None]
 
 
 def _guarded(action: Callable[[], Any], name: str) -> Any:

@@ -72,16 +72,37 @@ _ALIASES = {"file_name": "path", "text": "transcript"}
 
 
 def find_audio(folder: str | os.PathLike) -> list[Path]:
-    """Audio files below a folder by their suffix, sorted by relative path; hidden files and folders are skipped."""
-    found = []
-    for parent, subfolders, names in os.walk(os.fspath(folder)):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            Path(parent) / name
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
-        ]
+    """Audio files below a folder by their suffix, sorted by relative path, as `find_files` has them."""
+    found = [path for path in find_files(folder) if path.suffix.lower() in AUDIO_SUFFIXES]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def find_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Files below a folder, in no order. What is hidden is skipped, and links to folders are followed.
+
+    A folder that several links lead to is gone through once, and a link to one that `folder` is in not at all. OSError
+    for one that may not be read.
+    """
+    above = {str(path) for path in Path(folder, "x").resolve().parents}
+    seen: set[str] = set()
+    pending = [os.fspath(folder)]
+    while pending:
+        links = []
+        for top in pending:
+            for parent, subfolders, names in os.walk(top, onerror=_raise):
+                if (real := os.path.realpath(parent)) in seen:
+                    subfolders.clear()
+                    continue
+                seen.add(real)
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                inside = [os.path.join(parent, name) for name in subfolders]
+                links += [path for path in inside if os.path.islink(path) and os.path.realpath(path) not in above]
+                yield from (Path(parent) / name for name in names if not name.startswith("."))
+        pending = links  # after the folders themselves, so that these keep their own names
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read_manifest(source: str | os.PathLike, split: str | Sequence[str] | None = None) -> list[Utterance]:
@@ -144,6 +165,8 @@ def _read_folder(folder: Path, split: str | Sequence[str] | None) -> list[Uttera
         raise ValueError(
             f"{folder} holds neither a {MANIFEST_NAME} nor a file of these kinds: {' '.join(sorted(AUDIO_SUFFIXES))}"
         )
+    for path in paths:
+        check_unicode(os.fspath(path), f"the name of {os.fspath(path)!r}", "rename it, for it is an utterance's id")
     return [Utterance(id=path.relative_to(folder).as_posix(), path=path) for path in paths]
 
 
@@ -175,20 +198,26 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _checked_lines(file: Iterable[str], source: Path) -> Iterator[str]:
     for line, text in enumerate(file, start=1):
         if not text.isascii():
-            _check_unicode(text, f"{source}, line {line}")
+            check_unicode(text, f"{source}, line {line}")
         yield text
 
 
-def _check_unicode(text: str, place: str) -> None:
+def check_unicode(text: str, place: str, helps: str = "") -> None:
+    """ValueError where a text holds bytes that are no UTF-8 (as surrogates)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place} is not UTF-8: {text[error.start]!r} at character {error.start + 1}") from None
+        helps = helps and f"; {helps}"
+        raise ValueError(
+            f"{place} is not UTF-8: {text[error.start]!r} at character {error.start + 1}{helps}"
+        ) from None
 
 
 def _table_rows(file: Iterable[str], source: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(_checked_lines(file, source), delimiter=delimiter, strict=True)
     try:
+        while reader.fieldnames == []:  # lines without anything in them
+            reader.fieldnames = None
         names = reader.fieldnames or ()
         if len(set(names)) < len(names):
             raise ValueError(f"{source}, line 1: a column is named twice: {', '.join(names)}")
@@ -224,7 +253,7 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
     path = row.get("path")
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{place}: path={path!r}, but every utterance needs the path of its audio file")
-    _check_unicode(path, place)  # JSON may spell halves of characters, which no file system takes
+    check_unicode(path, place)  # JSON may spell halves of characters, which no file system takes
     values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": folder / path}
     for name, value in row.items():
         if value is not None and name in _TEXT_COLUMNS:
@@ -248,7 +277,7 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
 def _text(row: dict[str, Any], name: str, place: str) -> str | None:
     value = row.get(name)
     if isinstance(value, str):
-        _check_unicode(value, f"{place}: {name}")
+        check_unicode(value, f"{place}: {name}")
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (int, float)):  # ids, speakers and labels are often numbers

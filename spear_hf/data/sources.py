@@ -33,13 +33,22 @@ from pathlib import Path
 from .audio import SAMPLING_RATE, AudioError
 from .cutting import CutRule, cut_utterance, may_be_cut
 from .decoding import utterance_seconds
-from .manifest import AUDIO_SUFFIXES, DOMAINS, MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
+from .manifest import (
+    AUDIO_SUFFIXES,
+    DOMAINS,
+    MANIFEST_NAME,
+    MANIFEST_SUFFIXES,
+    Utterance,
+    find_files,
+    read_manifest,
+)
 from .seeding import keyed_seed
 
 
 PIECE_UTTERANCES = 1000
 PIECE_HOURS = 24.0  # of audio, where lengths are known: 70 MB of 16 codebooks at 50 Hz
 DATASET_SUFFIXES = (".parquet", ".tar")
+_STORE_FILE = re.compile(r"(tokens-\d{5,}|index)\.parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -77,6 +86,9 @@ class AudioSource(ABC):
     @abstractmethod
     def subset(self, seed: int, max_hours: float) -> "AudioSource":
         """At most about so many hours, spread over the corpus, a function of seed and data."""
+
+    def check_ids(self) -> None:  # noqa: B027 (a list's are unique anyway)
+        """ValueError where two pieces have an id in common, as far as that can be told without reading all."""
 
     def __iter__(self) -> Iterator[Piece]:
         return (self[index] for index in range(len(self)))
@@ -144,6 +156,9 @@ class CutSource(AudioSource):
     def describe(self) -> str:
         return f"{self.source.describe()}, those over {self.rule.max_seconds:g} s cut ({self.rule.at})"
 
+    def check_ids(self) -> None:
+        self.source.check_ids()
+
     def subset(self, seed: int, max_hours: float) -> "CutSource":
         return CutSource(self.source.subset(seed, max_hours), self.rule)
 
@@ -182,7 +197,8 @@ class Columns:
     """Where a dataset has what an utterance needs; for WebDataset, `audio` is the suffix of the audio members.
 
     By default `audio` is the one column of audio there is, and ids are the column `id` or `path` if there is one, else
-    FILE#ROW; of WebDataset, FILE#KEY, because keys often begin anew in every file. `domain` names a column, too.
+    FILE#ROW, which "#" asks for; of WebDataset, FILE#KEY, because keys often begin anew in every file. `domain` names
+    a column, too.
     """
 
     audio: str | None = None
@@ -225,8 +241,9 @@ def open_source(
         raise ValueError(f"domain={domain!r} must be one of {', '.join(DOMAINS)}")
     source: AudioSource
     if _is_list(spec):
-        for name, value in (("config", config), ("revision", revision), ("columns", columns)):
-            if value not in (None, Columns()):
+        for name, value in {"config": config, "revision": revision, **asdict(columns or Columns())}.items():
+            if value is not None:
+                name = f"{name}_column" if name in ("audio", "id", "domain") else name
                 raise ValueError(f"{name}={value!r} is for datasets, and {spec} is a folder of audio or a manifest")
         utterances = read_manifest(spec, split=splits or None)
         if domain is not None:
@@ -293,13 +310,13 @@ def _is_list(spec: str) -> bool:
 
 
 def _kind_of_files(folder: Path) -> str:
-    """The kind of the files below a folder: "audio", "parquet" or "tar". ValueError if there are several, or none."""
-    kinds = set()
-    for _, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        suffixes = {os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}
-        kinds |= {suffix[1:] for suffix in suffixes if suffix in DATASET_SUFFIXES}
-        kinds |= {"audio"} if suffixes & AUDIO_SUFFIXES else set()
+    """The kind of the files below a folder: "audio", "parquet" or "tar". ValueError if there are several, or none.
+
+    A token store in a folder inside, such as that of the audio itself, does not count.
+    """
+    suffixes = {path.suffix.lower() for path in find_files(folder) if not _is_of_store(path, folder)}
+    kinds = {suffix[1:] for suffix in suffixes if suffix in DATASET_SUFFIXES}
+    kinds |= {"audio"} if suffixes & AUDIO_SUFFIXES else set()
     if len(kinds) > 1:
         raise ValueError(
             f"{folder} holds files of several kinds ({', '.join(sorted(kinds))}): name a manifest of the audio, or "
@@ -311,6 +328,12 @@ def _kind_of_files(folder: Path) -> str:
             f"{' '.join(sorted((*AUDIO_SUFFIXES, *DATASET_SUFFIXES)))}"
         )
     return kinds.pop()
+
+
+def _is_of_store(path: Path, folder: Path) -> bool:
+    """Whether a file is one of a token store (mvq/store.py) below `folder`."""
+    named = path.parent != folder and _STORE_FILE.fullmatch(path.name) is not None
+    return named and (path.parent / "metadata.json").is_file()
 
 
 def _seconds(utterance: Utterance) -> float:

@@ -30,16 +30,21 @@ NOT_KEPT = "Make room, or name another place, and run the same command again"
 class StorageFullError(OSError):
     """There is no room for a file; str() names it and says what to do."""
 
+    def __init__(self, number: int, problem: str, kept: str) -> None:
+        super().__init__(number, f"{problem}. {kept}")
+        self.problem = problem
+
     def __str__(self) -> str:
         return str(self.strerror)
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, kept: str = KEPT) -> None:
     """Temporary name, sync, rename, sync of the folder: after a crash the file is whole, old or new.
 
-    StorageFullError where there is no room; nothing of the file is left then, nor after any other error.
+    StorageFullError where there is no room, `kept` being what is there already; nothing of the file is left then, nor
+    after any other error.
     """
-    with _temporary(path) as temporary, explained(path):
+    with _temporary(path) as temporary, explained(path, kept):
         _fill(temporary, content)
         os.replace(temporary.name, path)
     _sync_folder(path.parent)
@@ -112,16 +117,19 @@ def _lock(file: BinaryIO, wait: bool) -> bool | None:
 
 @contextmanager
 def explained(path: Path, kept: str = KEPT) -> Iterator[None]:
-    """StorageFullError in place of an OSError that says there is no room for `path`; `kept`: what is there already."""
+    """StorageFullError in place of an OSError that says there is no room for `path`; `kept`: what is there already.
+
+    Of one in another it is the outer one that knows what is kept.
+    """
     try:
         yield
+    except StorageFullError as error:
+        raise StorageFullError(error.errno or errno.ENOSPC, error.problem, kept) from error
     except OSError as error:
-        if error.errno not in _FULL or isinstance(error, StorageFullError):
+        if error.errno not in _FULL:
             raise
-        raise StorageFullError(
-            error.errno,
-            f"{path} cannot be written: {_FULL[error.errno]} ({os.strerror(error.errno)}). {kept}",
-        ) from error
+        problem = f"{path} cannot be written: {_FULL[error.errno]} ({os.strerror(error.errno)})"
+        raise StorageFullError(error.errno, problem, kept) from error
 
 
 def _sync_folder(folder: Path) -> None:

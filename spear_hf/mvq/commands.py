@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 
 from spear_hf.data.commands import DataOptions
@@ -78,8 +79,8 @@ def run_quantize(
             batch_seconds=_batch_seconds(batch_seconds, device),
             overwrite=overwrite,
         )
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"spear-hf quantize: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        print(f"spear-hf quantize: {_explained(error)}", file=sys.stderr)
         return 1
     _list_bad([(entry["id"], entry["error"]) for entry in report["bad"]], output / "report.json")
     heldout, sampled = report["heldout"], report["data"]
@@ -133,13 +134,20 @@ def run_tokenize(
         if ranks.is_main and summary.complete:
             totals = store_totals(output)
             write_summary(metrics_folder(output), asdict(totals))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"spear-hf tokenize: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"spear-hf tokenize: {_explained(error)}", file=sys.stderr)
         return 1
     ranks.leave()
     if not ranks.is_main:
         return 0
     _list_bad([(item.id, item.error) for item in summary.bad], output / QUARANTINE if summary.complete else None)
+    if shards := summary.bad_shards:
+        more = f" and {len(shards) - SHOWN} more" if len(shards) > SHOWN else ""
+        print(
+            f"to try repaired files again, delete their shards ({', '.join(shards[:SHOWN])}{more}) and run the same "
+            "command again",
+            file=sys.stderr,
+        )
     print(
         f"{output}: {summary.utterances} utterances tokenised, {summary.already_there} were there already, "
         f"{len(summary.bad)} bad; new are {summary.seconds / 3600:.2f} h, {summary.frames} frames of "
@@ -193,6 +201,16 @@ def run_merge_tokens(output: Path, stores: Sequence[str], *, intersect: bool = F
     left_out = f", {summary.left_out} left out that not every store has" if summary.left_out else ""
     print(f"{output}: {summary.utterances} utterances with the tokens of {', '.join(named)}{left_out}")
     return 0
+
+
+def _explained(error: Exception) -> str:
+    """What is printed of it. A RuntimeError is raised again, but for torch's that there is no memory."""
+    if not isinstance(error, RuntimeError):
+        return str(error)
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+        return f"there is not enough memory ({first}): say a smaller --batch-seconds"
+    raise error
 
 
 def _told(totals: StoreTotals) -> str:

@@ -92,9 +92,10 @@ class Extraction:
         frames = torch.cat(kept)  # (all frames of the batch, feature_size)
         if not torch.isfinite(frames).all():  # once a batch: every look at a value waits for the device
             bad = next(job for job, rows in zip(batch, kept) if not torch.isfinite(rows).all())
+            dtype = self._teacher.dtype
+            helps = "see to the level of the audio" if dtype == torch.float32 else "try dtype=float32"
             raise ValueError(
-                f"{self._names[bad[0]]}: features of {self._teacher.id} in {self._teacher.dtype} are NaN or infinite; "
-                "try dtype=float32"
+                f"{self._names[bad[0]]}: features of {self._teacher.id} in {dtype} are NaN or infinite; {helps}"
             )
         rows = frames if transform is None else transform(frames)
         return rows.split([len(part) for part in kept])

@@ -58,6 +58,8 @@ class HubTeacher(Teacher):
         window_seconds: float | None = None,
     ) -> None:
         source = _source(spec)
+        if revision is not None and Path(source).is_dir():
+            raise ValueError(f"{spec} is a folder: it has no revision {revision!r}, which is for a teacher on the Hub")
         config, self.model = _load_encoder(source, revision)
         if config.model_type == "wavlm":
             from spear_hf.mvq.wavlm_attention import fuse_wavlm_attention
@@ -326,6 +328,8 @@ def _resolve_layer(spec: str, layer: int | None, num_states: int) -> int | None:
 
 def _source(spec: str) -> str:
     """The folder or Hub id; a path that does not exist is an error here, not a failed download."""
+    if not spec:
+        raise ValueError("the teacher has an empty name: kaldi-mfcc, module:factory, or a folder or Hub id")
     if Path(spec).expanduser().is_dir():
         return str(Path(spec).expanduser())
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or "\\" in spec:

@@ -58,9 +58,9 @@ def merge_stores(
             places = start + np.flatnonzero(kept[start : start + size])
             start += size
             ids, lengths = first.ids_at(places).to_pylist(), first.lengths[places].tolist()
-            keys.append(list_key(zip(ids, lengths)))
+            known = [None if checksum < 0 else int(checksum) for checksum in checksums[places]]
+            keys.append(list_key(zip(ids, lengths, known)))
             if not writer.has_shard(index, keys[-1]):
-                known = [None if checksum < 0 else int(checksum) for checksum in checksums[places]]
                 joined = [{}] * len(ids) if audio is None else _with_audio(opened[audio], rows[audio][places])
                 parts = {
                     name: [

@@ -5,6 +5,7 @@ Nothing is synthesised: tokens stand for a teacher's features, and there is no v
 heard is the input, of which an excerpt may be written next to the picture.
 """
 
+import io
 import math
 import os
 import wave
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from spear_hf.data.audio import load_audio
 from spear_hf.feature_extraction_spear import SpearFeatureExtractor
+from spear_hf.mvq.atomic_files import NOT_KEPT, write_atomically
 from spear_hf.mvq.teachers import SAMPLING_RATE
 
 
@@ -46,11 +48,15 @@ def write_preview(
 
     The tokens are those of the whole file, as a store would hold them, of which [start, start + seconds) is shown.
     `marks`: (seconds in the file, text), such as the starts of phones or words. `write_audio`: the excerpt of the
-    input, 16-bit at 16 kHz, goes to a .wav beside the picture. ValueError if the excerpt lies outside of the file.
+    input, 16-bit at 16 kHz, goes to a .wav beside the picture. ValueError if the excerpt lies outside of the file, or
+    its .wav would replace the file.
     """
     output = Path(output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"the preview is a PNG: name a file that ends in .png, not {output}")
+    excerpt_path = output.with_suffix(".wav")
+    if write_audio and excerpt_path.exists() and os.path.exists(audio) and excerpt_path.samefile(audio):
+        raise ValueError(f"the excerpt, {excerpt_path}, would replace the file that it is of: name another picture")
     waveform = load_audio(audio)
     total = len(waveform) / SAMPLING_RATE
     if not 0 <= start < total or not seconds > 0:
@@ -58,15 +64,14 @@ def write_preview(
     stop = min(start + seconds, total)
     figure = draw_preview(tokenizer, waveform, start, stop, Path(audio).name, marks)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-    partial.replace(output)
-    written = [output]
-    if write_audio:
-        excerpt = waveform[round(start * SAMPLING_RATE) : round(stop * SAMPLING_RATE)]
-        written.append(output.with_suffix(".wav"))
-        _write_wav(written[-1], excerpt)
-    return written
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
+    write_atomically(output, drawn.getbuffer(), NOT_KEPT)
+    if not write_audio:
+        return [output]
+    excerpt = waveform[round(start * SAMPLING_RATE) : round(stop * SAMPLING_RATE)]
+    write_atomically(excerpt_path, _wav(excerpt), NOT_KEPT)
+    return [output, excerpt_path]
 
 
 def draw_preview(
@@ -80,10 +85,11 @@ def draw_preview(
     from matplotlib.figure import Figure
 
     quantizer = tokenizer.quantizer
-    features = tokenizer.teacher([waveform])[0]
+    features = tokenizer.teacher([waveform], ids=[title])[0]
     codes = quantizer.encode(features, refine_iters=tokenizer.refine_iters)
     errors = frame_errors(features, quantizer.decode(codes), quantizer.feature_std)
-    mel = SpearFeatureExtractor()(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_features"][0]
+    extractor = SpearFeatureExtractor(pad_short=True)  # a teacher may take less than it
+    mel = extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np")["input_features"][0]
     colours = token_colours(quantizer.centers.detach())
     count, rate = tokenizer.num_codebooks, tokenizer.frame_rate
     drawn = codes.cpu().long().T  # (codebooks, frames)
@@ -113,7 +119,8 @@ def draw_preview(
     edges = np.arange(len(errors) + 1) / rate
     error.stairs(errors, edges, fill=True, color="#8fb8de")
     error.stairs(errors, edges, color="#1f5f99", linewidth=0.9)
-    error.set_ylim(0, max(1e-6, 1.15 * float(errors[int(start * rate) : max(1, math.ceil(stop * rate))].max())))
+    shown = errors[int(start * rate) : max(1, math.ceil(stop * rate))]  # none of them, at the end of some teachers
+    error.set_ylim(0, max(1e-6, 1.15 * float(np.max(shown, initial=0.0))))
     error.set_ylabel("error")
     error.set_xlabel("seconds")
     error.set_xlim(start, stop)
@@ -199,9 +206,9 @@ def _description(tokenizer: "MvqTokenizer") -> str:
     return f"{name}; {shape} = {bits:.3g} kbit/s"
 
 
-def _write_wav(path: Path, samples: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with wave.open(str(partial), "wb") as file:
+def _wav(samples: np.ndarray) -> bytes:
+    written = io.BytesIO()
+    with wave.open(written, "wb") as file:
         file.setparams((1, 2, SAMPLING_RATE, len(samples), "NONE", ""))
         file.writeframes((samples.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
-    partial.replace(path)
+    return written.getvalue()

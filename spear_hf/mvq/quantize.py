@@ -31,8 +31,9 @@ from spear_hf.data.sources import AudioSource, ListSource
 from spear_hf.mvq.atomic_files import NOT_KEPT, explained, write_atomically
 from spear_hf.mvq.corpus import Decoded, computed, decoded_pieces, display_path
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
-from spear_hf.mvq.quantizer_files import CONFIG_NAME
+from spear_hf.mvq.quantizer_files import CONFIG_NAME, WEIGHTS_NAME
 from spear_hf.mvq.reservoir import FrameReservoir
+from spear_hf.mvq.teacher_probe import probed
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher
 from spear_hf.mvq.tokenizer import quantizer_metadata
 from spear_hf.mvq.training import QuantizerTrainer, QuantizerTrainingConfig
@@ -43,6 +44,7 @@ PIECE_SECONDS = 300  # longer audio is sampled piece by piece, so that its featu
 REPORT = "report.json"
 METRICS = "metrics.jsonl"
 PLOT = "quantizer.png"
+_WRITTEN = (CONFIG_NAME, WEIGHTS_NAME, REPORT, METRICS, PLOT)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,13 @@ class _Sampling:
             raise ValueError(
                 f"seed={self.seed} holds out all {self.utterances} utterances: take another, or more audio"
             )
+        training, heldout = self.training.frames(), self.heldout.frames()
+        for frames, which in ((training, "sampled"), (heldout, "held-out")):
+            if (frames == frames[0]).all():
+                raise ValueError(
+                    f"the {len(frames)} {which} frames are all the same: is the audio silent? Take more of it, more "
+                    "frames of it, or another seed"
+                )
         self.bad.sort(key=lambda entry: entry["id"])
         data = {
             "utterances": self.utterances,
@@ -147,7 +156,7 @@ class _Sampling:
             "fingerprint": f"{self.fingerprint:016x}",
             "seed": self.seed,
         }
-        return FrameSample(self.training.frames(), self.heldout.frames(), data, self.bad)
+        return FrameSample(training, heldout, data, self.bad)
 
     def _offer(self, utterance: tuple[float, str, list[Tensor]], held_out: bool) -> None:
         _, id, parts = utterance
@@ -211,8 +220,10 @@ def train_tokenizer(
     """Samples frames of the teacher, trains a quantiser on them and writes the folder `output`; returns the report.
 
     Equal audio, settings and machine give equal bytes of quantiser and report. ValueError if `output` holds a
-    quantiser already, unless `overwrite`.
+    quantiser already, or files of something else, unless `overwrite`; and for codes that a token store cannot hold.
     """
+    if training.codebook_size > 256:
+        raise ValueError(f"codebook_size={training.codebook_size}: token stores hold bytes, so 256 at most")
     output = Path(output)
     if (output / CONFIG_NAME).exists() and not overwrite:
         raise ValueError(
@@ -221,6 +232,12 @@ def train_tokenizer(
     if output.is_file():
         raise ValueError(f"{output} is a file: a quantiser is a folder")
     output.mkdir(parents=True, exist_ok=True)  # before the hours that sampling may take
+    others = {path.name for path in output.iterdir() if not path.name.startswith(".")} - {*_WRITTEN}
+    if others and not overwrite:
+        raise ValueError(
+            f"{output} is not empty, and no quantiser (it has {', '.join(sorted(others)[:3])}): name another folder, "
+            "or overwrite (--overwrite)"
+        )
     sample = sample_frames(
         teacher,
         corpus,
@@ -251,6 +268,7 @@ def train_on_sample(
     )
     with explained(output, NOT_KEPT):
         quantizer = trainer.train(sample.frames)
+        quantizer.config.provenance.update(probed(teacher, quantizer))
         report = {
             "quantizer_id": quantizer.quantizer_id,
             "bits_per_second": teacher.frame_rate * training.num_codebooks * math.log2(training.codebook_size),

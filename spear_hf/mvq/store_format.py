@@ -107,8 +107,8 @@ def waveform_checksum(waveform: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(waveform, dtype="<f4").data)
 
 
-def list_key(items: Iterable[tuple[str, int | None]]) -> str:
-    """Identifies a list of utterances by their ids and lengths in samples, which decide what is batched together."""
+def list_key(items: Iterable[tuple[str | int | None, ...]]) -> str:
+    """Identifies a list of utterances by their ids, and what else is known of each: lengths, checksums."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(to_json(item).encode() + b"\n")
@@ -205,15 +205,17 @@ def shard_content(
     # Checksums of pages guard the other columns; codes have one for each utterance.
     raw = {f"{prefix(name)}codes" for name in infos} | {"audio"}
     leaves = [name for name in schema.names if name != "audio"] + (["audio.bytes", "audio.path"] if with_audio else [])
-    pq.write_table(
-        pa.table({name: columns[name] for name in schema.names}, schema=schema),
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    with pq.ParquetWriter(
         sink,
-        row_group_size=ROW_GROUP_WITH_AUDIO if with_audio else ROW_GROUP,
+        schema,
         compression={leaf: "NONE" if leaf.split(".")[0] in raw else "ZSTD" for leaf in leaves},
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
-    )
+    ) as writer:
+        if len(table):  # `datasets` refuses a row group without rows, and with it the whole store
+            writer.write_table(table, row_group_size=ROW_GROUP_WITH_AUDIO if with_audio else ROW_GROUP)
     return memoryview(sink.getvalue())
 
 
@@ -314,10 +316,17 @@ def infos_content(infos: Infos) -> dict[str, Any]:
 def read_infos(content: dict[str, Any], path: Path) -> Infos:
     """From a footer, or from metadata, in which the one teacher of a store stands on the top level."""
     entries = content.get("teachers") or {SINGLE: content.get("info", content)}
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{path} is damaged: what its tokens are is no object; restore it")
     for entry in entries.values():
         if missing := [column.name for column in fields(StoreInfo) if column.name not in entry]:
             raise ValueError(f"{path}: the metadata of a token store lacks {', '.join(missing)}")
-    return {name: StoreInfo(**{f.name: entry[f.name] for f in fields(StoreInfo)}) for name, entry in entries.items()}
+    try:
+        return {
+            name: StoreInfo(**{f.name: entry[f.name] for f in fields(StoreInfo)}) for name, entry in entries.items()
+        }
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it") from error
 
 
 def index_content(table: pa.Table, where: str) -> memoryview:
@@ -351,7 +360,10 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
     alike = np.flatnonzero(hashes[1:] == hashes[:-1])
     ids = [table["id"][int(order[place + offset])].as_py() for place in alike for offset in (0, 1)]
     if twice := [id for id, next_id in zip(ids[::2], ids[1::2]) if id == next_id]:
-        raise ValueError(f"{where}: {twice[0]!r} occurs twice")
+        raise ValueError(
+            f"{where}: {twice[0]!r} occurs twice: name a column of ids that are unique over all the data "
+            "(--id-column), or rename one, and write to a new folder"
+        )
     return hashes, order
 
 

@@ -107,6 +107,8 @@ class Teacher(ABC):
         self.sampling_rate = SAMPLING_RATE
         self.window = window
         self.window_seconds = WINDOW_SECONDS if window_seconds is None else float(window_seconds)
+        if not self.window_seconds < math.inf:
+            raise ValueError(f"window_seconds={window_seconds} must be a number of seconds")
         self.min_samples = min_samples
         self.device = indexed(device)
         self.dtype = dtype
@@ -256,7 +258,7 @@ class CallableTeacher(Teacher):
     def __init__(self, id: str, function: Any, **settings: Any) -> None:
         for attribute, kinds in (("frame_rate", (int, float)), ("feature_size", (int,))):
             value = getattr(function, attribute, None)
-            if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+            if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{id}: the teacher's `{attribute}` must be a positive number, not {value!r}")
         if not callable(function):
             raise ValueError(f"{id}: {type(function).__name__} is not callable; define __call__(waveforms)")

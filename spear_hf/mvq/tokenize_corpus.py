@@ -26,6 +26,7 @@ from spear_hf.mvq.corpus import DECODERS, Decoded, computed, decoded_pieces, dis
 from spear_hf.mvq.extraction import Extraction
 from spear_hf.mvq.pipeline import Behind, ahead
 from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStoreWriter
+from spear_hf.mvq.store_format import shard_path
 from spear_hf.mvq.teachers import SAMPLING_RATE
 from spear_hf.mvq.tokenize_report import MetricsFile, ShardMetrics
 from spear_hf.mvq.tokenizer import MvqTokenizer
@@ -47,6 +48,7 @@ class TokenizeSummary:
     bad: list[QuarantinedAudio]  # of the store if it is complete, else of this job's share
     complete: bool  # whether the store is
     missing: int = 0  # shards that other jobs still have to make
+    bad_shards: list[str] = field(default_factory=list)  # files that hold `bad`
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Task:
     shard: _Shard
     batch: list[Decoded] | None = None
     extraction: Extraction | None = None
+    utterances: int = 0  # of the whole shard, where it is to be written
 
 
 @dataclass
@@ -106,6 +109,8 @@ def tokenize_corpus(
     source = corpus if isinstance(corpus, AudioSource) else ListSource(corpus)
     pieces = list(source)
     ranks = ranks or Ranks()
+    if share.index == 0 and ranks.is_main:  # enough to know it early
+        source.check_ids()
     tokenizer.teacher.batch_seconds = batch_seconds
     writer = TokenStoreWriter(output, tokenizer.store_info(), with_audio=with_audio)
     mine = share.of(pieces)
@@ -121,15 +126,17 @@ def tokenize_corpus(
     missing = sorted({piece.index for piece in pieces} - set(writer.shards))
     if not missing and ranks.is_main:
         writer.finish(num_shards=len(pieces), keys=[piece.key for piece in pieces])
-    there = pieces if not missing else mine
+    there = [piece.index for piece in (pieces if not missing else mine)] if ranks.is_main else []
+    quarantined = {shard_path(writer.folder, index).name: writer.footer(index).quarantine for index in there}
     return TokenizeSummary(
         utterances=sum(c.utterances for c in everyone),
         already_there=sum(c.already_there for c in everyone),
         frames=sum(c.frames for c in everyone),
         seconds=sum(c.seconds for c in everyone),
-        bad=[item for piece in there for item in writer.footer(piece.index).quarantine] if ranks.is_main else [],
+        bad=[item for items in quarantined.values() for item in items],
         complete=not missing,
         missing=len(missing),
+        bad_shards=[name for name, items in quarantined.items() if items],
     )
 
 
@@ -161,7 +168,7 @@ class _Run:
                         self._finish(launched.popleft(), writing, bar, started)
                     waiting_since = time.monotonic()
             finally:
-                while launched:  # what came before an error is not lost
+                while launched:  # shards that came whole before an error are not lost
                     self._finish(launched.popleft(), writing, bar, started)
         return self.counts
 
@@ -173,10 +180,11 @@ class _Run:
         teacher, keep_content = self.tokenizer.teacher, self.writer.with_audio
         on_cpu = teacher.device.type == "cpu"
         for piece, batches in decoded_pieces(pieces, teacher, self.batch_seconds, keep_content):
-            shard = _Shard(piece)
+            shard, utterances = _Shard(piece), 0
             for batch in batches:
+                utterances += len(batch)
                 yield _Task(shard, batch, None if on_cpu else self._prepared(batch))
-            yield _Task(shard)
+            yield _Task(shard, utterances=utterances)
 
     def _prepared(self, batch: list[Decoded]) -> Extraction | None:
         good = [(item.waveform, item.utterance.id) for item in batch if item.waveform is not None]
@@ -204,6 +212,8 @@ class _Run:
             done = self.counts.seconds + shard.samples / SAMPLING_RATE
             bar.set_postfix_str(f"{done / (time.monotonic() - started):.0f}x real time", refresh=False)
             return
+        if len(shard.rows) + len(shard.bad) < task.utterances:
+            return  # the error, or Ctrl-C, that ends the run came in one of its batches
         self.counts.utterances += len(shard.rows)
         self.counts.frames += shard.frames
         self.counts.seconds += shard.samples / SAMPLING_RATE

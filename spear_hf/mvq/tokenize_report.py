@@ -10,6 +10,7 @@ They are kept beside the store, in STORE.metrics/, as they differ from run to ru
 import json
 import logging
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -77,6 +78,8 @@ class StoreTotals:
 
 
 def metrics_folder(store: Path) -> Path:
+    """Beside the store, which may be "."."""
+    store = Path(os.path.abspath(store)) if store.name in ("", "..") else store
     return store.with_name(store.name + ".metrics")
 
 

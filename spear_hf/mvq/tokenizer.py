@@ -13,6 +13,7 @@ from torch import Tensor
 from spear_hf.mvq.extraction import Extraction
 from spear_hf.mvq.quantizer import PASSES, MultiCodebookQuantizer, QuantizerConfig
 from spear_hf.mvq.store import StoreInfo
+from spear_hf.mvq.teacher_probe import check_probe
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, Waveform, is_factory, load_teacher
 
 
@@ -39,6 +40,7 @@ class MvqTokenizer:
         if refine_iters < 0:
             raise ValueError(f"refine_iters must be at least 0, not {refine_iters}")
         _check_pair(teacher, quantizer.config)
+        check_probe(teacher, quantizer)
         self.teacher = teacher
         self.quantizer = quantizer.to(teacher.device).eval()
         self.refine_iters = refine_iters

@@ -33,16 +33,18 @@ class TorchScriptTeacher:
     def __init__(
         self, file: str, frame_rate: float, resample_to: float | None, first_centre: float, device: str | torch.device
     ) -> None:
-        path = Path(file).expanduser()
+        path = Path(str(file)).expanduser()  # a name of digits comes as a number
         if not path.is_file():
             raise ValueError(f"file={file!r}: there is no such TorchScript file")
         for name, value in (("frame_rate", frame_rate), ("resample_to", resample_to)):
-            if value is not None and (isinstance(value, (bool, str)) or not value > 0):
+            if value is not None and (not _is_number(value) or not 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r} must be a positive number of frames a second")
+        if not _is_number(first_centre) or not math.isfinite(first_centre):
+            raise ValueError(f"first_centre={first_centre!r} must be a number of seconds")
         try:
             self.model = torch.jit.load(str(path), map_location=device).eval()
         except RuntimeError as error:
-            raise ValueError(f"{file} is no TorchScript file: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
         self.device = torch.device(device)
         self.source_rate = float(frame_rate)
         self.frame_rate = float(resample_to or frame_rate)
@@ -84,6 +86,10 @@ class TorchScriptTeacher:
         above = (below + 1).clamp(max=features.shape[1] - 1)
         share = (places - below).to(features.dtype)[:, None]  # (count, 1)
         return torch.lerp(features[:, below], features[:, above], share)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def torchscript(

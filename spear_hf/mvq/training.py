@@ -61,8 +61,9 @@ class QuantizerTrainingConfig:
     def __post_init__(self) -> None:
         QuantizerConfig(1, self.num_codebooks, self.codebook_size)  # says what is wrong with these two
         for name in ("steps", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be {'finite' if value == math.inf else 'positive'}, not {value!r}.")
 
     @property
     def phases(self) -> list[tuple[int, int]]:
