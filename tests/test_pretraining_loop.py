@@ -12,6 +12,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -228,6 +229,28 @@ def test_a_signal_saves_at_the_next_step(runs, finished, number):
     if number == signal.SIGTERM:
         assert runs.run(output, "checkpoint_every=4", resume=True) == 0, runs.log(output)
         assert_same_run(output, finished)
+
+
+def test_an_error_in_a_worker_ends_the_run_and_says_what_it_is(runs, finished, tmp_path):
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    rows[0]["path"] = str(tmp_path / "gone.opus")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = runs.folder / "gone"
+    assert runs.run(output, f"data.manifest={manifest}", "execution.num_workers=1", patience=30) == 1
+    last = runs.log(output).splitlines()[-1]
+    assert last == f"spear-hf pretrain: {tmp_path}/gone.opus cannot be decoded: there is no such file"
+
+
+def test_a_run_ends_when_a_worker_is_killed(runs, finished):
+    output = runs.folder / "short-of-memory"
+    process = runs.start(output, "execution.num_workers=2", "max_steps=10000", "checkpoint_every=10000")
+    wait_for(has_steps(output, 2), process)
+    psutil.Process(process.pid).children()[0].kill()
+    process.join(30)
+    assert process.exitcode == 1, runs.log(output)
+    assert "A process that prepares batches has died" in runs.log(output)
+    assert "Traceback" not in runs.log(output)
 
 
 def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before(runs, finished):

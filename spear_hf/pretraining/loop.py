@@ -30,12 +30,11 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.audio import SAMPLING_RATE
-from ..data.collation import MicroBatch, StepDataset, loader_arguments
+from ..data.collation import MicroBatch, StepDataset
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..hub_card import write_run_card
@@ -45,6 +44,7 @@ from .checkpoints import CheckpointFolder, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
+from .loader import loaded_steps
 from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary, to_device
 from .optimization import build_optimizer, clip_gradients, clipping_factor, set_learning_rate
 from .regularizers import Regularizers, install_regularizers
@@ -53,7 +53,7 @@ from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, load_from_main, parameter_norm, reduce_whole_gradients, shard
-from .signals import StopRequest, ignore_stop_signals
+from .signals import StopRequest
 from .sources import record_sources, settle_sources
 from .streaming import open_stream
 from .targets import prepare_stores
@@ -242,13 +242,6 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         )
         if progress.step < config.max_steps:
             sampler.batch(progress.step)  # plans the epoch before the loader's workers are forked, and share the plan
-        loader = DataLoader(
-            steps,
-            sampler=range(progress.step, config.max_steps),
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-            **loader_arguments(config.execution.num_workers),
-        )
         bar = stack.enter_context(
             tqdm(
                 total=config.max_steps,
@@ -264,7 +257,13 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         step_flops = FlopCounter(bare_model.config)
         target_domains = {name: target.domains for name, target in config.targets.items()}
         parameters = list(bare_model.parameters())
-        for batches in loader:
+        loaded = loaded_steps(
+            steps,
+            range(progress.step, config.max_steps),
+            config.execution.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        for batches in stack.enter_context(loaded):
             clock.data_arrived()
             record, must_stop = train_step(
                 config,

@@ -1,0 +1,68 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""The batches of a run, made ahead by worker processes that end with it, however it ends."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.collation import MicroBatch, StepDataset, loader_arguments
+from .signals import ignore_stop_signals
+
+
+class _StepsOrErrors(Dataset):
+    """Gives the error in place of a step: raised in a worker, its message would be a traceback."""
+
+    def __init__(self, steps: StepDataset) -> None:
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> list[MicroBatch] | Exception:
+        try:
+            return self.steps[step]
+        except (ValueError, OSError) as error:
+            return error
+
+
+@contextlib.contextmanager
+def loaded_steps(
+    steps: StepDataset, numbers: range, num_workers: int, pin_memory: bool
+) -> Iterator[Iterator[list[MicroBatch]]]:
+    """The micro-batches of the steps `numbers`, one after the other.
+
+    ChildProcessError, wherever the process is, when a worker is killed.
+    """
+    loader: DataLoader = DataLoader(
+        _StepsOrErrors(steps),
+        sampler=numbers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_stop_signals,
+        **loader_arguments(num_workers),
+    )
+    made = iter(loader)
+    try:
+        yield map(_step, made)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"A process that prepares batches has died ({str(error).strip()}). Where memory has run out, lower "
+            "execution.num_workers, or set execution.cache_audio=false. --resume continues from the last checkpoint."
+        ) from error
+    finally:
+        _end_workers(made)
+
+
+def _step(made: list[MicroBatch] | Exception) -> list[MicroBatch]:
+    if isinstance(made, Exception):
+        raise made
+    return made
+
+
+def _end_workers(made: Any) -> None:
+    """Now, as an error would keep `made` until the exit of Python, which sends SIGTERM and waits: they ignore it."""
+    if workers := getattr(made, "_workers", []):
+        made._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
