@@ -242,10 +242,14 @@ def test_an_error_in_a_worker_ends_the_run_and_says_what_it_is(runs, finished, t
     assert last == f"spear-hf pretrain: {tmp_path}/gone.opus cannot be decoded: there is no such file"
 
 
-def test_a_run_ends_when_a_worker_is_killed(runs, finished):
+def test_a_run_has_its_folder_for_itself_and_ends_when_a_worker_is_killed(runs, finished):
     output = runs.folder / "short-of-memory"
     process = runs.start(output, "execution.num_workers=2", "max_steps=10000", "checkpoint_every=10000")
     wait_for(has_steps(output, 2), process)
+    code, message = call(runs, output, "max_steps=10000", "checkpoint_every=10000", flags=("--resume",))
+    assert code == 1
+    assert f"Process {process.pid} on " in message
+    assert f"is training in {output}: end it first" in message
     psutil.Process(process.pid).children()[0].kill()
     process.join(30)
     assert process.exitcode == 1, runs.log(output)
@@ -421,6 +425,13 @@ def test_resuming_with_another_configuration_is_refused_by_name(runs, finished):
     code, output = call(runs, finished, "seed=3", "optimizer.weight_decay=0.5", flags=("--resume",))
     assert code == 1
     assert "optimizer.weight_decay (0.01 -> 0.5), seed (0 -> 3)" in output
+
+
+def test_a_run_does_not_end_before_the_step_it_has_reached(runs, finished):
+    code, output = call(runs, finished, "max_steps=5", flags=("--resume",))
+    assert code == 1
+    assert f"has done {STEPS} steps already, more than max_steps=5: set it to {STEPS}" in output
+    assert yaml.safe_load((finished / "config.yaml").read_text())["max_steps"] == STEPS
 
 
 def test_resuming_with_other_data_is_refused(runs, finished):

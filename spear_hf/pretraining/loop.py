@@ -110,6 +110,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         folder = RunFolder(config.output_dir)
         accelerator = make_accelerator(config, folder)
         stack.callback(leave, accelerator)
+        stack.callback(folder.release)
         if accelerator.is_main_process:
             folder.check(config, resume)
         accelerator.wait_for_everyone()  # nobody writes into the folder before it is checked
@@ -155,6 +156,11 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = latest_checkpoint(accelerator, checkpoints) if resume else None
         progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
+        if progress.step > config.max_steps:
+            raise ValueError(
+                f"{config.output_dir} has done {progress.step} steps already, more than max_steps={config.max_steps}: "
+                f"set it to {progress.step} to have the model of that step, or to more."
+            )
         if saved and progress.num_ranks != accelerator.num_processes:
             logger.warning(
                 "Resuming on %d ranks instead of %d: utterances, crops and masks stay the same, dropout does not.",
@@ -178,6 +184,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         files: dict[str, JsonLines] = {}
         if accelerator.is_main_process:
+            folder.claim()
             folder.create(config)
             record_sources(folder, config, sources)
             for path in (folder.metrics, folder.evaluation, folder.probes):
