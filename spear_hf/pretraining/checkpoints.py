@@ -171,8 +171,8 @@ class CheckpointFolder:
                 f"The checkpoint of step {step} could not be written to {self.folder}, where {free / 1e6:,.0f} MB are "
                 f"free: {error}. {kept}; make room and continue with --resume."
             ) from error
-        kept = [other for other in self.steps() if other <= step][-self.keep :]
-        for other in set(self.steps()) - set(kept):
+        staying = [other for other in self.steps() if other <= step][-self.keep :]
+        for other in set(self.steps()) - set(staying):
             shutil.rmtree(self.path(other), ignore_errors=True)  # what cannot be removed now is so by the next save
         return path
 
