@@ -447,6 +447,20 @@ def test_resuming_with_other_data_is_refused(runs, finished):
     assert "differ from those of" in message
 
 
+def test_resuming_with_tokens_of_another_quantiser_is_refused(runs, finished):
+    metadata = runs.store / "metadata.json"
+    text = metadata.read_text()
+    one = json.loads(text)["quantizer_id"]
+    try:
+        metadata.write_text(text.replace(one, "another"))
+        code, message = call(runs, finished, flags=("--resume",))
+    finally:
+        metadata.write_text(text)
+    assert code == 1
+    assert f"The speech tokens are not those of {finished}" in message
+    assert f"(quantizer_id: '{one}' / 'another'): restore the store" in message
+
+
 def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     code, output = call(runs, tmp_path, flags=("--resume",))

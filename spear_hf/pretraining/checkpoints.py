@@ -17,6 +17,7 @@ renamed. A reader takes the newest folder whose files agree with its COMPLETE, s
 the steps since the one before it, and a full disk costs nothing but the new one.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -43,7 +44,7 @@ class FormatError(CheckpointError):
 
 
 class SaveError(OSError):
-    """A checkpoint that could not be written, most often because the disk is full; the ones before it are whole."""
+    """What could not be written, most often because the disk is full; the checkpoints before it are whole."""
 
 
 def sync_path(path: Path) -> None:
@@ -65,6 +66,18 @@ def _sha256(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / RECORD)
+
+
+@contextlib.contextmanager
+def save_errors(what: str, folder: Path, advice: str) -> Iterator[None]:
+    """SaveError with the `advice` if `what` cannot be written to `folder`: each writer says it in its own way."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise SaveError(
+            f"{what} could not be written to {folder}, where {free / 1e6:,.0f} MB are free: {error}. {advice}"
+        ) from error
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -162,15 +175,11 @@ class CheckpointFolder:
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
         path = self.path(step)
-        try:
+        before = [other for other in self.steps() if other < step]
+        advice = f"The last whole one is of step {before[-1]}" if before else "There is none before it"
+        advice += "; make room and continue with --resume."
+        with save_errors(f"The checkpoint of step {step}", self.folder, advice):
             write_folder(path, write)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each writer says it in its own way
-            kept = f"The last whole one is of step {self.steps()[-1]}" if self.steps() else "There is none before it"
-            free = shutil.disk_usage(self.folder).free
-            raise SaveError(
-                f"The checkpoint of step {step} could not be written to {self.folder}, where {free / 1e6:,.0f} MB are "
-                f"free: {error}. {kept}; make room and continue with --resume."
-            ) from error
         staying = [other for other in self.steps() if other <= step][-self.keep :]
         for other in set(self.steps()) - set(staying):
             shutil.rmtree(self.path(other), ignore_errors=True)  # what cannot be removed now is so by the next save

@@ -10,13 +10,14 @@ frames over all of them.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..hub_card import write_run_card
 from ..modeling_spear import SpearForPreTraining
+from ..mvq.store import TokenStore
+from ..mvq.store_format import StoreInfo
 from .averaging import RunningAverage
-from .checkpoints import CheckpointFolder, write_folder
+from .checkpoints import CheckpointFolder, save_errors, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
@@ -155,7 +158,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             average = RunningAverage(config.averaging.every, start=first_averaged)
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = latest_checkpoint(accelerator, checkpoints) if resume else None
-        progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
+        progress = load_checkpoint(saved, bare_model, optimizer, average, corpus, stores) if saved else Progress()
         if progress.step > config.max_steps:
             raise ValueError(
                 f"{config.output_dir} has done {progress.step} steps already, more than max_steps={config.max_steps}: "
@@ -231,7 +234,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                     file.sync()
                 path = checkpoints.save(
                     progress.step,
-                    lambda into: write_checkpoint(into, whole, state, average, regularizers, progress, corpus),
+                    lambda into: write_checkpoint(into, whole, state, average, regularizers, progress, corpus, stores),
                 )
                 logger.info("Saved %s.", path)
             accelerator.wait_for_everyone()
@@ -331,7 +334,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 logger.info("Mean of the weights of %d steps, held-out audio: %s.", samples, summary(record))
             final = whole_model(accelerator, bare_model)
         if final is not None:
-            write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
+            advice = "The checkpoint of the last step is whole: make room, and --resume writes the model."
+            with save_errors("The finished model", folder.path, advice):
+                write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
         if stream is not None:
@@ -503,13 +508,15 @@ def write_checkpoint(
     regularizers: Regularizers,
     progress: Progress,
     corpus: Corpus,
+    stores: Mapping[str, TokenStore],
 ) -> None:
     """The files of a checkpoint; see checkpoints.py. Called on one rank, with whole tensors."""
     model.save_pretrained(into / "model")
     torch.save(optimizer_state, into / "optimizer.pt")
     torch.save(average.state_dict(), into / "average.pt")
     regularizers.save(into)
-    state = {**vars(progress), "corpus": corpus.fingerprint}
+    tokens = {name: dataclasses.asdict(store.info) for name, store in stores.items()}
+    state = {**vars(progress), "corpus": corpus.fingerprint, "tokens": tokens}
     (into / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
@@ -519,6 +526,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: RunningAverage | None,
     corpus: Corpus,
+    stores: Mapping[str, TokenStore],
 ) -> Progress:
     """Puts weights, optimiser state and running average in place. ValueError if the data is not what it was."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -527,6 +535,12 @@ def load_checkpoint(
             f"The training utterances or their lengths differ from those of {path}, so the order of the rest of the "
             "run would differ too: restore the manifest, or start a new run with model.init_from."
         )
+    for name, info in state.pop("tokens", {}).items():  # the first versions noted none
+        if different := StoreInfo(**info).differences(stores[name].info):
+            raise ValueError(
+                f"The {name} tokens are not those of {path} ({'; '.join(different)}): restore the store, or start a "
+                "new run with model.init_from."
+            )
     weights = SpearForPreTraining.from_pretrained(path / "model").state_dict()
     model.load_state_dict(weights)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -18,13 +18,14 @@ OUTPUT/
         README.md       model card with the curves of the run, plots/
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import socket
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -58,19 +59,20 @@ class RunFolder:
         self.tokenizers = self.path / "tokenizers"
         self.tokens = self.path / "tokens"
         self.final = self.path / "final"
-        self._lock: TextIO | None = None
+        self.lock = self.path / "lock"
+        self._locked: BinaryIO | None = None
 
     def check(self, config: PreTrainingConfig, resume: bool) -> None:
         """ValueError where starting would overwrite something, or resuming would continue another training."""
         if not resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self._holds_something():
                 raise ValueError(
                     f"{self.path} is not empty: continue its run with --resume, or choose another folder with "
                     "--set output_dir=PATH."
                 )
             return
         if not self.config.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self._holds_something():
                 raise ValueError(f"{self.path} is not the folder of a run (it has no config.yaml): nothing to resume.")
             logger.warning("%s does not exist yet: the run starts from the beginning.", self.path)
             return
@@ -88,38 +90,44 @@ class RunFolder:
         if altered := [key for key in changed if key != "output_dir"]:
             logger.warning("Resuming with changed settings: %s.", ", ".join(altered))
 
+    def _holds_something(self) -> bool:
+        """Of a run, or of somebody else: a start that came to nothing may have left the lock."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        return any(path != self.lock for path in self.path.iterdir())
+
     def claim(self) -> None:
         """Keeps other processes from training here until `release`, or the end of this one. ValueError where one does.
 
         The lock is one that worker processes do not inherit, and that ends with its process, however it ends.
         """
-        if fcntl is None or self._lock is not None:
+        if fcntl is None or self._locked is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / "lock").open("a+", encoding="utf-8")
+        file = self.lock.open("a+b", buffering=0)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "Another process"
             file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(
                     f"{holder} is training in {self.path}: end it first, or choose another folder with --set "
-                    f"output_dir=PATH. If its computer is gone, remove {self.path / 'lock'}."
+                    f"output_dir=PATH. If its computer is gone, remove {self.lock}."
                 ) from None
             logger.warning("%s has no locks (%s): start one process in it at a time.", self.path, error)
             return
-        file.truncate(0)
-        file.write(f"Process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._lock = file
+        self._locked = file
+        with contextlib.suppress(OSError):  # a full disk is told of where something is lost
+            file.truncate(0)
+            file.write(f"Process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
         """Undoes `claim`."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def create(self, config: PreTrainingConfig) -> None:
         """Makes the folder and writes config.yaml."""
