@@ -522,6 +522,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_tells_of_utterances_without_tokens(runs, finished, tmp_path):
+    row = json.loads(runs.manifest.read_text().splitlines()[0])
+    (tmp_path / "more.jsonl").write_text(runs.manifest.read_text() + json.dumps({**row, "id": "new"}) + "\n")
+    code, output = call(runs, tmp_path / "plan", f"data.manifest={tmp_path / 'more.jsonl'}", flags=("--dry-run",))
+    assert code == 1
+    assert "1 of 17 utterances have no speech tokens in the store: new" in output
+
+
 def test_dry_run_of_a_run_that_has_begun_is_of_what_is_left(runs, finished):
     code, output = call(runs, finished, "max_steps=30", flags=("--dry-run",))
     assert code == 0
