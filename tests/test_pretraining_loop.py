@@ -371,6 +371,36 @@ def test_the_encoder_is_probed_as_the_run_goes(runs, finished):
     assert losses == [record["loss"] for record in metrics(finished)][:6]  # probing disturbs nothing
 
 
+def write_probe(runs: Runs, manifest: Path, *labels: str, **changed: str) -> str:
+    """A manifest of the same clips, of which the last two test a probe of these labels; the setting that names it."""
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    with manifest.open("w") as file:
+        for place, (row, label) in enumerate(zip(rows, labels)):
+            split = "probe_train" if place < len(labels) - 2 else "probe_test"
+            file.write(json.dumps({**row, **changed, "split": split, "probe": "kind", "label": label}) + "\n")
+    return f"logging.probe_manifest={manifest}"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("aaaaaa", "has one label to train on, a: that is no task"), ("aabbac", "that no row of probe_train has: c")],
+)
+def test_a_probe_that_is_no_task_is_an_error_before_the_first_step(runs, finished, tmp_path, labels, message):
+    probe = write_probe(runs, tmp_path / "probe.jsonl", *labels)
+    code, output = call(runs, tmp_path / "run", probe, "logging.probe_every=4")
+    assert code == 1
+    assert "The probe kind in" in output
+    assert message in output
+
+
+def test_a_probe_that_fails_does_not_end_the_run(runs, finished, tmp_path):
+    output = runs.folder / "unprobed"
+    probe = write_probe(runs, tmp_path / "probe.jsonl", *"aabbab", path=str(tmp_path / "gone.opus"))
+    assert runs.run(output, probe, "logging.probe_every=4") == 0, runs.log(output)
+    assert re.search("Step 4 is not probed: .*gone.opus cannot be decoded", runs.log(output))
+    assert_same_run(output, finished)
+
+
 def test_a_run_needs_no_package_that_only_evaluation_needs(runs, finished):
     output = runs.folder / "bare"
     without = ("datasets", "evaluate", "jiwer", "scipy", "sklearn", "threadpoolctl", "torchaudio")

@@ -220,9 +220,13 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         def run_probe() -> None:
             whole = whole_model(accelerator, bare_model)
             if probe is not None and whole is not None:
-                record = probe(whole.spear.to(accelerator.device))
-                files["probes"].write({"step": progress.step, **record})
-                accelerator.log(numbers(record, "probe"), step=progress.step)
+                try:
+                    record = probe(whole.spear.to(accelerator.device))
+                except (ValueError, OSError) as error:  # audio that is gone, say: no reason to end the run
+                    logger.warning("Step %d is not probed: %s", progress.step, error)
+                else:
+                    files["probes"].write({"step": progress.step, **record})
+                    accelerator.log(numbers(record, "probe"), step=progress.step)
             accelerator.wait_for_everyone()
 
         def save() -> None:
