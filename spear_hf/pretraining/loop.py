@@ -311,7 +311,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 raise NonFiniteLossError(
                     f"The loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
                     f"{progress.step}; their ranks and utterances are under 'skipped' in {folder.metrics}. Look at "
-                    "these, or lower optimizer.learning_rate. --resume continues from the last checkpoint."
+                    "these. --resume takes the steps since the last checkpoint again; for a lower "
+                    "optimizer.learning_rate, or without these utterances, start a new run, with the model of a "
+                    f"checkpoint in {folder.checkpoints} as model.init_from."
                 )
             last = progress.step == config.max_steps
             if config.logging.validate_every and (progress.step % config.logging.validate_every == 0 or last):
