@@ -628,6 +628,15 @@ def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, fin
     assert signal.getsignal(signal.SIGUSR1) == handler
 
 
+def test_a_stop_while_a_tracker_starts_is_one_too(runs, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "accelerate.tracking.TensorBoardTracker.start", lambda tracker: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    code, output = call(runs, tmp_path / "run")
+    assert code == INTERRUPTED
+    assert "Stopped by SIGTERM with no step under way" in output
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "sources.json", "unigrams.json"])
 def test_a_damaged_record_of_a_run_is_named(runs, finished, name):
     output = runs.folder / "damaged"

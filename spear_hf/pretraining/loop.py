@@ -385,7 +385,8 @@ def leave(accelerator: Accelerator) -> None:
         # gloo's threads free the tensors of the last messages, for which they need Python's lock. Where the group is
         # freed before, by DDP and under that lock, each waits for the other (seen with torch 2.11).
         time.sleep(0.1)
-    accelerator.end_training()
+    with contextlib.suppress(AttributeError):  # a tracker whose start was cut short lacks what it would end
+        accelerator.end_training()
 
 
 def train_step(
