@@ -393,6 +393,16 @@ def test_a_probe_that_is_no_task_is_an_error_before_the_first_step(runs, finishe
     assert message in output
 
 
+def test_a_run_says_that_nothing_is_held_out(runs, finished, tmp_path):
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    manifest = tmp_path / "one.jsonl"
+    manifest.write_text(json.dumps({**rows[0], "split": None}) + "\n")
+    output = runs.folder / "one"
+    assert runs.run(output, f"data.manifest={manifest}", "max_steps=2") == 0, runs.log(output)
+    assert "goes without validation: raise data.validation_fraction (0.01)" in runs.log(output)
+    assert not read_json_lines(output / "evaluation.jsonl")
+
+
 def test_a_probe_that_fails_does_not_end_the_run(runs, finished, tmp_path):
     output = runs.folder / "unprobed"
     probe = write_probe(runs, tmp_path / "probe.jsonl", *"aabbab", path=str(tmp_path / "gone.opus"))

@@ -198,6 +198,12 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             stack.enter_context(stream).start(progress.step)
         accelerator.wait_for_everyone()  # the other ranks of a node read what the first one's process fetches
         validator = None
+        if config.logging.validate_every and config.data.validation_fraction and not corpus.validation:
+            logger.warning(
+                "No utterance is held out, so the run goes without validation: raise data.validation_fraction (%g), "
+                "or name a data.validation_split.",
+                config.data.validation_fraction,
+            )
         if config.logging.validate_every and corpus.validation:
             with accelerator.main_process_first():
                 unigrams = load_unigrams(stores, corpus, sampler.at_hand(progress.step), folder)
@@ -244,7 +250,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             accelerator.wait_for_everyone()
 
         logger.info(
-            "%d utterances (%.1f hours), %d steps an epoch; %.1f million parameters; steps %d to %d on %d x %s.",
+            "%d utterances (%.2f hours), %d steps an epoch; %.1f million parameters; steps %d to %d on %d x %s.",
             len(corpus.training),
             corpus.hours,
             sampler.batches_per_epoch,
