@@ -508,6 +508,13 @@ def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
     assert "is not the folder of a run" in output
 
 
+def test_gradients_are_not_divided_by_accelerate(runs, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    code, output = call(runs, tmp_path / "run")
+    assert code == 1
+    assert "told to accumulate the gradients of 4 steps: unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in output
+
+
 def group_timeout(answer: Queue) -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(free_port())
