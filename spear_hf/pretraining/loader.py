@@ -12,16 +12,19 @@ from .signals import ignore_stop_signals
 
 
 class _StepsOrErrors(Dataset):
-    """Gives the error in place of a step: raised in a worker, its message would be a traceback."""
+    """Gives the error in place of a step: raised in a worker, its message would be a traceback.
+
+    As a ValueError, since not every error survives the way from one process to another.
+    """
 
     def __init__(self, steps: StepDataset) -> None:
         self.steps = steps
 
-    def __getitem__(self, step: int) -> list[MicroBatch] | Exception:
+    def __getitem__(self, step: int) -> list[MicroBatch] | ValueError:
         try:
             return self.steps[step]
         except (ValueError, OSError) as error:
-            return error
+            return ValueError(str(error))
 
 
 @contextlib.contextmanager
@@ -46,15 +49,15 @@ def loaded_steps(
         if "DataLoader worker" not in str(error):
             raise
         raise ChildProcessError(
-            f"A process that prepares batches has died ({str(error).strip()}). Where memory has run out, lower "
+            f"A process that prepares batches has died ({str(error).strip(' .')}). Where memory has run out, lower "
             "execution.num_workers, or set execution.cache_audio=false. --resume continues from the last checkpoint."
         ) from error
     finally:
         _end_workers(made)
 
 
-def _step(made: list[MicroBatch] | Exception) -> list[MicroBatch]:
-    if isinstance(made, Exception):
+def _step(made: list[MicroBatch] | ValueError) -> list[MicroBatch]:
+    if isinstance(made, ValueError):
         raise made
     return made
 

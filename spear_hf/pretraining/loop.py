@@ -379,8 +379,8 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
         )
     if accelerator.gradient_accumulation_steps != 1:  # accelerate would divide the gradients by it
         raise ValueError(
-            f"accelerate is told to accumulate the gradients of {accelerator.gradient_accumulation_steps} steps: unset "
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS. A step is data.batch_seconds, of which a device takes "
+            f"accelerate is told to accumulate the gradients of {accelerator.gradient_accumulation_steps} steps: "
+            "unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS. A step is data.batch_seconds, of which a device takes "
             "execution.batch_seconds_per_device at a time."
         )
     if accelerator.num_processes != launched:
