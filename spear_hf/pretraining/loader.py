@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -43,17 +44,19 @@ def loaded_steps(
         **loader_arguments(num_workers),
     )
     made = iter(loader)
+    workers = getattr(made, "_workers", [])
     try:
         yield map(_step, made)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if (code := _exit_code(workers)) is None:
             raise
         raise ChildProcessError(
-            f"A process that prepares batches has died ({str(error).strip(' .')}). Where memory has run out, lower "
-            "execution.num_workers, or set execution.cache_audio=false. --resume continues from the last checkpoint."
+            f"A process that prepares batches has died (exit code {code}: {str(error).strip(' .')}). Where memory has "
+            "run out, lower execution.num_workers, or set execution.cache_audio=false. --resume continues from the "
+            "last checkpoint."
         ) from error
     finally:
-        _end_workers(made)
+        _end(made, workers)
 
 
 def _step(made: list[MicroBatch] | ValueError) -> list[MicroBatch]:
@@ -62,10 +65,19 @@ def _step(made: list[MicroBatch] | ValueError) -> list[MicroBatch]:
     return made
 
 
-def _end_workers(made: Any) -> None:
+def _exit_code(workers: list[BaseProcess]) -> int | None:
+    """Of one that has died; of a death the main process may hear otherwise before, as of a connection that is lost."""
+    with contextlib.suppress(RuntimeError):  # which torch raises wherever the process is
+        for worker in workers:
+            worker.join(0.1)
+    return next((worker.exitcode for worker in workers if worker.exitcode), None)
+
+
+def _end(made: Any, workers: list[BaseProcess]) -> None:
     """Now, as an error would keep `made` until the exit of Python, which sends SIGTERM and waits: they ignore it."""
-    if workers := getattr(made, "_workers", []):
-        made._shutdown_workers()
+    if workers:
+        with contextlib.suppress(RuntimeError):
+            made._shutdown_workers()
     for worker in workers:
         if worker.is_alive():
             worker.kill()
