@@ -39,6 +39,7 @@ def child(
     os.environ.update(environment)
     sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a run from a shell
     sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead

@@ -71,6 +71,26 @@ def test_an_unknown_format_is_refused(folder):
     record.write_text(record.read_text().replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(CheckpointError, match="format version 99"):
         verify(folder.path(20))
+    with pytest.raises(CheckpointError, match="format version 99"):  # not passed over: it may be whole
+        folder.latest()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(folder):
+    for step in folder.steps():
+        os.truncate(folder.path(step) / "state.json", 3)
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole: restore one, or remove the folder"):
+        folder.latest()
+    assert folder.steps() == [10, 20]
+
+
+def test_damaged_checkpoints_are_not_kept_in_place_of_whole_ones(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(20, write("20"))
+    (folder.path(20) / "COMPLETE").unlink()
+    for step in (15, 16):  # of the run, resumed from an earlier one
+        folder.save(step, write(str(step)))
+    assert folder.steps() == [16]
+    assert folder.latest() == folder.path(16)
 
 
 def test_a_failing_save_leaves_the_last_good_one_and_no_rubbish(folder):

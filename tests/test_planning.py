@@ -70,3 +70,11 @@ def test_activations_follow_the_audio_on_a_device(manifest, monkeypatch):
     assert half.micro_batches == 2 * whole.micro_batches
     assert half.activation_bytes == pytest.approx(whole.activation_bytes / 2, rel=0.1)
     assert half.step_flops == whole.step_flops
+
+
+@pytest.mark.parametrize(("name", "message"), [("base-speech", "no noise"), ("base-one-gpu", "targets.audio")])
+def test_what_the_run_would_refuse_is_refused_before(tmp_path, monkeypatch, name, message):
+    speech = tmp_path / "speech.jsonl"
+    speech.write_text("".join(f'{{"path": "{number}.flac", "num_samples": 32000}}\n' for number in range(40)))
+    with pytest.raises(ValueError, match=message):
+        plan(name, speech, monkeypatch, 1)

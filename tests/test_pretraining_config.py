@@ -121,6 +121,8 @@ def test_a_target_can_be_removed():
         ("data.zzz=3", "Unknown key data.zzz: known here: manifest"),
         ("targets.speech.codebooks=3", "did you mean targets.speech.num_codebooks"),
         ("model.config.hiden_size=3", "config.hiden_size is not a field of SpearConfig (did you mean hidden_size?)"),
+        ("model.config.return_dict=false", "config.return_dict is not a field of SpearConfig"),
+        ("model.config.dtype=float64", "config.dtype is not a field of SpearConfig"),
         ("max_steps=ten", "max_steps='ten' is a str, but must be int"),
         ("max_steps=1.5", "max_steps=1.5 is a float, but must be int"),
         ("seed=true", "seed=True is a bool"),

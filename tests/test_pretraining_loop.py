@@ -12,6 +12,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -233,6 +234,32 @@ def test_a_signal_saves_at_the_next_step(runs, finished, number):
         assert_same_run(output, finished)
 
 
+def test_an_error_in_a_worker_ends_the_run_and_says_what_it_is(runs, finished, tmp_path):
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    rows[0]["path"] = str(tmp_path / "gone.opus")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = runs.folder / "gone"
+    assert runs.run(output, f"data.manifest={manifest}", "execution.num_workers=1", patience=30) == 1
+    last = runs.log(output).splitlines()[-1]
+    assert last == f"spear-hf pretrain: {tmp_path}/gone.opus cannot be decoded: there is no such file"
+
+
+def test_a_run_has_its_folder_for_itself_and_ends_when_a_worker_is_killed(runs, finished):
+    output = runs.folder / "short-of-memory"
+    process = runs.start(output, "execution.num_workers=2", "max_steps=10000", "checkpoint_every=10000")
+    wait_for(has_steps(output, 2), process)
+    code, message = call(runs, output, "max_steps=10000", "checkpoint_every=10000", flags=("--resume",))
+    assert code == 1
+    assert f"Process {process.pid} on " in message
+    assert f"is training in {output}: end it first" in message
+    psutil.Process(process.pid).children()[0].kill()
+    process.join(30)
+    assert process.exitcode == 1, runs.log(output)
+    assert "A process that prepares batches has died" in runs.log(output)
+    assert "Traceback" not in runs.log(output)
+
+
 def test_a_torn_checkpoint_costs_only_the_steps_since_the_one_before(runs, finished):
     output = runs.folder / "torn"
     shutil.copytree(finished, output)
@@ -347,6 +374,46 @@ def test_the_encoder_is_probed_as_the_run_goes(runs, finished):
     assert losses == [record["loss"] for record in metrics(finished)][:6]  # probing disturbs nothing
 
 
+def write_probe(runs: Runs, manifest: Path, *labels: str, **changed: str) -> str:
+    """A manifest of the same clips, of which the last two test a probe of these labels; the setting that names it."""
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    with manifest.open("w") as file:
+        for place, (row, label) in enumerate(zip(rows, labels)):
+            split = "probe_train" if place < len(labels) - 2 else "probe_test"
+            file.write(json.dumps({**row, **changed, "split": split, "probe": "kind", "label": label}) + "\n")
+    return f"logging.probe_manifest={manifest}"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("aaaaaa", "has one label to train on, a: that is no task"), ("aabbac", "that no row of probe_train has: c")],
+)
+def test_a_probe_that_is_no_task_is_an_error_before_the_first_step(runs, finished, tmp_path, labels, message):
+    probe = write_probe(runs, tmp_path / "probe.jsonl", *labels)
+    code, output = call(runs, tmp_path / "run", probe, "logging.probe_every=4")
+    assert code == 1
+    assert "The probe kind in" in output
+    assert message in output
+
+
+def test_a_run_says_that_nothing_is_held_out(runs, finished, tmp_path):
+    rows = [json.loads(line) for line in runs.manifest.read_text().splitlines()]
+    manifest = tmp_path / "one.jsonl"
+    manifest.write_text(json.dumps({**rows[0], "split": None}) + "\n")
+    output = runs.folder / "one"
+    assert runs.run(output, f"data.manifest={manifest}", "max_steps=2") == 0, runs.log(output)
+    assert "goes without validation: raise data.validation_fraction (0.01)" in runs.log(output)
+    assert not read_json_lines(output / "evaluation.jsonl")
+
+
+def test_a_probe_that_fails_does_not_end_the_run(runs, finished, tmp_path):
+    output = runs.folder / "unprobed"
+    probe = write_probe(runs, tmp_path / "probe.jsonl", *"aabbab", path=str(tmp_path / "gone.opus"))
+    assert runs.run(output, probe, "logging.probe_every=4") == 0, runs.log(output)
+    assert re.search("Step 4 is not probed: .*gone.opus cannot be decoded", runs.log(output))
+    assert_same_run(output, finished)
+
+
 def test_a_run_needs_no_package_that_only_evaluation_needs(runs, finished):
     output = runs.folder / "bare"
     without = ("datasets", "evaluate", "jiwer", "scipy", "sklearn", "threadpoolctl", "torchaudio")
@@ -404,6 +471,13 @@ def test_resuming_with_another_configuration_is_refused_by_name(runs, finished):
     assert "optimizer.weight_decay (0.01 -> 0.5), seed (0 -> 3)" in output
 
 
+def test_a_run_does_not_end_before_the_step_it_has_reached(runs, finished):
+    code, output = call(runs, finished, "max_steps=5", flags=("--resume",))
+    assert code == 1
+    assert f"has done {STEPS} steps already, more than max_steps=5: set it to {STEPS}" in output
+    assert yaml.safe_load((finished / "config.yaml").read_text())["max_steps"] == STEPS
+
+
 def test_resuming_with_other_data_is_refused(runs, finished):
     output = runs.folder / "other-data"
     shutil.copytree(finished, output)
@@ -417,11 +491,32 @@ def test_resuming_with_other_data_is_refused(runs, finished):
     assert "differ from those of" in message
 
 
+def test_resuming_with_tokens_of_another_quantiser_is_refused(runs, finished):
+    metadata = runs.store / "metadata.json"
+    text = metadata.read_text()
+    one = json.loads(text)["quantizer_id"]
+    try:
+        metadata.write_text(text.replace(one, "another"))
+        code, message = call(runs, finished, flags=("--resume",))
+    finally:
+        metadata.write_text(text)
+    assert code == 1
+    assert f"The speech tokens are not those of {finished}" in message
+    assert f"(quantizer_id: '{one}' / 'another'): restore the store" in message
+
+
 def test_resuming_what_is_no_run_is_refused(runs, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     code, output = call(runs, tmp_path, flags=("--resume",))
     assert code == 1
     assert "is not the folder of a run" in output
+
+
+def test_gradients_are_not_divided_by_accelerate(runs, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    code, output = call(runs, tmp_path / "run")
+    assert code == 1
+    assert "told to accumulate the gradients of 4 steps: unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in output
 
 
 def group_timeout(answer: Queue) -> None:
@@ -478,6 +573,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_tells_of_utterances_without_tokens(runs, finished, tmp_path):
+    row = json.loads(runs.manifest.read_text().splitlines()[0])
+    (tmp_path / "more.jsonl").write_text(runs.manifest.read_text() + json.dumps({**row, "id": "new"}) + "\n")
+    code, output = call(runs, tmp_path / "plan", f"data.manifest={tmp_path / 'more.jsonl'}", flags=("--dry-run",))
+    assert code == 1
+    assert "1 of 17 utterances have no speech tokens in the store: new" in output
+
+
 def test_dry_run_of_a_run_that_has_begun_is_of_what_is_left(runs, finished):
     code, output = call(runs, finished, "max_steps=30", flags=("--dry-run",))
     assert code == 0
@@ -498,6 +601,7 @@ def test_a_folder_of_audio_needs_no_manifest(runs, finished, tmp_path):
         path = Path(json.loads(line)["path"])
         shutil.copyfile(path, tmp_path / path.name)
     settings = [f"data.manifest={tmp_path}", "data.validation_fraction=0.3"]
+    settings += ["targets.speech.store=null", "targets.speech.teacher=kaldi-mfcc"]  # there are no tokens of these ids
     code, output = call(runs, tmp_path / "run", *settings, flags=("--dry-run",))
     assert code == 0
     counts = re.findall(r"^(?:training|validation) +(\d+) utterances", output, flags=re.MULTILINE)
@@ -544,6 +648,15 @@ def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, fin
     assert "Stopped by SIGUSR1 with no step under way" in output
     assert not (tmp_path / "run").exists()
     assert signal.getsignal(signal.SIGUSR1) == handler
+
+
+def test_a_stop_while_a_tracker_starts_is_one_too(runs, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "accelerate.tracking.TensorBoardTracker.start", lambda tracker: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    code, output = call(runs, tmp_path / "run")
+    assert code == INTERRUPTED
+    assert "Stopped by SIGTERM with no step under way" in output
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "sources.json", "unigrams.json"])

@@ -127,6 +127,11 @@ def test_trackers_get_numbers_and_the_entries_of_lists():
     assert numbers(record, "training") == {"training/loss": 1.5, "training/accuracy/0": 0.1}
 
 
+def test_a_summary_says_that_nothing_is_masked():
+    assert summary({"loss": 1.5, "speech_masked_accuracy": 0.25}) == "loss 1.500, speech masked accuracy 0.250"
+    assert summary({"speech_masked_accuracy": None}) == "no frame with a target is masked"
+
+
 def test_mfu_is_work_over_what_the_device_could_do(monkeypatch):
     clock = StepClock(peak=1e9)
     monkeypatch.setattr("time.perf_counter", lambda: clock.start + 2.0)

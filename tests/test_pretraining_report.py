@@ -121,6 +121,9 @@ def test_what_is_no_run_is_refused(tmp_path):
     (folder / "metrics.jsonl").write_text("")
     result = CliRunner().invoke(app, ["report", str(folder)])
     assert "has recorded no step yet" in result.output
+    (folder / "config.yaml").write_text("name: something else\n")
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert "its config.yaml names no targets" in result.output
 
 
 def test_a_curve_that_the_first_run_lacks_is_in_the_legend(tmp_path):

@@ -146,6 +146,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(runs, finished):
     verify(output / "checkpoints" / "step-00000005")
     assert runs.run(output, resume=True) == 0, runs.log(output)
     assert metrics(output) == metrics(finished)
+    shutil.rmtree(output / "final")
+    assert runs.run(output, resume=True, largest_file=size // 4) == 1
+    assert "The finished model could not be written" in runs.log(output)
+    assert not list(output.glob("final*"))
+    assert runs.run(output, resume=True) == 0, runs.log(output)
+    assert (output / "final/model.safetensors").read_bytes() == (finished / "final/model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

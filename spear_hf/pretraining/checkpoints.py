@@ -17,6 +17,7 @@ renamed. A reader takes the newest folder whose files agree with its COMPLETE, s
 the steps since the one before it, and a full disk costs nothing but the new one.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -38,8 +39,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
 
 
+class FormatError(CheckpointError):
+    """A checkpoint of another version of spear_hf, which may well be whole."""
+
+
 class SaveError(OSError):
-    """A checkpoint that could not be written, most often because the disk is full; the ones before it are whole."""
+    """What could not be written, most often because the disk is full; the checkpoints before it are whole."""
 
 
 def sync_path(path: Path) -> None:
@@ -63,25 +68,35 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / RECORD)
 
 
+@contextlib.contextmanager
+def save_errors(what: str, folder: Path, advice: str) -> Iterator[None]:
+    """SaveError with the `advice` if `what` cannot be written to `folder`: each writer says it in its own way."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise SaveError(
+            f"{what} could not be written to {folder}, where {free / 1e6:,.0f} MB are free: {error}. {advice}"
+        ) from error
+
+
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder and makes it appear at `target` whole, with its COMPLETE record, or not at all.
 
     An older folder at `target` is replaced; it is gone for a moment, between two renames.
     """
     partial = target.with_name(target.name + PARTIAL)
+    replaced = target.with_name(target.name + ".replaced" + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write(partial)
         seal(partial)
+        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed here
         if target.exists():
-            replaced = target.with_name(target.name + ".replaced" + PARTIAL)
-            shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
-            partial.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(target)
+        partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         sync_path(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk is not left full
@@ -103,7 +118,10 @@ def seal(folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """CheckpointError, with the reason, unless every file of `folder` is as its COMPLETE record says."""
+    """CheckpointError, with the reason, unless every file of `folder` is as its COMPLETE record says.
+
+    FormatError where the record is of another version.
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         version, files = record["format_version"], dict(record["files"])
@@ -112,7 +130,7 @@ def verify(folder: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / RECORD} is damaged ({error}).") from None
     if version != FORMAT_VERSION:
-        raise CheckpointError(
+        raise FormatError(
             f"{folder} has format version {version}, this spear_hf reads {FORMAT_VERSION}: use the spear_hf it is of."
         )
     for name, expected in files.items():
@@ -149,34 +167,42 @@ class CheckpointFolder:
         return self.folder / f"{PREFIX}{step:08d}"
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Has `write` fill a folder, makes it the checkpoint of `step`, and removes all but the newest `keep`.
+        """Has `write` fill a folder, makes it the checkpoint of `step`, and removes all but the last `keep` up to it.
 
-        SaveError if that fails.
+        Those of later steps are damaged, else the run would have gone on from one of them. SaveError if writing fails.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
         path = self.path(step)
-        try:
+        before = [other for other in self.steps() if other < step]
+        advice = f"The last whole one is of step {before[-1]}" if before else "There is none before it"
+        advice += "; make room and continue with --resume."
+        with save_errors(f"The checkpoint of step {step}", self.folder, advice):
             write_folder(path, write)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk each writer says it in its own way
-            kept = f"The last whole one is of step {self.steps()[-1]}" if self.steps() else "There is none before it"
-            free = shutil.disk_usage(self.folder).free
-            raise SaveError(
-                f"The checkpoint of step {step} could not be written to {self.folder}, where {free / 1e6:,.0f} MB are "
-                f"free: {error}. {kept}; make room and continue with --resume."
-            ) from error
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+        staying = [other for other in self.steps() if other <= step][-self.keep :]
+        for other in set(self.steps()) - set(staying):
+            shutil.rmtree(self.path(other), ignore_errors=True)  # what cannot be removed now is so by the next save
         return path
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose files are as they were saved; None if there is none. Reads all its bytes."""
+        """The newest checkpoint whose files are as they were saved, of which it reads all bytes; None of a new run.
+
+        CheckpointError if there are checkpoints, but no whole one, or one of another version of spear_hf: beginning
+        anew would remove what may yet be saved.
+        """
         for step in reversed(self.steps()):
             try:
                 verify(self.path(step))
+            except FormatError:
+                raise
             except CheckpointError as error:
                 logger.warning("Checkpoint of step %d is not used: %s", step, error)
             else:
                 return self.path(step)
+        if self.steps():
+            raise CheckpointError(
+                f"No checkpoint in {self.folder} is whole: restore one, or remove the folder, and --resume starts "
+                "from the beginning."
+            )
         return None

@@ -37,7 +37,7 @@ class ModelConfig:
     """Folder or Hub id of a SPEAR checkpoint whose weights to start from (its architecture is used); null: random."""
 
     def __post_init__(self) -> None:
-        known = set(SpearConfig.__dataclass_fields__)
+        known = set(SpearConfig.__annotations__)  # those of every config, such as dtype, are not for training
         for name in self.config:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

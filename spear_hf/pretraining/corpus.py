@@ -161,12 +161,16 @@ def _divide(
     if splits and config.split is not None:
         wanted = config.split.split("+")
         if unknown := [split for split in wanted if split not in splits]:
-            raise ValueError(f"data.split={'+'.join(unknown)} is not in {source}, which has {', '.join(splits)}.")
+            raise ValueError(
+                f"data.split={'+'.join(unknown)} is not in {source}, which has {', '.join(splits)}: set it to one of "
+                "them, to several (A+B), or to null for all."
+            )
         chosen = split_of.among(wanted)
     if splits and config.validation_split is not None:
         if config.validation_split not in splits:
             raise ValueError(
-                f"data.validation_split={config.validation_split} is not in {source}, which has {', '.join(splits)}."
+                f"data.validation_split={config.validation_split} is not in {source}, which has {', '.join(splits)}: "
+                "set it to one of them, or to null to hold out data.validation_fraction."
             )
         held_out = split_of.among([config.validation_split])
         return utterances.take(np.flatnonzero(chosen & ~held_out)), utterances.take(np.flatnonzero(held_out))

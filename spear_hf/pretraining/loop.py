@@ -10,13 +10,14 @@ frames over all of them.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,23 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.audio import SAMPLING_RATE
-from ..data.collation import MicroBatch, StepDataset, loader_arguments
+from ..data.collation import MicroBatch, StepDataset
 from ..data.seeding import keyed_seed
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..hub_card import write_run_card
 from ..modeling_spear import SpearForPreTraining
+from ..mvq.store import TokenStore
+from ..mvq.store_format import StoreInfo
 from .averaging import RunningAverage
-from .checkpoints import CheckpointFolder, write_folder
+from .checkpoints import CheckpointFolder, save_errors, write_folder
 from .config import PreTrainingConfig
 from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
+from .loader import loaded_steps
 from .metrics import JsonLines, StepClock, StepSums, codebooks_of, memory_mb, numbers, ratio, summary, to_device
 from .optimization import build_optimizer, clip_gradients, clipping_factor, set_learning_rate
 from .regularizers import Regularizers, install_regularizers
@@ -53,7 +56,7 @@ from .run_folder import RunFolder
 from .schedules import learning_rate_factor
 from .setup import build_dataset, build_model, build_sampler, cropped, uses_bf16
 from .sharding import gathered, is_sharded, load_from_main, parameter_norm, reduce_whole_gradients, shard
-from .signals import StopRequest, ignore_stop_signals
+from .signals import StopRequest
 from .sources import record_sources, settle_sources
 from .streaming import open_stream
 from .targets import prepare_stores
@@ -110,6 +113,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         folder = RunFolder(config.output_dir)
         accelerator = make_accelerator(config, folder)
         stack.callback(leave, accelerator)
+        stack.callback(folder.release)
         if accelerator.is_main_process:
             folder.check(config, resume)
         accelerator.wait_for_everyone()  # nobody writes into the folder before it is checked
@@ -154,7 +158,12 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             average = RunningAverage(config.averaging.every, start=first_averaged)
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
         saved = latest_checkpoint(accelerator, checkpoints) if resume else None
-        progress = load_checkpoint(saved, bare_model, optimizer, average, corpus) if saved else Progress()
+        progress = load_checkpoint(saved, bare_model, optimizer, average, corpus, stores) if saved else Progress()
+        if progress.step > config.max_steps:
+            raise ValueError(
+                f"{config.output_dir} has done {progress.step} steps already, more than max_steps={config.max_steps}: "
+                f"set it to {progress.step} to have the model of that step, or to more."
+            )
         if saved and progress.num_ranks != accelerator.num_processes:
             logger.warning(
                 "Resuming on %d ranks instead of %d: utterances, crops and masks stay the same, dropout does not.",
@@ -178,6 +187,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         files: dict[str, JsonLines] = {}
         if accelerator.is_main_process:
+            folder.claim()
             folder.create(config)
             record_sources(folder, config, sources)
             for path in (folder.metrics, folder.evaluation, folder.probes):
@@ -188,6 +198,12 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
             stack.enter_context(stream).start(progress.step)
         accelerator.wait_for_everyone()  # the other ranks of a node read what the first one's process fetches
         validator = None
+        if config.logging.validate_every and config.data.validation_fraction and not corpus.validation:
+            logger.warning(
+                "No utterance is held out, so the run goes without validation: raise data.validation_fraction (%g), "
+                "or name a data.validation_split.",
+                config.data.validation_fraction,
+            )
         if config.logging.validate_every and corpus.validation:
             with accelerator.main_process_first():
                 unigrams = load_unigrams(stores, corpus, sampler.at_hand(progress.step), folder)
@@ -210,9 +226,13 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         def run_probe() -> None:
             whole = whole_model(accelerator, bare_model)
             if probe is not None and whole is not None:
-                record = probe(whole.spear.to(accelerator.device))
-                files["probes"].write({"step": progress.step, **record})
-                accelerator.log(numbers(record, "probe"), step=progress.step)
+                try:
+                    record = probe(whole.spear.to(accelerator.device))
+                except (ValueError, OSError) as error:  # audio that is gone, say: no reason to end the run
+                    logger.warning("Step %d is not probed: %s", progress.step, error)
+                else:
+                    files["probes"].write({"step": progress.step, **record})
+                    accelerator.log(numbers(record, "probe"), step=progress.step)
             accelerator.wait_for_everyone()
 
         def save() -> None:
@@ -224,13 +244,13 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                     file.sync()
                 path = checkpoints.save(
                     progress.step,
-                    lambda into: write_checkpoint(into, whole, state, average, regularizers, progress, corpus),
+                    lambda into: write_checkpoint(into, whole, state, average, regularizers, progress, corpus, stores),
                 )
                 logger.info("Saved %s.", path)
             accelerator.wait_for_everyone()
 
         logger.info(
-            "%d utterances (%.1f hours), %d steps an epoch; %.1f million parameters; steps %d to %d on %d x %s.",
+            "%d utterances (%.2f hours), %d steps an epoch; %.1f million parameters; steps %d to %d on %d x %s.",
             len(corpus.training),
             corpus.hours,
             sampler.batches_per_epoch,
@@ -242,13 +262,6 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         )
         if progress.step < config.max_steps:
             sampler.batch(progress.step)  # plans the epoch before the loader's workers are forked, and share the plan
-        loader = DataLoader(
-            steps,
-            sampler=range(progress.step, config.max_steps),
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-            **loader_arguments(config.execution.num_workers),
-        )
         bar = stack.enter_context(
             tqdm(
                 total=config.max_steps,
@@ -264,7 +277,13 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         step_flops = FlopCounter(bare_model.config)
         target_domains = {name: target.domains for name, target in config.targets.items()}
         parameters = list(bare_model.parameters())
-        for batches in loader:
+        loaded = loaded_steps(
+            steps,
+            range(progress.step, config.max_steps),
+            config.execution.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        for batches in stack.enter_context(loaded):
             clock.data_arrived()
             record, must_stop = train_step(
                 config,
@@ -298,7 +317,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 raise NonFiniteLossError(
                     f"The loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
                     f"{progress.step}; their ranks and utterances are under 'skipped' in {folder.metrics}. Look at "
-                    "these, or lower optimizer.learning_rate. --resume continues from the last checkpoint."
+                    "these. --resume takes the steps since the last checkpoint again; for a lower "
+                    "optimizer.learning_rate, or without these utterances, start a new run, with the model of a "
+                    f"checkpoint in {folder.checkpoints} as model.init_from."
                 )
             last = progress.step == config.max_steps
             if config.logging.validate_every and (progress.step % config.logging.validate_every == 0 or last):
@@ -325,7 +346,9 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
                 logger.info("Mean of the weights of %d steps, held-out audio: %s.", samples, summary(record))
             final = whole_model(accelerator, bare_model)
         if final is not None:
-            write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
+            advice = "The checkpoint of the last step is whole: make room, and --resume writes the model."
+            with save_errors("The finished model", folder.path, advice):
+                write_folder(folder.final, lambda into: write_final(into, final, extractor, folder))
             logger.info("Finished at step %d: %s.", progress.step, folder.final)
         accelerator.wait_for_everyone()
         if stream is not None:
@@ -354,6 +377,12 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
             f"accelerate is configured for {accelerator.distributed_type.value}: configure it for plain multi-GPU, "
             "and have the model sharded with --set execution.sharding=fsdp."
         )
+    if accelerator.gradient_accumulation_steps != 1:  # accelerate would divide the gradients by it
+        raise ValueError(
+            f"accelerate is told to accumulate the gradients of {accelerator.gradient_accumulation_steps} steps: "
+            "unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS. A step is data.batch_seconds, of which a device takes "
+            "execution.batch_seconds_per_device at a time."
+        )
     if accelerator.num_processes != launched:
         raise ValueError(
             f"{launched} processes were launched, but accelerate makes {accelerator.num_processes} of them: check its "
@@ -368,7 +397,8 @@ def leave(accelerator: Accelerator) -> None:
         # gloo's threads free the tensors of the last messages, for which they need Python's lock. Where the group is
         # freed before, by DDP and under that lock, each waits for the other (seen with torch 2.11).
         time.sleep(0.1)
-    accelerator.end_training()
+    with contextlib.suppress(AttributeError):  # a tracker whose start was cut short lacks what it would end
+        accelerator.end_training()
 
 
 def train_step(
@@ -497,13 +527,15 @@ def write_checkpoint(
     regularizers: Regularizers,
     progress: Progress,
     corpus: Corpus,
+    stores: Mapping[str, TokenStore],
 ) -> None:
     """The files of a checkpoint; see checkpoints.py. Called on one rank, with whole tensors."""
     model.save_pretrained(into / "model")
     torch.save(optimizer_state, into / "optimizer.pt")
     torch.save(average.state_dict(), into / "average.pt")
     regularizers.save(into)
-    state = {**vars(progress), "corpus": corpus.fingerprint}
+    tokens = {name: dataclasses.asdict(store.info) for name, store in stores.items()}
+    state = {**vars(progress), "corpus": corpus.fingerprint, "tokens": tokens}
     (into / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
@@ -513,6 +545,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: RunningAverage | None,
     corpus: Corpus,
+    stores: Mapping[str, TokenStore],
 ) -> Progress:
     """Puts weights, optimiser state and running average in place. ValueError if the data is not what it was."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -521,6 +554,12 @@ def load_checkpoint(
             f"The training utterances or their lengths differ from those of {path}, so the order of the rest of the "
             "run would differ too: restore the manifest, or start a new run with model.init_from."
         )
+    for name, info in state.pop("tokens", {}).items():  # the first versions noted none
+        if different := StoreInfo(**info).differences(stores[name].info):
+            raise ValueError(
+                f"The {name} tokens are not those of {path} ({'; '.join(different)}): restore the store, or start a "
+                "new run with model.init_from."
+            )
     weights = SpearForPreTraining.from_pretrained(path / "model").state_dict()
     model.load_state_dict(weights)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -167,7 +167,7 @@ def numbers(record: Mapping[str, Any], group: str) -> dict[str, float]:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """Loss and masked accuracy of each teacher, in a few words."""
+    """Loss and masked accuracy of each teacher, in a few words; where nothing is masked, that."""
 
     def parts() -> Iterator[str]:
         if "loss" in record:
@@ -180,7 +180,7 @@ def summary(record: Mapping[str, Any]) -> str:
                     text += f" (unigram {record[f'{name}_unigram_accuracy']:.3f})"
                 yield text
 
-    return ", ".join(parts())
+    return ", ".join(parts()) or "no frame with a target is masked"
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

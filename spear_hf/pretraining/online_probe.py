@@ -2,6 +2,7 @@
 """Linear probes of the encoder as the run goes: whether what it learns is good for anything but its own task."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..data.manifest import Utterance, read_manifest
@@ -15,7 +16,7 @@ from .corpus import manifest_source
 class OnlineProbe:
     """Probes of a labelled manifest: the encoder frozen, all its layers concatenated, so that no layer is chosen.
 
-    ValueError if the manifest has no such probe, or one without utterances to train or test on.
+    ValueError if the manifest has no such probe, or one without utterances and labels to train or test on.
     """
 
     def __init__(self, config: LoggingConfig, extractor: SpearFeatureExtractor, seed: int) -> None:
@@ -36,6 +37,7 @@ class OnlineProbe:
                     f"The probe {name} has {len(train)} labelled rows of split probe_train and {len(test)} of "
                     f"probe_test in {source}; its probes are: {', '.join(known) or 'none'}."
                 )
+            _check_labels(name, set(_labels(train)), set(_labels(test)), source)
             self.tasks[name] = train, test
         if not self.tasks:
             raise ValueError(f"{source} has no labelled probe: rows with probe, label and split are needed.")
@@ -45,20 +47,30 @@ class OnlineProbe:
         was_training = encoder.training
         encoder.eval()
         record: dict[str, Any] = {}
-        for name, (train, test) in self.tasks.items():
-            features = concatenated(pooled_features(encoder, self.extractor, [*train, *test]))
-            result = linear_probe(
-                features[: len(train)],
-                _labels(train),
-                features[len(train) :],
-                _labels(test),
-                groups=_speakers(train),
-                seed=self.seed,
-            )
-            record[f"{name}_accuracy"] = result.accuracy
-            record[f"{name}_accuracy_low"], record[f"{name}_accuracy_high"] = result.low, result.high
-        encoder.train(was_training)
+        try:
+            for name, (train, test) in self.tasks.items():
+                features = concatenated(pooled_features(encoder, self.extractor, [*train, *test]))
+                result = linear_probe(
+                    features[: len(train)],
+                    _labels(train),
+                    features[len(train) :],
+                    _labels(test),
+                    groups=_speakers(train),
+                    seed=self.seed,
+                )
+                record[f"{name}_accuracy"] = result.accuracy
+                record[f"{name}_accuracy_low"], record[f"{name}_accuracy_high"] = result.low, result.high
+        finally:
+            encoder.train(was_training)
         return record
+
+
+def _check_labels(name: str, train: set[str], test: set[str], source: Path) -> None:
+    if len(train) < 2:
+        raise ValueError(f"The probe {name} in {source} has one label to train on, {train.pop()}: that is no task.")
+    if unknown := sorted(test - train):
+        shown = ", ".join(unknown[:10])
+        raise ValueError(f"The probe {name} in {source} has test labels that no row of probe_train has: {shown}.")
 
 
 def _labels(utterances: Sequence[Utterance]) -> list[str]:

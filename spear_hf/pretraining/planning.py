@@ -10,22 +10,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import split_batch
 from ..data.collation import TokenShape
+from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearForPreTraining
 from ..mvq.quantizer import MultiCodebookQuantizer
 from ..mvq.shard_fetcher import Task
 from ..mvq.store import TokenStore
 from .checkpoints import CheckpointFolder
 from .config import PreTrainingConfig, TargetConfig
-from .corpus import load_corpus
+from .corpus import Corpus, load_corpus
 from .flops import FlopCounter, peak_flops
 from .metrics import read_json_lines
 from .run_folder import RunFolder
-from .setup import build_sampler, planned_architecture, uses_bf16
+from .setup import build_dataset, build_mixer, build_sampler, planned_architecture, uses_bf16
 from .sources import settle_sources
 from .streaming import open_stream
+from .targets import utterances_of_target
 
 
 # float32 weights, gradients and the two averages of AdamW or ScaledAdam.
@@ -135,6 +138,7 @@ def plan_run(config: PreTrainingConfig) -> Plan:
 
     with torch.device("meta"):  # shapes without memory
         model = SpearForPreTraining(planned_architecture(config, tokens))
+    _check(config, corpus, tokens, stores, model.config)
     encoder = sum(parameter.numel() for parameter in model.spear.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     samples, rows_of_largest = max(padded)
@@ -167,6 +171,22 @@ def plan_run(config: PreTrainingConfig) -> Plan:
         pace=pace,
         cache=None if stream is None else stream.task,
     )
+
+
+def _check(
+    config: PreTrainingConfig,
+    corpus: Corpus,
+    tokens: Mapping[str, TokenShape],
+    stores: Mapping[str, TokenStore],
+    architecture: SpearConfig,
+) -> None:
+    """ValueError where the data is not what the run would need."""
+    for name, target in config.targets.items():
+        utterances_of_target(name, target, corpus)
+    build_mixer(config, corpus.training, corpus.training_lengths, corpus.windows)
+    if len(stores) == len(tokens):
+        for utterances in (corpus.training, corpus.validation):
+            build_dataset(config, utterances, stores, architecture, SpearFeatureExtractor())
 
 
 def _pace(config: PreTrainingConfig, step_flops: float, num_ranks: int) -> tuple[int, float, str]:

@@ -53,12 +53,15 @@ def read_run(path: str | Path) -> RunRecord:
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise ValueError(f"{path} is not the folder of a run: it has no {folder.config.name}.")
+    config = folder.read_config()
+    if not isinstance(config.get("targets"), dict):
+        raise ValueError(f"{path} is not the folder of a run: its {folder.config.name} names no targets.")
     metrics = read_json_lines(folder.metrics)
     if not metrics:
         raise ValueError(f"{path} has recorded no step yet, so there is nothing to report.")
     return RunRecord(
         name=folder.path.resolve().name,
-        config=folder.read_config(),
+        config=config,
         metrics=metrics,
         evaluation=read_json_lines(folder.evaluation),
         averaged=read_json_lines(folder.averaged),

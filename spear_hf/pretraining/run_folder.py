@@ -12,15 +12,20 @@ OUTPUT/
     tensorboard/        what the trackers write
     tokenizers/  tokens/   quantisers and tokens that the run made itself
     checkpoints/        see checkpoints.py
+    lock                locked by the process that trains here
     final/              the averaged model: AutoModel, AutoModelForPreTraining, AutoFeatureExtractor
         encoder/        the encoder alone, without the heads of pre-training
         README.md       model card with the curves of the run, plots/
 """
 
+import contextlib
+import errno
 import json
 import logging
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -28,6 +33,11 @@ from ..mvq.atomic_files import write_atomically
 from .config import FREE_ON_RESUME, PreTrainingConfig
 from .config_loading import build, changed_keys, parse_yaml, to_plain
 
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +59,24 @@ class RunFolder:
         self.tokenizers = self.path / "tokenizers"
         self.tokens = self.path / "tokens"
         self.final = self.path / "final"
+        self.lock = self.path / "lock"
+        self._locked: BinaryIO | None = None
 
     def check(self, config: PreTrainingConfig, resume: bool) -> None:
         """ValueError where starting would overwrite something, or resuming would continue another training."""
         if not resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self._holds_something():
                 raise ValueError(
                     f"{self.path} is not empty: continue its run with --resume, or choose another folder with "
                     "--set output_dir=PATH."
                 )
             return
         if not self.config.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self._holds_something():
                 raise ValueError(f"{self.path} is not the folder of a run (it has no config.yaml): nothing to resume.")
             logger.warning("%s does not exist yet: the run starts from the beginning.", self.path)
             return
+        self.claim()
         earlier = to_plain(build(PreTrainingConfig, self.read_config()))
         changed = changed_keys(earlier, to_plain(config))
         refused = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME]
@@ -76,6 +89,45 @@ class RunFolder:
             )
         if altered := [key for key in changed if key != "output_dir"]:
             logger.warning("Resuming with changed settings: %s.", ", ".join(altered))
+
+    def _holds_something(self) -> bool:
+        """Of a run, or of somebody else: a start that came to nothing may have left the lock."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        return any(path != self.lock for path in self.path.iterdir())
+
+    def claim(self) -> None:
+        """Keeps other processes from training here until `release`, or the end of this one. ValueError where one does.
+
+        The lock is one that worker processes do not inherit, and that ends with its process, however it ends.
+        """
+        if fcntl is None or self._locked is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.lock.open("a+b", buffering=0)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "Another process"
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{holder} is training in {self.path}: end it first, or choose another folder with --set "
+                    f"output_dir=PATH. If its computer is gone, remove {self.lock}."
+                ) from None
+            logger.warning("%s has no locks (%s): start one process in it at a time.", self.path, error)
+            return
+        self._locked = file
+        with contextlib.suppress(OSError):  # a full disk is told of where something is lost
+            file.truncate(0)
+            file.write(f"Process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release(self) -> None:
+        """Undoes `claim`."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def create(self, config: PreTrainingConfig) -> None:
         """Makes the folder and writes config.yaml."""

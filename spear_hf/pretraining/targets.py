@@ -38,15 +38,7 @@ def prepare_stores(
     """
     stores: dict[str, TokenStore] = {}
     for name, target in targets.items():
-        training, validation = (
-            needing_target(name, group, target.domains) for group in (corpus.training, corpus.validation)
-        )
-        if not training:
-            raise ValueError(
-                f"No training utterance is of a domain that targets.{name} is for, so it would learn nothing: give "
-                f"utterances their domain (speech or audio), change targets.{name}.domains, or leave the target out "
-                f"with --set targets.{name}=null."
-            )
+        training, validation = utterances_of_target(name, target, corpus)
         if target.store is not None:
             stores[name] = _open(target.store, [corpus.store, *stores.values()])
             continue
@@ -59,6 +51,20 @@ def prepare_stores(
         store = _existing_store(folder, name, training, validation)
         stores[name] = store or _make_store(config.seed, name, target, training, validation, folder, device)
     return stores
+
+
+def utterances_of_target(name: str, target: TargetConfig, corpus: Corpus) -> tuple[UtteranceList, UtteranceList]:
+    """The training and the held-out utterances that predict its tokens. ValueError if none of the former does."""
+    training, validation = (
+        needing_target(name, group, target.domains) for group in (corpus.training, corpus.validation)
+    )
+    if not training:
+        raise ValueError(
+            f"No training utterance is of a domain that targets.{name} is for, so it would learn nothing: give "
+            f"utterances their domain (speech or audio), change targets.{name}.domains, or leave the target out "
+            f"with --set targets.{name}=null."
+        )
+    return training, validation
 
 
 def _open(source: str, opened: Sequence[TokenStore | None]) -> TokenStore:
