@@ -5,6 +5,8 @@ Operations of their own, which the compiler does not look into: kernels in Trito
 elsewhere. What is computed is the same.
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -12,15 +14,18 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight
 
 
-try:
-    from . import triton_spear as kernels
-except ImportError:  # no Triton for this machine
-    kernels = None  # type: ignore[assignment]
-
-
 def is_trained_by_compiler() -> bool:
     """Whether torch.compile is at work, on a backward pass too. It takes itself for export."""
     return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
+
+
+@functools.cache
+def kernels() -> Any:
+    """triton_spear.py of the installed package, which is not among the files of a model on the Hub; None without."""
+    try:
+        return importlib.import_module("spear_hf.triton_spear")
+    except ImportError:
+        return None
 
 
 def in_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -37,8 +42,8 @@ def widened_type(x: torch.Tensor) -> torch.dtype:
 def scores_by_offset(scores: torch.Tensor) -> torch.Tensor:
     """The gradient of `relative_scores`: (..., length, length) -> (..., length, 2 * length), zeros elsewhere."""
     length = scores.shape[-1]
-    if scores.is_cuda and kernels is not None:
-        return kernels.scores_by_offset(scores.contiguous())
+    if scores.is_cuda and kernels() is not None:
+        return kernels().scores_by_offset(scores.contiguous())
     found = scores.new_zeros(*scores.shape[:-1], 2 * length)
     rows = found.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
     rows.unflatten(-1, (length, 2 * length - 1))[..., :length] = scores
@@ -54,8 +59,8 @@ def _(scores: torch.Tensor) -> torch.Tensor:
 def depthwise_weight_gradient(grad: torch.Tensor, x: torch.Tensor, taps: int) -> torch.Tensor:
     """Of a depthwise convolution that keeps the length: gradient and features (batch, channels, frames), an odd number
     of taps -> (channels, 1, taps), in float32 at least."""
-    if x.is_cuda and kernels is not None and x.dtype != torch.float64:
-        return kernels.depthwise_weight_gradient(grad.mT.contiguous(), x.mT.contiguous(), taps)
+    if x.is_cuda and kernels() is not None and x.dtype != torch.float64:
+        return kernels().depthwise_weight_gradient(grad.mT.contiguous(), x.mT.contiguous(), taps)
     grad, x = grad.to(widened_type(x)), x.to(widened_type(x))
     return conv1d_weight(x, (x.shape[1], 1, taps), grad, padding=taps // 2, groups=x.shape[1])
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
 
 from .blockwise_spear import BlockwiseAttention
+from .compiled_spear import RelativeScores
 from .configuration_spear import PUBLISHED_STACK_LISTS, SpearConfig
 from .feature_extraction_spear import SpearFeatureExtractor
 from .modeling_spear import (
@@ -50,7 +51,7 @@ AUTO_CLASSES: dict[str, Any] = {
 
 CONFIG, PREPROCESSOR, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "processor_config.json", "README.md"
 TOKENIZER = "tokenizer_config.json"
-_MODULES = {cls.__module__ for cls in AUTO_CLASSES.values()} | {BlockwiseAttention.__module__}
+_MODULES = {cls.__module__ for cls in (*AUTO_CLASSES.values(), BlockwiseAttention, RelativeScores)}
 CODE_FILES = tuple(sorted(module.rpartition(".")[2] + ".py" for module in _MODULES))
 VOCABULARIES = ("added_tokens.json", "merges.txt", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SETTINGS = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER, "special_tokens_map.json")

@@ -96,12 +96,11 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 
     from .test_wavlm_kernels import resources
 
-    used = resources(kernels._scores_by_offset, {"length"}, {"COLUMNS": kernels.COLUMNS}, ())
+    used = resources(kernels._scores_by_offset, {"COLUMNS": kernels.COLUMNS})
     assert used["STACK"] == 0
     shape = {"WIDTH": 512, "TAPS": 31, "ROWS": 32, "CHANNELS": kernels.CHANNELS}
     shape |= {"FRAMES": kernels.FRAMES, "FRAMES_AT_ONCE": kernels.FRAMES_AT_ONCE}
-    numbers = {"frames", "blocks"}
-    used = resources(kernels._depthwise_weight_gradient, numbers, shape, (), num_warps=kernels.WARPS)
+    used = resources(kernels._depthwise_weight_gradient, shape, num_warps=kernels.WARPS)
     assert used["STACK"] == 0
     assert used["REG"] * 32 * kernels.WARPS * 8 <= 65536, "eight blocks at a time"
 

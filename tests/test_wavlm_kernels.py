@@ -38,7 +38,7 @@ def test_kernels_compute_what_plain_operations_do():
     assert not {case: error for case, error in errors.items() if not error < 3e-3}, "float16 has 11 bits"
 
 
-NUMBERS = {"frames", "in_frames", "samples", "blocks", "table_head", "table_row", "origin"}
+NUMBERS = {"length", "frames", "in_frames", "samples", "blocks", "table_head", "table_row", "origin"}
 ALIGNED = ("table_head", "table_row", "origin")
 
 
