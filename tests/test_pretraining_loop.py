@@ -491,6 +491,20 @@ def test_resuming_with_other_data_is_refused(runs, finished):
     assert "differ from those of" in message
 
 
+def test_data_that_has_moved_is_the_same_data(runs, finished):
+    output, manifest, store = (runs.folder / name for name in ("moved", "moved.jsonl", "moved-tokens"))
+    shutil.copytree(finished, output)
+    shutil.copy(runs.manifest, manifest)
+    shutil.copytree(runs.store, store)
+    moved = f"data.manifest={manifest}", f"targets.speech.store={store}"
+    code, message = call(runs, output, *moved, flags=("--resume",))
+    assert code == 0, message
+    assert yaml.safe_load((output / "config.yaml").read_text())["data"]["manifest"] == str(manifest)
+    code, message = call(runs, output, "data.manifest=null", f"data.store={store}", flags=("--resume",))
+    assert code == 1
+    assert f"data.manifest ({manifest} -> None)" in message
+
+
 def test_resuming_with_tokens_of_another_quantiser_is_refused(runs, finished):
     metadata = runs.store / "metadata.json"
     text = metadata.read_text()

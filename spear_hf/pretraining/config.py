@@ -7,6 +7,7 @@ Shipped configurations lie in `configs/`; `spear-hf pretrain --config` takes the
 """
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -494,6 +495,8 @@ class PreTrainingConfig:
 
 # Keys that may differ from the run that is resumed: they change neither what is learnt from nor the updates.
 FREE_ON_RESUME = ("output_dir", "max_steps", "checkpoint_every", "checkpointing", "logging", "execution")
+# Places that may differ too, of what a checkpoint tells from something else.
+MAY_MOVE = re.compile(r"data\.manifest|targets\.[^.]+\.store")
 
 
 def shipped_configs() -> list[str]:

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from ..mvq.atomic_files import write_atomically
-from .config import FREE_ON_RESUME, PreTrainingConfig
+from .config import FREE_ON_RESUME, MAY_MOVE, PreTrainingConfig
 from .config_loading import build, changed_keys, parse_yaml, to_plain
 
 
@@ -78,14 +78,16 @@ class RunFolder:
             return
         self.claim()
         earlier = to_plain(build(PreTrainingConfig, self.read_config()))
-        changed = changed_keys(earlier, to_plain(config))
-        refused = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME]
+        now = to_plain(config)
+        changed = changed_keys(earlier, now)
+        moved = [key for key in changed if MAY_MOVE.fullmatch(key) and _look_up(earlier, key) and _look_up(now, key)]
+        refused = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME and key not in moved]
         if refused:
-            now = to_plain(config)
             details = ", ".join(f"{key} ({_look_up(earlier, key)} -> {_look_up(now, key)})" for key in refused)
             raise ValueError(
                 f"The run in {self.path} was started with another configuration: {details}. Undo the change, or "
-                f"start a new run in another folder. Free to change are {', '.join(FREE_ON_RESUME)}."
+                f"start a new run in another folder. Free to change are {', '.join(FREE_ON_RESUME)}, and where "
+                "data.manifest and targets.NAME.store are."
             )
         if altered := [key for key in changed if key != "output_dir"]:
             logger.warning("Resuming with changed settings: %s.", ", ".join(altered))
