@@ -38,15 +38,20 @@ def widened_type(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def scores_by_key(scores: torch.Tensor) -> torch.Tensor:
+    """The view that `relative_scores` is: (..., length, 2 * length) -> (..., length, length)."""
+    length = scores.shape[-2]
+    rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
+    return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
+
+
 @torch.library.custom_op("spear_hf::scores_by_offset", mutates_args=())
 def scores_by_offset(scores: torch.Tensor) -> torch.Tensor:
-    """The gradient of `relative_scores`: (..., length, length) -> (..., length, 2 * length), zeros elsewhere."""
-    length = scores.shape[-1]
+    """The gradient of `scores_by_key`: (..., length, length) -> (..., length, 2 * length), zeros elsewhere."""
     if scores.is_cuda and kernels() is not None:
         return kernels().scores_by_offset(scores.contiguous())
-    found = scores.new_zeros(*scores.shape[:-1], 2 * length)
-    rows = found.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
-    rows.unflatten(-1, (length, 2 * length - 1))[..., :length] = scores
+    found = scores.new_zeros(*scores.shape[:-1], 2 * scores.shape[-1])
+    scores_by_key(found).copy_(scores)
     return found
 
 
@@ -71,13 +76,11 @@ def _(grad: torch.Tensor, x: torch.Tensor, taps: int) -> torch.Tensor:
 
 
 class RelativeScores(torch.autograd.Function):
-    """The view `relative_scores`, of whose gradient the compiler makes five integer divisions a score."""
+    """`scores_by_key`, of whose gradient the compiler makes five integer divisions a score."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
-        length = scores.shape[-2]
-        rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
-        return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
+        return scores_by_key(scores)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,14 @@ from .blockwise_spear import (
     is_watched,
     project,
 )
-from .compiled_spear import DepthwiseConv2d, RelativeScores, channels_last, in_autocast, is_trained_by_compiler
+from .compiled_spear import (
+    DepthwiseConv2d,
+    RelativeScores,
+    channels_last,
+    in_autocast,
+    is_trained_by_compiler,
+    scores_by_key,
+)
 from .configuration_spear import SpearConfig
 
 
@@ -208,10 +215,7 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
         offsets = torch.arange(length, device=scores.device)
         index = length - 1 + offsets[None, :] - offsets[:, None]
         return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
-    if is_trained_by_compiler():
-        return RelativeScores.apply(scores)
-    rows = scores.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 1)]
-    return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
+    return RelativeScores.apply(scores) if is_trained_by_compiler() else scores_by_key(scores)
 
 
 def compile_options(module: nn.Module) -> dict[str, bool]:
