@@ -42,6 +42,7 @@ from .compiled_spear import (
     in_autocast,
     is_trained_by_compiler,
     scores_by_key,
+    widened_type,
 )
 from .configuration_spear import SpearConfig
 
@@ -169,7 +170,7 @@ def _swoosh(x: torch.Tensor, offset: float, constant: float) -> torch.Tensor:
 
 def widened(x: torch.Tensor) -> torch.Tensor:
     """In float32, or float64 where it is: for squares and long sums, which overflow half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(widened_type(x))
 
 
 def gated(x: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,11 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What compiled layers compute in their own way, against the plain way."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from spear_hf.compiled_spear import DepthwiseConv2d, RelativeScores, depthwise_weight_gradient, scores_by_offset
 from spear_hf.modeling_spear import SpearDepthwiseConv, SpearDepthwiseConv2d, relative_scores
-
-from .conftest import ROOT
 
 
 def gradients(function, *inputs):
@@ -81,11 +74,9 @@ def test_operations_are_what_they_say_to_the_compiler():
 
 def test_kernels_compute_what_plain_operations_do():
     pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.triton_spear_on_cpu"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    errors = json.loads(result.stdout.splitlines()[-1])
+    from .test_wavlm_kernels import errors_on_cpu
+
+    errors = errors_on_cpu("triton_spear_on_cpu")
     assert len(errors) == 11
     assert not {case: error for case, error in errors.items() if not error < 1e-6}
 

@@ -28,12 +28,17 @@ from spear_hf.mvq import wavlm_kernels as kernels  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_kernels_compute_what_plain_operations_do():
+def errors_on_cpu(module: str) -> dict[str, float]:
+    """What a module of the tests prints of kernels that it runs through Triton's interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.wavlm_kernels_on_cpu"]
+    command = [sys.executable, "-m", f"tests.{module}"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    errors = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_kernels_compute_what_plain_operations_do():
+    errors = errors_on_cpu("wavlm_kernels_on_cpu")
     assert len(errors) == 32
     assert not {case: error for case, error in errors.items() if not error < 3e-3}, "float16 has 11 bits"
 
