@@ -30,7 +30,7 @@ from spear_hf.hub_card import is_generated
 from spear_hf.hub_checks import check_card
 from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
 from spear_hf.pretraining.config import load_config
-from spear_hf.pretraining.loop import make_accelerator
+from spear_hf.pretraining.launch import make_accelerator
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
 from spear_hf.pretraining.run_folder import RunFolder
 from spear_hf.pretraining.setup import build_sampler
