@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks_of_all_modules
 
 
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
@@ -32,6 +32,9 @@ MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS = 480
 MIN_FRAMES_TO_CONVOLVE = 40
 MIN_FRAMES_TO_CONVOLVE_GRADIENTS = 256  # whose convolutions put transposed weights into an order of their own first
 MIN_WIDTH_TO_CONVOLVE = 256
+# Where modules keep their hooks, and those of all modules, which torch 2.7 does not tell of otherwise.
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+HOOKS_OF_ALL = tuple(getattr(hooks_of_all_modules, f"_global{name}") for name in HOOKS)
 
 
 def can_run_in_blocks(module: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -58,11 +61,10 @@ def is_watched(*modules: nn.Module) -> bool:
     The recorder of transformers stays on modules once anything was recorded, and is no reason: what it records is
     known from `output_attentions`. A replaced `forward` is one.
     """
-    if _has_any_global_hook():
+    if any(HOOKS_OF_ALL):
         return True
     for module in modules:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
         if "forward" in vars(module) or any(
             getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks
         ):

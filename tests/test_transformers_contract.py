@@ -342,6 +342,8 @@ def test_compiled_layers_share_graphs_at_every_length():
     model = tiny_model(SpearForPreTraining, hidden_dropout=0.0, position_dropout=0.0)
     graphs = CompileCounter()
     compiled = copy.deepcopy(model)
+    # What records states stays on the modules, and torch 2.14 makes graphs anew where it comes later.
+    compiled(**inputs(SpearForPreTraining, labels=True), output_hidden_states=True)
     compiled.compile_layers(backend=graphs)
     assert compiled.state_dict().keys() == model.state_dict().keys()
     for index in range(5):

@@ -73,8 +73,7 @@ def resources(kernel, constants, capability=90, **options) -> dict[str, int]:
 
 def attention_of(head_dim, capability=90):
     shape = {"HEADS": 16, "HEAD_DIM": head_dim, "QUERIES": kernels.QUERIES, "KEYS": kernels.KEYS}
-    options = {"num_warps": kernels.WARPS, "num_stages": kernels.attention_stages(head_dim)}
-    return resources(kernels._attention, shape, capability, **options)
+    return resources(kernels._attention, shape, capability, **kernels.attention_options(head_dim))
 
 
 def convolution_of(stages, capability=90):

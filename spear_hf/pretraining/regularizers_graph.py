@@ -163,22 +163,18 @@ class _Whitened(torch.autograd.Function):
         return grad, None, None, None
 
 
-class LimitValueIf(torch.autograd.Function):
-    """`LimitValue` where `acts` is 1, else the identity; the limits are tensors of shape ()."""
+class TurnOutwardGradient(torch.autograd.Function):
+    """What `LimitValue` does, with values that are `below` and `above` the limits as tensors; else the identity."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: torch.Tensor, minimum: torch.Tensor, maximum: float, acts: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(value, minimum, acts)
-        ctx.maximum = maximum
+    def forward(ctx: Any, value: torch.Tensor, below: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(below, above)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (value, minimum, acts), (grad,) = ctx.saved_tensors, grads
-        outwards = ((value < minimum) & (grad > 0)) | ((value > ctx.maximum) & (grad < 0))
-        return torch.where(outwards & (acts > 0), -grad, grad), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (below, above), (grad,) = ctx.saved_tensors, grads
+        return torch.where((below & (grad > 0)) | (above & (grad < 0)), -grad, grad), None, None
 
 
 def time_shared_dropout(hidden_states: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
@@ -244,7 +240,14 @@ class GraphRegularizers(Regularizers):
     def _bypass_limit(self, draws: Draws) -> Transform:
         assert isinstance(draws, GraphDraws)
         acts, minimum = draws.new_flag(lambda: BYPASS_LIMIT_PROBABILITY), draws.new_number(lambda: self.bypass_minimum)
-        return lambda scale: LimitValueIf.apply(scale, draws.number(minimum), BYPASS_MAXIMUM, draws.number(acts))
+
+        def limit(scale: torch.Tensor) -> torch.Tensor:
+            does_act = draws.number(acts) > 0
+            # Compared here: torch 2.14 fails on numbers of the host inside of functions with gradients of their own.
+            below, above = (scale < draws.number(minimum)) & does_act, (scale > BYPASS_MAXIMUM) & does_act
+            return TurnOutwardGradient.apply(scale, below, above)
+
+        return limit
 
     def _layer_skip(self, draws: Draws, name: str) -> Transform:
         assert isinstance(draws, GraphDraws)
