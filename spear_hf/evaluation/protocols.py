@@ -45,7 +45,7 @@ from .representations import Representation
 from .tasks import Clip, Fold, Task, held_out
 
 
-VERSION = 2
+VERSION = 3
 """Raised whenever results come out differently than before, so that old ones are not taken for new ones."""
 FEATURES = ("weighted", "layers", "last", "all")
 POOLS = ("mean", "mean+std")
@@ -83,6 +83,8 @@ class Settings:
                 raise ValueError(f"{name}: {', '.join(unknown)} is not one of {', '.join(known)}")
         if self.seeds < 1 or self.resamples < 2 or not self.heads:
             raise ValueError(f"seeds={self.seeds}, resamples={self.resamples}, heads={self.heads}: too few")
+        if not 0 <= self.seed <= 2**32 - self.seeds:
+            raise ValueError(f"seed={self.seed} must lie between 0 and {2**32 - self.seeds}")
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ def _trained_results(
 ) -> list[Result]:
     problem = PROBLEMS[task.kind](task, representation)
     wanted = settings.features or (("weighted",) if problem.framewise else FEATURES)
+    if problem.framewise:
+        representation.check_timed(task.name)
     if "blstm" in settings.heads and not problem.framewise:
         raise ValueError(f"the task {task.name} is of clips, not of frames: the head blstm cannot be tried on it")
     results = []
