@@ -19,12 +19,13 @@ from transformers import AutoFeatureExtractor, AutoModel, BatchFeature, PreTrain
 
 from ..data.audio import AudioError
 from ..data.decoding import load_utterance, utterance_seconds
-from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
+from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, check_unicode, read_manifest
 from ..devices import pick_device
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
-from .embedding_files import FORMAT_VERSION, check_output, embedding_writer
+from ..mvq.atomic_files import write_atomically
+from .embedding_files import FORMAT_VERSION, check_output, check_room, embedding_writer
 from .windows import encode_in_windows
 
 
@@ -163,6 +164,8 @@ def collect_utterances(paths: Sequence[str | os.PathLike | Utterance]) -> list[U
             utterances = [Utterance(id=Path(argument).name, path=Path(argument))]
         for utterance in utterances:
             found.setdefault((os.path.realpath(utterance.path), utterance.id if listed else None), utterance)
+    for utterance in found.values():
+        check_unicode(os.fspath(utterance.path), f"the name of {os.fspath(utterance.path)!r}", "rename it")
     for whole_path in (lambda path, real: path.as_posix(), lambda path, real: real):
         counts = Counter(utterance.id for utterance in found.values())
         for key, utterance in found.items():
@@ -295,7 +298,8 @@ def _embed_or_explain(
         if np.isfinite(embedding).all():
             yield EmbeddedFile(utterance.id, utterance.path, embedding, rate)
         else:
-            message = f"{utterance.path}: its embedding is not finite in {encoder.dtype}; try float32"
+            helps = "" if encoder.dtype == torch.float32 else "; try float32"
+            message = f"{utterance.path}: its embedding is not finite in {encoder.dtype}{helps}"
             yield EmbeddedFile(utterance.id, utterance.path, None, error=message)
 
 
@@ -395,6 +399,7 @@ def embed_to_file(
     utterances = collect_utterances(paths)
     if not utterances:
         raise ValueError("no audio to embed: name at least one file or folder")
+    check_room(output, [utterance.id for utterance in utterances])
     encoder, feature_extractor = load_encoder(model, device, dtype)
     results = embed_files(
         utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds
@@ -433,9 +438,7 @@ def _write_errors(path: Path, errors: list[dict[str, Any]]) -> None:
     if not errors:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors).encode())
 
 
 def run_embedding(paths: Sequence[Path], output: Path, **settings: Any) -> int:
