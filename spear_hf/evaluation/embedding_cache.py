@@ -54,7 +54,7 @@ class EmbeddingCache:
         max_seconds: float = 120.0,
         progress: bool = True,
     ) -> None:
-        if batch_seconds <= 0 or max_seconds <= 0:
+        if not (batch_seconds > 0 and max_seconds > 0):
             raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
         self.folder, self.progress = Path(folder), progress
         self.batch_seconds, self.max_seconds = batch_seconds, max_seconds

@@ -5,12 +5,15 @@ matplotlib is imported when a figure is made, and only its Figure and the Agg ca
 """
 
 import functools
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+
+from ..mvq.atomic_files import NOT_KEPT, write_atomically
 
 
 if TYPE_CHECKING:
@@ -65,12 +68,12 @@ def new_figure(
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:
-    """Writes a PNG under a temporary name and renames it."""
+    """Writes a PNG, which appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=DPI)
-    partial.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    write_atomically(path, content.getbuffer(), NOT_KEPT)
     return path
 
 

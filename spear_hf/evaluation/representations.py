@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.mfcc import FEATURE_SIZE as MFCC_SIZE
 from ..mvq.mfcc import FRAME_LENGTH, FRAME_RATE, KaldiMfcc
-from ..mvq.teachers import Teacher, WindowRule, is_factory, load_teacher
+from ..mvq.teachers import Teacher, is_factory, load_teacher
 from .embedding import embed_waveforms, load_encoder
 from .options import split_options
 from .segments import FILTER_BANK_CENTRE, FILTER_BANK_STEP
@@ -206,28 +206,39 @@ def load_representation(
     if spec == MFCC:
         return Mfcc()
     if spec.startswith(TEACHER):
-        text = spec.removeprefix(TEACHER)
-        source, options = split_options(text, None if is_factory(text.partition("#")[0]) else TEACHER_OPTIONS)
-        teacher = load_teacher(
-            source,
-            layer=int(options.pop("layer")) if "layer" in options else None,
-            device=pick_device(device),
-            dtype=dtype,
-            window=cast(WindowRule | None, options.pop("window", None)),
-            window_seconds=float(options.pop("window_seconds")) if "window_seconds" in options else None,
-            options={name: yaml.safe_load(value) for name, value in options.items()},  # as --teacher-option does
-        )
-        return TeacherFeatures(name or spec, teacher)
+        source, options = _teacher_options(spec)
+        return TeacherFeatures(name or spec, load_teacher(source, device=pick_device(device), dtype=dtype, **options))
     if spec.startswith(f"{RANDOM}:"):
         model, extractor = _random_encoder(spec.removeprefix(f"{RANDOM}:"), device, dtype, seed)
         return EncoderStates(name or spec, model, extractor)
     return EncoderStates(name or spec, *load_encoder(spec, device, dtype))
 
 
+def _teacher_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """Source and arguments of `load_teacher`."""
+    text = spec.removeprefix(TEACHER)
+    source, options = split_options(text, None if is_factory(text.partition("#")[0]) else TEACHER_OPTIONS)
+    arguments: dict[str, Any] = {}
+    for key, kind in (("layer", int), ("window", str), ("window_seconds", float)):
+        if key in options:
+            try:
+                arguments[key] = kind(options.pop(key))
+            except ValueError as error:
+                raise ValueError(f"{spec}: {key} must be a number: {error}") from None
+    # What is left is for a factory, as --teacher-option gives it.
+    return source, arguments | {"options": {name: yaml.safe_load(value) for name, value in options.items()}}
+
+
 def check_model(spec: str) -> None:
-    """OSError naming the model of a specification if it is not there; teachers are not looked for."""
+    """OSError naming the model of a specification if it is not there; teachers are not looked for.
+
+    ValueError for the options of a teacher.
+    """
     source = spec.removeprefix(f"{RANDOM}:")
-    if source in (LOG_MEL, MFCC) or source.startswith(TEACHER) or Path(source).is_file():
+    if source.startswith(TEACHER):
+        _teacher_options(source)
+        return
+    if source in (LOG_MEL, MFCC) or Path(source).is_file():
         return
     with loading(source):
         AutoConfig.from_pretrained(source)
