@@ -116,6 +116,13 @@ def test_command(single, model, tmp_path):
 
     nowhere = [*arguments[:-1], str(tmp_path / "none.md")]
     assert CliRunner().invoke(app, nowhere).exit_code == 1
+    # Metadata that cannot be read would be lost, such as a result without a value; told before any work.
+    for metadata in ("a: [1", "model-index:\n- name: a\n  results:\n  - metrics: [{type: wer}]"):
+        card.write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
+        refused = CliRunner().invoke(app, [*arguments[:6], str(tmp_path / "new"), *arguments[7:]])
+        assert refused.exit_code == 1
+        assert f"the metadata of {card}, between the lines ---, cannot be read" in refused.output
+        assert not (tmp_path / "new").exists()
     bad = CliRunner().invoke(app, [*arguments[:4], "nowhere#kind=x", *arguments[5:]])
     assert bad.exit_code == 1
 

@@ -161,11 +161,12 @@ def layer_of(name: str) -> int | None:
     return int(name.removeprefix("layer ")) if name.startswith("layer ") else None
 
 
-def chosen_pool(features: np.ndarray, name: str, pool: str) -> np.ndarray:
-    """Pooled features (layers, clips, 2 * dim) -> (layers of the feature set, clips, width)."""
+def chosen_pool(features: np.ndarray, name: str, pool: str, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
+    """Pooled features (layers, clips, 2 * dim) -> (layers of the feature set, rows, width) of some of the clips."""
     kept = features[:, :, : features.shape[2] // 2] if pool == "mean" else features
     if (layer := layer_of(name)) is not None:
-        return kept[layer : layer + 1]
+        kept = kept[layer : layer + 1]  # before rows are copied
+    kept = kept[:, rows]
     if name == "all":
         return kept.transpose(1, 0, 2).reshape(1, kept.shape[1], -1)
     return kept
@@ -223,8 +224,7 @@ def _pooled_features(task: Task, representation: Representation, cache: Embeddin
     places = {clip.id: place for place, clip in enumerate(clips)}
 
     def make(name: str, chosen: Sequence[Clip]) -> Features:
-        rows = features[:, [places[clip.id] for clip in chosen]]
-        return PooledFeatures(chosen_pool(rows, name, settings.pool))
+        return PooledFeatures(chosen_pool(features, name, settings.pool, [places[clip.id] for clip in chosen]))
 
     return make
 

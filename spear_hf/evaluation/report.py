@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
+from yaml import YAMLError
 
 from ..mvq.atomic_files import write_atomically
 from .benchmark import FORMAT, FORMAT_VERSION, file_name
@@ -227,6 +228,14 @@ def model_index(report: Mapping[str, Any], name: str) -> list[EvalResult]:
     return results
 
 
+def read_card(path: Path) -> ModelCard:
+    """ValueError for one whose metadata cannot be read, and would be lost."""
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, YAMLError) as error:
+        raise ValueError(f"the metadata of {path}, between the lines ---, cannot be read: {error}") from error
+
+
 def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | None = None) -> None:
     """Puts the section and the model index of a report into a card (a README.md), in place of those of an earlier one.
 
@@ -238,7 +247,7 @@ def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | 
             raise ValueError(f"the report has {len(report['models'])} models; name one: {', '.join(report['models'])}")
         name = report["models"][0]
     section = evaluation_section(report, name)
-    document = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    document = read_card(path)
     text = document.text
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
