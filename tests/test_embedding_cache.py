@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import Dataset
 from safetensors.numpy import save_file
@@ -202,6 +203,10 @@ def test_teachers_without_a_fingerprint_are_known_by_what_they_do(monkeypatch):
 
 
 def test_errors_name_the_clip(tmp_path, clips):
+    soundfile.write(tmp_path / "loud.wav", np.full(14400, 1e30), 16000, subtype="FLOAT")
+    batch = [*clips, Clip("loud", tmp_path / "loud.wav")]  # in the middle of a batch of clips of one length
+    with pytest.raises(ValueError, match=r"^loud: cannot be embedded by log-mel: .*infinite"):
+        EmbeddingCache(tmp_path).pooled(LogMel(), batch)
     cache = EmbeddingCache(tmp_path, max_seconds=0.5)
     with pytest.raises(ValueError, match=r"train0 is 0\.9 s long, over max_seconds=0\.5"):
         cache.pooled(LogMel(), clips[:1])

@@ -70,11 +70,7 @@ class EmbeddingCache:
         with tqdm(total=len(missing), desc=title, unit="clip", disable=not missing or not self.progress) as bar:
             for batch in self._batches(list(missing.items()), representation.batchable):
                 waveforms = [_decoded(clip, representation.sampling_rate) for _, clip in batch]
-                try:
-                    states = representation(waveforms)
-                except (ValueError, RuntimeError) as error:
-                    names = ", ".join(clip.id for _, clip in batch[:5])
-                    raise ValueError(f"{names}: cannot be embedded by {representation.name}: {error}") from error
+                states = _states(representation, [clip for _, clip in batch], waveforms)
                 for (path, _), state in zip(batch, states):
                     _write(path, _kept(state, keep))
                 bar.update(len(batch))
@@ -135,6 +131,18 @@ class EmbeddingCache:
             batch.append((path, clip))
         if batch:
             yield batch
+
+
+def _states(
+    representation: Representation, clips: Sequence[Clip], waveforms: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Of a batch; where it fails, its clips are tried one by one, so that ValueError names the one that fails."""
+    try:
+        return representation(waveforms)
+    except (ValueError, RuntimeError) as error:
+        if len(clips) > 1:
+            return [_states(representation, [one], [wave])[0] for one, wave in zip(clips, waveforms)]
+        raise ValueError(f"{clips[0].id}: cannot be embedded by {representation.name}: {error}") from error
 
 
 def _kept(states: np.ndarray, keep: str) -> np.ndarray:
