@@ -105,6 +105,15 @@ def test_more_names_than_a_header_takes(tmp_path):
         check_room(tmp_path / "out.safetensors", ids)
     check_room(tmp_path / "out.safetensors", ids[:9_000])
     check_room(tmp_path / "out.npz", ids)
+    with pytest.raises(ValueError, match="no tensor can be called __metadata__"):
+        check_room(tmp_path / "out.safetensors", ["a", "__metadata__"])
+
+
+def test_a_list_that_says_too_little_gets_no_long_file_in(encoder, audio):
+    utterance = Utterance("a", audio / "long.flac", num_samples=1600)  # 0.1 s, of a file of more than 1.5 s
+    (file,) = embed_files([utterance], *encoder, max_seconds=0.2)
+    assert file.embedding is None
+    assert "s long, over max_seconds=0.2" in file.error
 
 
 def test_errors_beyond_a_header_are_beside_it_only(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def _embed(
         if not isinstance(encoder, SpearPreTrainedModel):
             batch_seconds = 0.0
         padded_seconds = _PADDED_SECONDS_CPU if encoder.device.type == "cpu" else math.inf
-        for batch in _decoded(_batches(timed, batch_seconds, padded_seconds), feature_extractor):
+        for batch in _decoded(_batches(timed, batch_seconds, padded_seconds), feature_extractor, max_seconds):
             for utterance, result in batch:
                 if isinstance(result, str):
                     yield EmbeddedFile(utterance.id, utterance.path, None, error=result)
@@ -215,12 +215,14 @@ def _seconds(utterance: Utterance, max_seconds: float) -> tuple[float, str | Non
         seconds = utterance_seconds(utterance)
     except AudioError as error:
         return 0.0, str(error)
-    if seconds > max_seconds:
-        return seconds, (
-            f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
-            "(the time needed grows with the square of the length, unless window_seconds is set)"
-        )
-    return seconds, None
+    return seconds, _too_long(utterance, seconds, max_seconds) if seconds > max_seconds else None
+
+
+def _too_long(utterance: Utterance, seconds: float, max_seconds: float) -> str:
+    return (
+        f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
+        "(the time needed grows with the square of the length, unless window_seconds is set)"
+    )
 
 
 def _batches(
@@ -243,7 +245,7 @@ def _batches(
 
 
 def _decoded(
-    batches: Iterator[list[Utterance]], feature_extractor: SequenceFeatureExtractor
+    batches: Iterator[list[Utterance]], feature_extractor: SequenceFeatureExtractor, max_seconds: float
 ) -> Iterator[list[tuple[Utterance, np.ndarray | str]]]:
     """Batches with their waveforms, or errors, decoded in threads a few batches ahead."""
 
@@ -252,6 +254,9 @@ def _decoded(
             waveform = load_utterance(utterance, feature_extractor.sampling_rate)
         except AudioError as error:
             return str(error)
+        seconds = len(waveform) / feature_extractor.sampling_rate
+        if seconds > max_seconds + 1:  # a list may say less, and headers of MP3 are rough
+            return _too_long(utterance, seconds, max_seconds)
         shortest = getattr(feature_extractor, "min_num_samples", 1)
         if len(waveform) < shortest and not getattr(feature_extractor, "pad_short", False):
             return (

@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 _MAX_ZIP_COMMENT = 65535
 # What readers of safetensors take, less what fills it up to a multiple of 8.
 _MAX_HEADER = 100_000_000 - 8
+_METADATA = "__metadata__"
 _HEADER_ENTRY = 110  # bytes, beside the id: of shapes and offsets of any size
 
 
@@ -80,7 +81,7 @@ class SafetensorsWriter(EmbeddingWriter):
 
     def _header(self, metadata: dict[str, Any]) -> bytes:
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-        return json.dumps({"__metadata__": texts, **self.header}).encode()
+        return json.dumps({_METADATA: texts, **self.header}).encode()
 
     def close(self) -> None:
         self.data.close()
@@ -177,7 +178,11 @@ def check_output(output: Path) -> None:
 
 
 def check_room(output: Path, ids: Sequence[str]) -> None:
-    """Raises ValueError for more utterances than the format takes, before they are computed."""
+    """Raises ValueError for utterances that the format does not take, before they are computed."""
+    if output.suffix == ".safetensors" and _METADATA in ids:
+        raise ValueError(
+            f"--output {output}: no tensor can be called {_METADATA}: rename it, or take .parquet or .npz"
+        )
     size = sum(len(json.dumps(id)) + _HEADER_ENTRY for id in ids)
     if output.suffix == ".safetensors" and size > _MAX_HEADER:
         raise ValueError(
