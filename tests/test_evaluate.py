@@ -203,6 +203,8 @@ def test_clips_that_are_trained_on_are_told(single, cache, tmp_path):
     assert {name: task["test_clips_in_training"] for name, task in report["tasks"].items()} == {"same": 18, "other": 0}
     assert markdown(report).count("test clips are trained on too") == 1
     assert "**18 test clips are trained on too.**" in markdown(report)
+    assert {name: task["test_groups_in_training"] for name, task in report["tasks"].items()} == {"same": 4, "other": 0}
+    assert markdown(report).count("**4 speakers or groups of the test clips are in training too.**") == 1
     assert {name: task["bootstrap_units"] for name, task in report["tasks"].items()} == {"same": 18, "other": 12}
 
 

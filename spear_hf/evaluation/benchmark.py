@@ -217,6 +217,7 @@ def _report(
             "folds": len(task.folds),
             "bootstrap_units": first["units"],
             "test_clips_in_training": _trained_on(task, store),
+            "test_groups_in_training": _groups_trained_on(task),
         }
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -250,6 +251,18 @@ def _trained_on(task: Task, store: EmbeddingCache) -> int:
         known = {store.checksum(clip) for clip in (*fold.train, *fold.valid)}
         count += sum(store.checksum(clip) in known for clip in fold.test)
     return count
+
+
+def _groups_trained_on(task: Task) -> int:
+    """Groups of test clips, in a verification speakers, that training or selection hear too."""
+    shared: set[str | None] = set()
+    for fold in task.folds:
+        known, tested = (
+            {clip.speaker if task.kind == "verification" else clip.group for clip in clips}
+            for clips in ((*fold.train, *fold.valid), fold.test)
+        )
+        shared |= known & tested
+    return len(shared - {None})
 
 
 def _chance(task: Task) -> float | None:

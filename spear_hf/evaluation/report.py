@@ -117,6 +117,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         revision = f" Revision {task['hub']['revision']} of {task['source']}." if task.get("hub") else ""
         shared = task.get("test_clips_in_training")
         warning = f" **{shared} test clips are trained on too.**" if shared else ""
+        if groups := task.get("test_groups_in_training"):
+            warning += f" **{groups} speakers or groups of the test clips are in training too.**"
         drawn = f"bootstrap of {task['bootstrap_units']} units"
         lines += [f"## {_cell(name)}", ""]
         lines += [f"{task['kind']}; {metric}, {better}; clips: {counts}; {drawn}.{chance}{revision}{warning}", ""]

@@ -28,7 +28,8 @@ Kinds and their main metrics:
     events           any number of labels a frame, by segments: F1 of events by their onset
     asr, pr          texts by CTC: of characters, word error rate; of phones separated by spaces, phone error rate
     verification     whether two clips have one speaker (the label, in a HEAR folder): equal error rate
-    query            which of a speaker's items says the same as one of another's, untrained: ABX accuracy
+    query            which of a speaker's items says the same as one of another's, untrained: ABX accuracy; either
+                     split is a speaker (of every language), with one clip of every label
 """
 
 import csv

@@ -1,10 +1,10 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Tasks that compare frozen features with each other: verification of speakers, and query by example.
 
-Verification: the cosine of two clips' features, centred and scaled by the training clips (of the mean over time, as
-`pool` says), and, with the head `mlp`, of x-vectors: what enters the last layer of an MLP on the statistics over time
-that was trained to name the training speakers, with the first settings of its grid. A fifth of these speakers are left
-out of that, and select the features.
+Verification: the cosine of two clips' features (of the mean over time, as `pool` says), centred and scaled by the
+training clips, or by the test clips of a task without any; and, with the head `mlp`, of x-vectors: what enters the
+last layer of an MLP on the statistics over time that was trained to name the training speakers, with the first
+settings of its grid. A fifth of these speakers are left out of that, and select the features.
 
 Query by example: retrieval.py. The training and the test split are two voices, each of which says every item once;
 items are compared within a language, and every language may have two voices of its own. The headline `selected` takes
