@@ -164,6 +164,15 @@ def test_kinds(corpus, model, cache, tmp_path, options, metric, best):
     json.dumps(report, allow_nan=False)
 
 
+def test_segments_in_other_units_are_told(corpus, cache, tmp_path):
+    rows = [json.loads(line) for line in (corpus / "segments.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"start": 1000 * row["start"] + 1000, "end": 1000 * row["end"] + 1000} for row in rows]
+    table = tmp_path / "milliseconds.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no training frame lies in any.*from 1000 to 1400 s.*in seconds"):
+        run("log-mel", f"{corpus}#kind=frames,segments={table}", tmp_path, cache, ())
+
+
 def test_texts_by_recurrent_heads(corpus, model, cache, tmp_path, monkeypatch):
     """Smaller than the grid's and for a few epochs; its weights of the layers are drawn as those of other heads."""
     point = replace(*grid("blstm", "small"), hidden_dim=16, max_epochs=6)

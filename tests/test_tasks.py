@@ -178,6 +178,10 @@ def test_what_cannot_be_scored_is_found_before_anything_is_embedded(corpus):
         rows = [row | change.get(row["split"], {}) for row in rows_of(corpus, table)]
         with pytest.raises(ValueError, match=message):
             load_task(f"{write_rows(corpus, rows)}#kind={kind}")
+    trained = [row for row in rows_of(corpus, "segments") if row["id"].startswith("train")]
+    table = write_rows(corpus, trained)  # of which test clips would be all background
+    with pytest.raises(ValueError, match="none of the 6 clips of test, such as test6, has a segment"):
+        load_task(f"{corpus}#kind=frames,segments={table}")
     rows = [row for row in rows_of(corpus, "tags") if row["split"] == "test" or row["id"] == "train0"]
     with pytest.raises(ValueError, match="1 clips to train on and 6 to test on; two are needed"):
         load_task(f"{write_rows(corpus, rows)}#kind=tagging")

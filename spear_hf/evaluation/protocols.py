@@ -298,6 +298,7 @@ def _by_gradient(task: Task, problem: Problem, name: str, head: str, make: Maker
             train, valid = divided(fold, seed)
             examples = [_examples(problem, make(name, clips), clips) if clips else None for clips in (train, valid)]
             assert examples[0] is not None
+            _check_times(task, examples[0])
             title = f"{task.name}, {problem.representation.name}, {name}, {head}"
             points = grid(head, settings.grid)
             trained = train_heads(examples[0], examples[1], problem, points, seed, device, title, settings.progress)
@@ -321,6 +322,16 @@ def _by_gradient(task: Task, problem: Problem, name: str, head: str, make: Maker
 def _examples(problem: Problem, features: Features, clips: Sequence[Clip]) -> Examples:
     targets = [problem.target(clip, length) for clip, length in zip(clips, features.lengths)]
     return Examples(features, clips, targets)
+
+
+def _check_times(task: Task, train: Examples) -> None:
+    """ValueError where clips have segments, and not one frame lies in any."""
+    segments = [segment for clip in train.clips for segment in clip.segments]
+    if segments and not any(target.any() for target in train.targets):
+        raise ValueError(
+            f"{task.name}: no training frame lies in any of the {len(segments)} segments, of which the first is from "
+            f"{segments[0].start:g} to {segments[0].end:g} s: are the times in seconds?"
+        )
 
 
 def _averaged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

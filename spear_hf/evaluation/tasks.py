@@ -462,6 +462,10 @@ def _check_scorable(task: Task, fold: Fold) -> None:
             )
         if clips and task.kind == "tagging" and not labels:
             raise ValueError(f"{task.name}: none of the {len(clips)} clips of {name} has a label; mAP needs one")
+        if clips and task.kind in ("frames", "events") and not labels:
+            raise ValueError(
+                f"{task.name}: none of the {len(clips)} clips of {name}, such as {clips[0].id}, has a segment"
+            )
         if clips and task.kind == "asr" and not any(normalize(clip.transcript or "") for clip in clips):
             raise ValueError(f"{task.name}: the transcripts of {name} hold no letter; the word error rate needs one")
     if task.kind == "verification":
