@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SequenceFeatureExtractor
+from transformers.utils import logging
 
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
@@ -36,6 +37,8 @@ from .embedding import embed_waveforms, load_encoder
 from .options import split_options
 from .segments import FILTER_BANK_CENTRE, FILTER_BANK_STEP
 
+
+logger = logging.get_logger(__name__)
 
 LOG_MEL, MFCC, RANDOM, TEACHER = "log-mel", "mfcc", "random", "teacher:"
 TEACHER_OPTIONS = ("layer", "window", "window_seconds")
@@ -154,6 +157,10 @@ class EncoderStates(Representation):
             ) from error
         self.num_layers, frames, self.dim = short.shape
         self.timed = long.shape[1] > frames
+        if not self.timed:
+            logger.warning(
+                f"{name} makes one length of all audio: what is longer may be cut off, see its documentation."
+            )
         if self.batchable:
             grid = FrameGrid()
             self.frame_seconds, self.first_centre = grid.seconds, float(grid.centres(1)[0])
