@@ -198,6 +198,8 @@ def test_verification(single, model, cache, tmp_path):
     assert heads["cosine"]["low"] < heads["cosine"]["value"] < heads["cosine"]["high"]
     assert "min_dcf 0." in markdown(report) or "min_dcf 1." in markdown(report)
     assert 0 <= heads["mlp"]["more"]["min_dcf"] <= 1
+    write_report(report, tmp_path)
+    assert (tmp_path / "tones-weights.png").is_file()  # of the x-vectors' heads
     own = report["representations"][report["models"][0]]["tasks"]["tones"]["results"]
     assert {(item["features"], item["head"]) for item in own} == {
         *((name, "cosine") for name in ("layer 0", "layer 1", "layer 2", "all")),

@@ -21,7 +21,7 @@ import torch
 from ..data.seeding import keyed_generator
 from .bootstrap import Score, estimate, mean_of, ratio
 from .embedding_cache import EmbeddingCache
-from .heads import Examples, PooledFeatures, grid, outputs_of, train_heads
+from .heads import Examples, PooledFeatures, Trained, grid, outputs_of, train_heads
 from .metrics import minimum_detection_cost, weighted_equal_error_rate
 from .problems import Classification
 from .protocols import FEATURES, Result, Settings, bootstrap_units, chosen_pool, feature_sets
@@ -58,11 +58,13 @@ def verification_results(
         results.append(_verified(task, name, "cosine", [vectors], parts, settings))
     if "mlp" in settings.heads and len({clip.speaker for clip in known}) > 1:
         for name in feature_sets(representation, wanted, "mlp"):
-            vectors_by_seed = [
-                _x_vectors(task, representation, name, pooled, parts, replace(settings, seed=seed))
-                for seed in range(settings.seed, settings.seed + settings.seeds)
-            ]
+            vectors_by_seed, heads = [], []
+            for seed in range(settings.seed, settings.seed + settings.seeds):
+                vectors, trained = _x_vectors(task, representation, name, pooled, parts, replace(settings, seed=seed))
+                vectors_by_seed.append(vectors)
+                heads.append({"seed": seed, "fold": 0, **trained.to_dict()})
             results.append(_verified(task, name, "mlp", vectors_by_seed, parts, settings))
+            results[-1].details["heads"] = heads
     return results
 
 
@@ -87,8 +89,8 @@ def _x_vectors(
     pooled: dict[str, np.ndarray],
     parts: dict[str, list[Clip]],
     settings: Settings,
-) -> dict[str, np.ndarray]:
-    """Vectors of the clips of each part, by the head whose settings are the first of the grid."""
+) -> tuple[dict[str, np.ndarray], Trained]:
+    """Vectors of the clips of each part, by the head whose settings are the first of the grid, and that head."""
     speakers = tuple(sorted({str(clip.speaker) for clip in parts["train"]}))
     naming = replace(task, kind="classification", labels=speakers)
     clips = {part: [replace(clip, labels=(str(clip.speaker),)) for clip in items] for part, items in parts.items()}
@@ -99,9 +101,10 @@ def _x_vectors(
     title = f"{task.name}, {representation.name}, {name}, x-vectors"
     points = grid("mlp", settings.grid)
     trained = train_heads(train, None, problem, points, settings.seed, device, title, settings.progress)
-    return {
+    vectors = {
         part: np.concatenate(outputs_of(trained.head, item, device, embed=True)) for part, item in features.items()
     }
+    return vectors, trained
 
 
 def _verified(
