@@ -3,6 +3,8 @@
 
 import json
 import math
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from typer.testing import CliRunner
 from spear_hf import SpearFeatureExtractor
 from spear_hf.cli import app
 from spear_hf.data.manifest import Utterance
-from spear_hf.evaluation import embedding
+from spear_hf.evaluation import embedding, embedding_files
 from spear_hf.evaluation.embedding import _batches, collect_utterances, embed_files, load_encoder
+from spear_hf.evaluation.embedding_files import check_room, embedding_writer
 from spear_hf.evaluation.windows import encode_in_windows
 
 
@@ -83,6 +86,61 @@ def test_command(tmp_path, audio, golden_folder, golden):
     assert metadata["frame_rate"] == "50.0"
     assert json.loads(metadata["errors"]) == errors
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name, f"{output.name}.errors.jsonl"]
+
+
+def test_names_that_no_format_takes_are_told_before_any_work(tmp_path, audio, golden_folder):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav"))
+    shutil.copyfile(audio / "second.wav", odd)
+    for name in ("out.safetensors", "out.npz", "out.parquet"):
+        result = embed(odd, audio / "second.wav", "--model", golden_folder, "--output", tmp_path / name)
+        assert result.exit_code == 1
+        assert "is not UTF-8" in result.stderr
+        assert "rename it" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [odd.name]
+
+
+def test_more_names_than_a_header_takes(tmp_path):
+    ids = ["x" * 10_000] * 10_000
+    with pytest.raises(ValueError, match=r"names of 10000 files need 101 MB.*take \.parquet or \.npz"):
+        check_room(tmp_path / "out.safetensors", ids)
+    check_room(tmp_path / "out.safetensors", ids[:9_000])
+    check_room(tmp_path / "out.npz", ids)
+    with pytest.raises(ValueError, match="no tensor can be called __metadata__"):
+        check_room(tmp_path / "out.safetensors", ["a", "__metadata__"])
+
+
+def test_a_list_that_says_too_little_gets_no_long_file_in(encoder, audio):
+    utterance = Utterance("a", audio / "long.flac", num_samples=1600)  # 0.1 s, of a file of more than 1.5 s
+    (file,) = embed_files([utterance], *encoder, max_seconds=0.2)
+    assert file.embedding is None
+    assert "s long, over max_seconds=0.2" in file.error
+
+
+def test_errors_beyond_a_header_are_beside_it_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_files, "_MAX_HEADER", 500)
+    for count, kept in ((1, True), (100, False)):
+        errors = [{"id": str(index)} for index in range(count)]
+        with embedding_writer(tmp_path / "out.safetensors") as writer:
+            writer.add("a", "a.wav", np.ones(3, np.float32), None)
+            writer.finish({"errors": errors})
+        with safe_open(tmp_path / "out.safetensors", "np") as file:
+            assert (json.loads(file.metadata()["errors"]) == errors) is kept
+            assert file.get_tensor("a").tolist() == [1, 1, 1]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    """And nothing else: other files' temporaries, or one that is being written now."""
+    output = tmp_path / "out.npz"
+    for name in (".out.npz.0123456789abcdef.tmp", ".other.npz.0123456789abcdef.tmp", ".mine.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    with embedding_writer(output) as living:
+        with embedding_writer(output) as writer:
+            writer.add("a", "a.wav", np.zeros(3, np.float32), None)
+            writer.finish({})
+        living.add("b", "b.wav", np.ones(3, np.float32), None)
+        living.finish({})
+    assert np.load(output)["b"].tolist() == [1, 1, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.npz", ".other.npz.0123456789abcdef.tmp", ".mine.tmp"}
 
 
 def test_formats_hold_the_same(tmp_path, audio, golden_folder):

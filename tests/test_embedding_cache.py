@@ -5,14 +5,25 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import Dataset
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+from safetensors.numpy import save_file
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
 
+from spear_hf.data.audio import load_audio
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
 from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
 from spear_hf.evaluation.tasks import Clip, StoredAudio, load_task
 
+from . import evaluation_corpus
 from .evaluation_corpus import write_corpus, write_model
 
 
@@ -71,6 +82,27 @@ def test_an_interrupted_run_goes_on(tmp_path, clips):
     mel.fails_after = 10**9
     EmbeddingCache(tmp_path).fill(mel, clips, "pooled")
     assert mel.clips == 7
+
+
+def test_files_that_a_crash_left_are_computed_anew(tmp_path, clips):
+    """Empty, cut off, of another shape, something else: a machine that goes down may leave all of these."""
+    mel, cache = Counting(), EmbeddingCache(tmp_path)
+    whole = cache.pooled(mel, clips)
+    cache.fill(mel, clips, "frames")
+    paths = [cache.path(mel, clip, "pooled") for clip in clips]
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(paths[1].read_bytes()[:-4])
+    save_file({"features": np.zeros((1, 6), np.float32)}, paths[2])
+    torch.save({"features": torch.zeros(1, 256)}, paths[3])
+    frames = cache.path(mel, clips[4], "frames")
+    content = frames.read_bytes()
+    frames.write_bytes(content[:100])
+    mel.clips = 0
+    assert np.array_equal(EmbeddingCache(tmp_path).pooled(mel, clips), whole)
+    assert mel.clips == 4
+    EmbeddingCache(tmp_path).fill(mel, clips, "frames")
+    assert mel.clips == 5
+    assert frames.read_bytes() == content
 
 
 def test_encoders(tmp_path, clips):
@@ -132,9 +164,49 @@ def test_other_encoders(tmp_path, clips):
     random = load_representation(f"random:{tmp_path / 'w2v2'}", device="cpu", seed=1)
     assert random.num_layers == 3
     assert random.weights != model.weights
+    # What the extractor does is of the features, too, and its rate is that of the waveforms.
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "w2v2")
+    plain = load_representation(str(tmp_path / "w2v2"), device="cpu")
+    assert plain.weights == model.weights
+    assert plain.fingerprint != model.fingerprint
+    Wav2Vec2FeatureExtractor(sampling_rate=24000).save_pretrained(tmp_path / "w2v2")
+    fast = load_representation(str(tmp_path / "w2v2"), device="cpu")
+    assert fast.frame_seconds == pytest.approx(320 / 24000)
+    assert fast.first_centre == pytest.approx(200 / 24000)
+    cache = EmbeddingCache(tmp_path / "cache")
+    cache.fill(fast, clips[:1], "frames")
+    (expected,) = fast([load_audio(clips[0].source, 24000)])
+    assert expected.shape[1] == round(0.9 * 24000 / 320) - 1
+    assert np.allclose(cache.frames(fast, clips[0]), expected, atol=1e-3)
+
+
+def test_encoders_whose_frames_have_no_times(tmp_path, clips):
+    """Audio spectrogram transformers make patches of 10 s, whatever they are given: for labels of whole clips only."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ASTModel(ASTConfig(**sizes)).save_pretrained(tmp_path)
+    ASTFeatureExtractor().save_pretrained(tmp_path)
+    model = load_representation(str(tmp_path), device="cpu")
+    assert model([np.zeros(16000, np.float32)])[0].shape == (2, 1214, 16)
+    with pytest.raises(ValueError, match=r"as many frames of one second as of two.*used for words"):
+        model.check_timed("words")
+
+
+def test_teachers_without_a_fingerprint_are_known_by_what_they_do(monkeypatch):
+    spec = "teacher:tests.evaluation_corpus:energies"
+    first = load_representation(spec, device="cpu").fingerprint
+    assert load_representation(spec, device="cpu").fingerprint == first
+    call = evaluation_corpus.Energies.__call__
+    monkeypatch.setattr(
+        evaluation_corpus.Energies, "__call__", lambda self, waves: [2 * wave for wave in call(self, waves)]
+    )
+    assert load_representation(spec, device="cpu").fingerprint != first
 
 
 def test_errors_name_the_clip(tmp_path, clips):
+    soundfile.write(tmp_path / "loud.wav", np.full(14400, 1e30), 16000, subtype="FLOAT")
+    batch = [*clips, Clip("loud", tmp_path / "loud.wav")]  # in the middle of a batch of clips of one length
+    with pytest.raises(ValueError, match=r"^loud: cannot be embedded by log-mel: .*infinite"):
+        EmbeddingCache(tmp_path).pooled(LogMel(), batch)
     cache = EmbeddingCache(tmp_path, max_seconds=0.5)
     with pytest.raises(ValueError, match=r"train0 is 0\.9 s long, over max_seconds=0\.5"):
         cache.pooled(LogMel(), clips[:1])

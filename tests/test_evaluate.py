@@ -116,6 +116,13 @@ def test_command(single, model, tmp_path):
 
     nowhere = [*arguments[:-1], str(tmp_path / "none.md")]
     assert CliRunner().invoke(app, nowhere).exit_code == 1
+    # Metadata that cannot be read would be lost, such as a result without a value; told before any work.
+    for metadata in ("a: [1", "model-index:\n- name: a\n  results:\n  - metrics: [{type: wer}]"):
+        card.write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
+        refused = CliRunner().invoke(app, [*arguments[:6], str(tmp_path / "new"), *arguments[7:]])
+        assert refused.exit_code == 1
+        assert f"the metadata of {card}, between the lines ---, cannot be read" in refused.output
+        assert not (tmp_path / "new").exists()
     bad = CliRunner().invoke(app, [*arguments[:4], "nowhere#kind=x", *arguments[5:]])
     assert bad.exit_code == 1
 
@@ -130,8 +137,9 @@ def test_results_are_redone_where_something_changed(single, model, cache, tmp_pa
     assert path.stat().st_mtime_ns == before
     run(model, task, tmp_path, cache, **settings, seed=1)
     assert path.stat().st_mtime_ns != before
-    path.write_text("{}", encoding="utf-8")
-    assert run(model, task, tmp_path, cache, **settings) == first
+    for damaged, content in ((path, b"{}"), (path, b'{"key":'), (path, b"[1]"), (path.with_suffix(".npz"), b"PK")):
+        damaged.write_bytes(content)
+        assert run(model, task, tmp_path, cache, **settings) == first
 
 
 @pytest.mark.parametrize(
@@ -154,6 +162,15 @@ def test_kinds(corpus, model, cache, tmp_path, options, metric, best):
     assert 0 <= own["low"] <= own["high"]
     assert markdown(report)
     json.dumps(report, allow_nan=False)
+
+
+def test_segments_in_other_units_are_told(corpus, cache, tmp_path):
+    rows = [json.loads(line) for line in (corpus / "segments.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"start": 1000 * row["start"] + 1000, "end": 1000 * row["end"] + 1000} for row in rows]
+    table = tmp_path / "milliseconds.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no training frame lies in any.*from 1000 to 1400 s.*in seconds"):
+        run("log-mel", f"{corpus}#kind=frames,segments={table}", tmp_path, cache, ())
 
 
 def test_texts_by_recurrent_heads(corpus, model, cache, tmp_path, monkeypatch):
@@ -181,6 +198,8 @@ def test_verification(single, model, cache, tmp_path):
     assert heads["cosine"]["low"] < heads["cosine"]["value"] < heads["cosine"]["high"]
     assert "min_dcf 0." in markdown(report) or "min_dcf 1." in markdown(report)
     assert 0 <= heads["mlp"]["more"]["min_dcf"] <= 1
+    write_report(report, tmp_path)
+    assert (tmp_path / "tones-weights.png").is_file()  # of the x-vectors' heads
     own = report["representations"][report["models"][0]]["tasks"]["tones"]["results"]
     assert {(item["features"], item["head"]) for item in own} == {
         *((name, "cosine") for name in ("layer 0", "layer 1", "layer 2", "all")),
@@ -195,6 +214,8 @@ def test_clips_that_are_trained_on_are_told(single, cache, tmp_path):
     assert {name: task["test_clips_in_training"] for name, task in report["tasks"].items()} == {"same": 18, "other": 0}
     assert markdown(report).count("test clips are trained on too") == 1
     assert "**18 test clips are trained on too.**" in markdown(report)
+    assert {name: task["test_groups_in_training"] for name, task in report["tasks"].items()} == {"same": 4, "other": 0}
+    assert markdown(report).count("**4 speakers or groups of the test clips are in training too.**") == 1
     assert {name: task["bootstrap_units"] for name, task in report["tasks"].items()} == {"same": 18, "other": 12}
 
 
@@ -214,14 +235,55 @@ def test_trials():
     assert pairs.score(weights) == pytest.approx(expected)
 
 
+def test_trials_are_drawn_where_there_are_too_many():
+    """400 clips of 100 speakers are 79,800 pairs, of which 600 are of one speaker: all of these, and others."""
+    rng = np.random.default_rng(0)
+    clips = [Clip(str(index), b"", speaker=f"s{index % 100}") for index in range(400)]
+    drawn = trials(rng.standard_normal((400, 4)), clips, seed=0)
+    assert len(set(zip(drawn.first.tolist(), drawn.second.tolist()))) == len(drawn.same) == 50_000
+    assert drawn.same.sum() == 600
+    assert ((drawn.first % 100 == drawn.second % 100) == drawn.same).all()
+    assert (drawn.first != drawn.second).all()
+    assert set(drawn.first.tolist()) | set(drawn.second.tolist()) == set(range(400))
+    # Two speakers: half of each kind; 100,000 clips take no memory for all of their pairs.
+    half = trials(rng.standard_normal((400, 4)), [Clip("", b"", speaker=f"{n % 2}") for n in range(400)], seed=0)
+    assert half.same.sum() == 25_000
+    many = [Clip("", b"", speaker=f"{n // 20}") for n in range(100_000)]
+    assert trials(rng.standard_normal((100_000, 2)), many, seed=0).same.sum() == 25_000
+
+
 def test_query_by_example(single, model, cache, tmp_path):
     """Three tones by two voices: the training split's item against the test split's."""
-    report = run(model, f"{single}#kind=query", tmp_path, cache)
+    rows = [json.loads(line) for line in (single / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    chosen = {(row["split"], row["label"]): json.dumps(row) for row in rows}
+    (single / "items.jsonl").write_text("\n".join(chosen.values()), encoding="utf-8")
+    report = run(model, f"{single}/items.jsonl#kind=query", tmp_path, cache)
     assert headline(report, "log-mel")["value"] >= 0.8
     name = report["models"][0]
-    features = [item["features"] for item in report["representations"][name]["tasks"]["tones"]["results"]]
+    features = [item["features"] for item in report["representations"][name]["tasks"]["items.jsonl"]["results"]]
     assert features == ["selected", "layer 0", "layer 1", "layer 2"]
     assert len(headline(report, name)["layers"]) == 2
+
+
+def test_names_and_labels_of_any_kind(single, model, cache, tmp_path):
+    """What Markdown, matplotlib's formulas or file systems would take for something else."""
+    rows = [json.loads(line) for line in (single / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    labels = {"a": "$x_$", "b": "b|\n", "c": "\\frac$"}
+    rows = [row | {"label": labels[row["label"]]} for row in rows]
+    (single / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    names = ["..", "n" * 300, "$a_$|b", "$a_$-b"]
+    tasks = [f"{single}/odd.jsonl#group_regex=.*,name={name}" for name in names]
+    settings = Settings(**QUICK, features=("layers",), heads=("linear",))
+    output = tmp_path / "out"
+    report = evaluate([str(model)], tasks, output, ("log-mel",), cache, settings, device="cpu")
+    write_report(report, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(list(output.glob("*-layers.png"))) == len(list(output.glob("*-confusion.png"))) == 4
+    assert all(path.name[0] != "." for path in output.iterdir())
+    text = (output / "report.md").read_text(encoding="utf-8")
+    assert "## $a_$\\|b\n" in text
+    card = evaluation_section(report, report["models"][0])
+    assert {line.replace("\\|", "").count("|") for line in card.splitlines() if line.startswith("|")} == {6}
 
 
 def test_hear_folds(cache, tmp_path):

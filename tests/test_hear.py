@@ -135,6 +135,7 @@ def test_mirrored():
 def test_options():
     assert split_options("a/b#x=1,y=2", ("x", "y")) == ("a/b", {"x": "1", "y": "2"})
     assert split_options("a/b", ("x",)) == ("a/b", {})
+    assert split_options(r"a#x=\d{1,2}-(.),y=b,c", ("x", "y"))[1] == {"x": r"\d{1,2}-(.)", "y": "b,c"}
     for text, message in (("a#z=1", "unknown option 'z'"), ("a#x", "KEY=VALUE"), ("a#x=1,x=2", "twice")):
         with pytest.raises(ValueError, match=message):
             split_options(text, ("x", "y"))

@@ -22,6 +22,8 @@ from spear_hf.evaluation.metrics import (
     WordErrorRate,
     equal_error_rate,
     mean_average_precision,
+    weighted_average_precision,
+    weighted_equal_error_rate,
 )
 
 
@@ -180,11 +182,22 @@ def test_minimum_detection_cost():
         metric.compute(**apart, prior=2)
 
 
-def test_weights_count_rows_several_times():
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_weights_count_rows_several_times(decimals):
+    """As scikit-learn has it of rows repeated so often, of scores with ties and without."""
     rng = np.random.default_rng(3)
-    counts = rng.integers(0, 4, size=60)
-    truth, scores = (rng.random((60, 2)) < 0.4).astype(int), rng.random((60, 2))
-    repeated = mean_average_precision(np.repeat(scores, counts, axis=0), np.repeat(truth, counts, axis=0))
-    assert mean_average_precision(scores, truth, counts) == pytest.approx(repeated)
-    rate, _ = equal_error_rate(scores[:, 0], truth[:, 0], counts)
-    assert rate == pytest.approx(equal_error_rate(np.repeat(scores[:, 0], counts), np.repeat(truth[:, 0], counts))[0])
+    for _ in range(20):
+        counts = rng.integers(0, 4, size=60)
+        truth, scores = (rng.random((60, 5)) < 0.1).astype(int), rng.random((60, 5)).round(decimals)
+        truth[:, 0], truth[:20, 1] = 0, 1  # a class without positives, a common one
+        repeated = np.repeat(truth, counts, axis=0), np.repeat(scores, counts, axis=0)
+        expected, _ = mean_average_precision(*repeated[::-1])
+        assert weighted_average_precision(scores, truth)(counts) == pytest.approx(expected, abs=1e-12)
+        rate, _ = equal_error_rate(repeated[1][:, 1], repeated[0][:, 1])
+        assert weighted_equal_error_rate(scores[:, 1], truth[:, 1])(counts) == pytest.approx(rate, abs=1e-12)
+    for score in (weighted_average_precision(scores, truth), weighted_equal_error_rate(scores[:, 1], truth[:, 1])):
+        with pytest.raises(ValueError, match=r"no class|0 of"):
+            score((truth.sum(axis=1) == 0).astype(int))
+    for function in (weighted_average_precision, weighted_equal_error_rate):
+        with pytest.raises(ValueError, match="NaN"):
+            function(np.full((4, 1), np.nan), np.ones((4, 1), dtype=int))

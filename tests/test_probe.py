@@ -134,6 +134,19 @@ def test_a_single_example_of_a_class_leaves_no_cross_validation():
     assert result.accuracy == 1.0
 
 
+def test_groups_that_cannot_be_divided_leave_no_cross_validation():
+    """Groups say both labels so unevenly that a fold would train on one label alone."""
+    rng = np.random.default_rng(0)
+    undivided = 0
+    for _ in range(60):
+        groups, labels = rng.integers(0, 3, size=8), rng.integers(0, 2, size=8)
+        if len(set(labels.tolist())) == 2:
+            x = rng.standard_normal((8, 3))
+            result = linear_probe(x, labels.tolist(), x, labels.tolist(), groups.tolist())
+            undivided += result.validation_accuracy is None
+    assert 0 < undivided < 50
+
+
 def test_constant_channels_do_no_harm():
     train_x, train_y = blobs(40, dim=6, spread=0.3)
     test_x, test_y = blobs(40, dim=6, spread=0.3, seed=1)

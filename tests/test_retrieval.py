@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from spear_hf.evaluation import retrieval
 from spear_hf.evaluation.probe import paired_difference
 from spear_hf.evaluation.retrieval import dtw_distances, match_recordings
 
@@ -22,13 +23,15 @@ def directions(rng, frames, dim=6):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_distances_are_those_of_the_plain_recursion():
+def test_distances_are_those_of_the_plain_recursion(monkeypatch):
     rng = np.random.default_rng(0)
     for frames in (1, 2, 9):
         query = directions(rng, frames)
         references = [directions(rng, length) for length in (1, 12, 3, 7)]
         expected = [slow_dtw(query, reference) for reference in references]
-        np.testing.assert_allclose(dtw_distances(query, references), expected, rtol=1e-12)
+        for numbers in (10**6, 200, 1):  # in a table: all references at once, some, one after the other
+            monkeypatch.setattr(retrieval, "_TABLE_NUMBERS", numbers)
+            np.testing.assert_allclose(dtw_distances(query, references), expected, rtol=1e-12)
     stretched = np.repeat(query, 3, axis=0)
     assert dtw_distances(query, [stretched])[0] == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="without frames"):

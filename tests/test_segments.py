@@ -56,6 +56,23 @@ def test_an_utterance_without_segments_is_named(clips):
         log_mel_segments(SpearFeatureExtractor(), clips, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"id": "a", "start": 0, "end": 1, "label": "x"}\n{nope', "a.jsonl, line 2 is not JSON"),
+        ("b.jsonl", b"[1, 2]", "b.jsonl, line 1 is a list"),
+        ("c.jsonl", b'{"id": "a", "start": 0, "end": 1, "label": ["x", "y"]}', "line 1: label=.*a segment has one"),
+        ("d.csv", b"id,start,end,label\na,0,1,x\xff\n", "d.csv, line 2 is not UTF-8"),
+        ("e.csv", b"id,start,end,label\na,0,1,x,y\n", "e.csv, line 2: there are more values than the 4 columns"),
+        ("f.tsv", b"id\tstart\tend\tlabel\tid\na\t0\t1\tx\tb\n", "a column is named twice"),
+    ],
+)
+def test_damaged_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_segments(str(tmp_path / name))
+
+
 def test_the_bundled_phones_belong_to_their_recordings():
     segments = read_segments(str(DATA / "phones.tsv"))
     clips = {clip.id: clip for clip in read_manifest(DATA) if clip.probe == "phones"}

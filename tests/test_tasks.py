@@ -6,7 +6,7 @@ import json
 import pytest
 
 from spear_hf.data.segments import Segment
-from spear_hf.evaluation.tasks import Clip, held_out, load_task
+from spear_hf.evaluation.tasks import Clip, held_out, load_task, query_items
 
 from .evaluation_corpus import write_corpus, write_hear_task
 
@@ -65,6 +65,8 @@ def test_errors_of_manifests(corpus, tmp_path):
         (f"{corpus}/tags.jsonl", "labels, and classification needs one"),
         (f"{corpus}/tags.jsonl#kind=asr", "has no transcript"),
         (f"{corpus}#label=speaker", "no training clip has: cid, dan"),
+        (f"{corpus}#group_regex=(", r"group_regex=\( is no regular expression"),
+        (f"{corpus}#kind=query", "train0 and train3 of one split are both 'a'"),
     ):
         with pytest.raises(ValueError, match=message):
             load_task(spec)
@@ -99,6 +101,90 @@ def test_errors_of_hear_folders(tmp_path):
         load_task(f"{folder}#label=x")
     with pytest.raises(ValueError, match="neither train"):
         load_task(str(write_hear_task(tmp_path / "b", splits=("one", "two"))))
+    folds = write_hear_task(tmp_path / "c", splits=("fold00", "fold01", "fold02"))
+    for kind in ("query", "verification"):
+        with pytest.raises(ValueError, match=f"kind={kind} has one fold, not 3"):
+            load_task(f"{folds}#kind={kind}")
+    with pytest.raises(ValueError, match=r"group_regex=zzz finds nothing in the id '0\.wav'"):
+        load_task(f"{folds}#group_regex=zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("test.json", '{"0.wav": ["z"]}', "labels of test that are not in the vocabulary: z"),
+        ("train.json", '{"0.wav": "a"}', "train.json, 0.wav: 'a' must be a list"),
+        ("valid.json", "[1]", "valid.json is a list: a JSON object"),
+        ("task_metadata.json", "{nope", "task_metadata.json is not JSON"),
+        ("labelvocabulary.csv", "index,name\n0,a\n", "labelvocabulary.csv: rows of idx.*KeyError"),
+        ("labelvocabulary.csv", "idx,label\nx,a\n", "labelvocabulary.csv: rows of idx.*invalid literal"),
+    ],
+)
+def test_damaged_hear_folders(tmp_path, name, content, message):
+    folder = write_hear_task(tmp_path / "scene")
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_task(str(folder))
+
+
+def test_events_of_hear_folders(tmp_path):
+    folder = write_hear_task(tmp_path / "event", events=True)
+    (folder / "test.json").write_text('{"0.wav": [{"start": 10, "end": 10, "label": "a"}]}', encoding="utf-8")
+    assert load_task(str(folder)).folds[0].test[0].segments == (Segment(0.01, 0.01, "a"),)
+    for event, message in (
+        ({"begin": 1, "label": "a"}, "must have start and end"),
+        ({"start": "soon", "end": 3, "label": "a"}, "must have start and end"),
+        ({"start": 5, "end": 3, "label": "a"}, "must begin before it ends"),
+        ({"start": 1, "end": 3, "label": "zz"}, "not in the vocabulary: zz"),
+    ):
+        (folder / "test.json").write_text(json.dumps({"0.wav": [event]}), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_task(str(folder))
+
+
+def rows_of(corpus, table="manifest"):
+    return [json.loads(line) for line in (corpus / f"{table}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(corpus, rows):
+    path = corpus / "changed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_items_of_a_query_are_told_apart_by_their_language(corpus):
+    """The same word in two languages is two items, and what one voice alone says is left out."""
+    rows = [{**row, "language": "xy"[index % 6 > 2]} for index, row in enumerate(rows_of(corpus))]
+    task = load_task(f"{write_rows(corpus, rows[:-1])}#kind=query")
+    first, second = query_items(task)
+    assert list(first) == list(second) == [*(("x", label) for label in "abc"), *(("y", label) for label in "ab")]
+    assert [clip.id for clip in first.values()] == ["train0", "train1", "train2", "train3", "train4"]
+    assert [clip.id for clip in second.values()] == ["test6", "test7", "test8", "test9", "test10"]
+    alone = write_rows(corpus, [row for row in rows if row["language"] == "x" or row["label"] == "a"])
+    assert {language for language, _ in query_items(load_task(f"{alone}#kind=query"))[0]} == {"x"}
+    for row in rows:
+        row["language"] += row["split"]
+    with pytest.raises(ValueError, match=r"no language has two items.*\('xtest', 'a'\)"):
+        load_task(f"{write_rows(corpus, rows)}#kind=query")
+
+
+def test_what_cannot_be_scored_is_found_before_anything_is_embedded(corpus):
+    for table, change, kind, message in (
+        ("tags", {"test": {"label": []}}, "tagging", "none of the 6 clips of test has a label"),
+        ("tags", {"train": {"label": []}}, "tagging", "none of the 6 clips of train has a label"),
+        ("manifest", {"test": {"transcript": "?!"}}, "asr", "transcripts of test hold no letter"),
+        ("manifest", {"test": {"speaker": "ann"}}, "verification", "6 test clips of 1 speakers; two speakers"),
+    ):
+        rows = [row | change.get(row["split"], {}) for row in rows_of(corpus, table)]
+        with pytest.raises(ValueError, match=message):
+            load_task(f"{write_rows(corpus, rows)}#kind={kind}")
+    trained = [row for row in rows_of(corpus, "segments") if row["id"].startswith("train")]
+    table = write_rows(corpus, trained)  # of which test clips would be all background
+    with pytest.raises(ValueError, match="none of the 6 clips of test, such as test6, has a segment"):
+        load_task(f"{corpus}#kind=frames,segments={table}")
+    rows = [row for row in rows_of(corpus, "tags") if row["split"] == "test" or row["id"] == "train0"]
+    with pytest.raises(ValueError, match="1 clips to train on and 6 to test on; two are needed"):
+        load_task(f"{write_rows(corpus, rows)}#kind=tagging")
 
 
 def test_held_out_keeps_groups_together():
@@ -116,3 +202,7 @@ def test_held_out_keeps_groups_together():
     assert any(held_out(clips, seed=seed)[1] != valid for seed in (1, 2, 3))
     single = [Clip(id=str(index), source=b"", labels=(str(index),)) for index in range(5)]
     assert held_out(single, seed=0) == (single, [])
+    # Held out without any label, clips would have no mAP; two of which one is held out leave too little.
+    rare = [Clip(id=str(index), source=b"", labels=("a",) if index == 3 else ()) for index in range(20)]
+    assert held_out(rare, seed=0) == (rare, [])
+    assert held_out(clips[:11:10], seed=0) == (clips[:11:10], [])

@@ -144,7 +144,7 @@ def _unique(source: Path) -> Iterator[Utterance]:
     """The utterances of a manifest; ValueError where an id comes again."""
     lines: dict[str, int] = {}
     folder = source.parent
-    for line, row in _rows(source):
+    for line, row in rows_of_table(source):
         utterance = _utterance(row, folder, f"{source}, line {line}")
         if utterance.id in lines:
             raise ValueError(
@@ -179,8 +179,8 @@ def _of_splits(utterances: list[Utterance], split: str | Sequence[str], source: 
     return [utterance for utterance in utterances if utterance.split in wanted]
 
 
-def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and rows as written."""
+def rows_of_table(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and rows as written, of JSON lines, CSV or TSV. ValueError names the line at fault."""
     suffix = source.suffix.lower()
     if suffix not in MANIFEST_SUFFIXES:
         raise ValueError(f"{source} is not a manifest: its suffix must be .jsonl, .csv or .tsv")

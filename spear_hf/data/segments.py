@@ -11,8 +11,6 @@ A table has a row for each segment, with the columns
 as JSON lines, CSV or TSV. Time that no segment covers is background.
 """
 
-import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from .manifest import MANIFEST_SUFFIXES, rows_of_table
+
 
 COLUMNS = ("id", "start", "end", "label")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,10 @@ class Segment:
 def read_segments(path: str) -> dict[str, list[Segment]]:
     """Utterance id -> its segments, in order. ValueError names the table and the line of what is wrong."""
     source = Path(path)
-    suffix = source.suffix.lower()
-    if suffix not in (".jsonl", *_DELIMITERS) or not source.is_file():
+    if source.suffix.lower() not in MANIFEST_SUFFIXES or not source.is_file():
         raise ValueError(f"segments={path} must be an existing table: .jsonl, .csv or .tsv")
     segments: dict[str, list[Segment]] = defaultdict(list)
-    with open(source, encoding="utf-8-sig", newline="") as file:
-        if suffix == ".jsonl":
-            rows = [(line, json.loads(text)) for line, text in enumerate(file, start=1) if text.strip()]
-        else:
-            reader = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
-            rows = [(reader.line_num, row) for row in reader]
-    for line, row in rows:
+    for line, row in rows_of_table(source):
         if missing := [name for name in COLUMNS if row.get(name) in (None, "")]:
             raise ValueError(f"{path}, line {line}: no {', '.join(missing)}; the columns are {', '.join(COLUMNS)}")
         segments[str(row["id"])].append(parse_segment(row, f"{path}, line {line}"))
@@ -64,6 +56,8 @@ def parse_segment(row: dict[str, Any], place: str) -> Segment:
         raise ValueError(f"{place}: start={row['start']!r} and end={row['end']!r} must be seconds") from None
     if not (0 <= start < end and math.isfinite(end)):
         raise ValueError(f"{place}: start={start} and end={end} must be 0 <= start < end")
+    if not isinstance(row["label"], (str, int, float)):
+        raise ValueError(f"{place}: label={row['label']!r} must be text or a number; a segment has one")
     return Segment(start, end, str(row["label"]))
 
 

@@ -14,12 +14,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 
 from .. import __version__
@@ -96,7 +99,7 @@ def evaluate(
                 samples[name, task.name] = drawn
                 bar.update()
             del representation  # before the next one is loaded
-    report = _report(loaded, entries, samples, list(specs), models, settings, store)
+    report = _finite(_report(loaded, entries, samples, list(specs), models, settings, store))
     write_json(folder / "report.json", report)
     return report
 
@@ -135,7 +138,7 @@ def _described(representation: Representation, spec: str) -> dict[str, Any]:
         "weights": representation.weights,
         "layers": representation.num_layers,
         "dim": representation.dim,
-        "frame_rate": 1 / representation.frame_seconds,
+        "frame_rate": 1 / representation.frame_seconds if representation.timed else None,
         "tasks": {},
     }
 
@@ -144,20 +147,26 @@ def _one(
     task: Task, representation: Representation, store: EmbeddingCache, settings: Settings, folder: Path
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The record of a task and a representation, from disk if it is there, and the samples of its headline."""
-    path = folder / "results" / _file_name(task.name) / f"{_file_name(representation.name)}.json"
+    path = folder / "results" / file_name(task.name) / f"{file_name(representation.name)}.json"
     key = _key(task, representation, store, settings)
-    if path.is_file() and path.with_suffix(".npz").is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("key") == key:
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
-                if str(file["key"]) == key:
-                    return record, file["samples"]
+    if (stored := _stored(path, key)) is not None:
+        return stored
     results = run_task(task, representation, store, settings)
     record = {"key": key, "headline": results[0].to_dict(), "results": [result.to_dict() for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_samples(path.with_suffix(".npz"), key, results[0])
     write_json(path, record)  # last: what is read is complete
     return record, results[0].estimate.samples
+
+
+def _stored(path: Path, key: str) -> tuple[dict[str, Any], np.ndarray] | None:
+    """The record and the samples of an earlier run; None where there is none of this key, or it cannot be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError, BadZipFile, EOFError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+            if record["key"] == str(file["key"]) == key:
+                return record, file["samples"]
+    return None
 
 
 def _key(task: Task, representation: Representation, store: EmbeddingCache, settings: Settings) -> str:
@@ -208,11 +217,17 @@ def _report(
             "folds": len(task.folds),
             "bootstrap_units": first["units"],
             "test_clips_in_training": _trained_on(task, store),
+            "test_groups_in_training": _groups_trained_on(task),
         }
     report: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": {"spear_hf": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        "versions": {
+            "spear_hf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        },
         "settings": {name: value for name, value in asdict(settings).items() if name not in ("progress", "device")},
         "models": list(names)[: len(dict.fromkeys(models))],
         "tasks": described,
@@ -238,6 +253,18 @@ def _trained_on(task: Task, store: EmbeddingCache) -> int:
     return count
 
 
+def _groups_trained_on(task: Task) -> int:
+    """Groups of test clips, in a verification speakers, that training or selection hear too."""
+    shared: set[str | None] = set()
+    for fold in task.folds:
+        known, tested = (
+            {clip.speaker if task.kind == "verification" else clip.group for clip in clips}
+            for clips in ((*fold.train, *fold.valid), fold.test)
+        )
+        shared |= known & tested
+    return len(shared - {None})
+
+
 def _chance(task: Task) -> float | None:
     """What the main metric is without listening: always the most frequent test label, or guessing; None: unknown."""
     if task.kind == "classification":
@@ -253,9 +280,9 @@ def _estimate(
     return Estimate(headline["value"], headline["low"], headline["high"], samples[name, task], headline["units"])
 
 
-def _file_name(name: str) -> str:
-    """Readable, and unlike for unlike names."""
-    safe = re.sub(r"[^\w.+-]+", "-", name)[:80]
+def file_name(name: str) -> str:
+    """Readable, of a length that file systems take, and unlike for unlike names."""
+    safe = re.sub(r"^\.+|[^\w.+-]+", "-", name)[:80]
     return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

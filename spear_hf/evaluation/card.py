@@ -16,6 +16,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..mvq.atomic_files import write_atomically
+
 
 REPORT_NAME = "evaluation.json"
 """A report of `spear-hf evaluate` in a model's folder, which the card that `spear-hf publish` writes then states."""
@@ -114,7 +116,5 @@ def write_card(report: str | os.PathLike, template: str | os.PathLike, folder: s
         json.loads(Path(report).read_text(encoding="utf-8")), Path(template).read_text(encoding="utf-8")
     ).content
     path = Path(folder) / "README.md"
-    partial = path.with_name(".README.md.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, content.encode())
     return path

@@ -24,7 +24,7 @@ def run_evaluation(
     """Exit code 0, or 1 on an error, which is printed."""
     from .benchmark import DEFAULT_BASELINES, evaluate
     from .protocols import Settings
-    from .report import add_to_card, markdown, write_report
+    from .report import add_to_card, markdown, read_card, write_report
 
     try:
         if card is not None and (len(models) != 1 or not card.is_file()):
@@ -32,6 +32,8 @@ def run_evaluation(
                 f"--card {card} must be the README.md of the only --model; a model without one gets it from `spear-hf "
                 "publish`, with the results, if OUTPUT/report.json is copied to evaluation.json in its folder"
             )
+        if card is not None:
+            read_card(card)  # before hours of work
         report = evaluate(
             models,
             tasks,

@@ -19,12 +19,13 @@ from transformers import AutoFeatureExtractor, AutoModel, BatchFeature, PreTrain
 
 from ..data.audio import AudioError
 from ..data.decoding import load_utterance, utterance_seconds
-from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, read_manifest
+from ..data.manifest import MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, check_unicode, read_manifest
 from ..devices import pick_device
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
-from .embedding_files import FORMAT_VERSION, check_output, embedding_writer
+from ..mvq.atomic_files import write_atomically
+from .embedding_files import FORMAT_VERSION, check_output, check_room, embedding_writer
 from .windows import encode_in_windows
 
 
@@ -163,6 +164,8 @@ def collect_utterances(paths: Sequence[str | os.PathLike | Utterance]) -> list[U
             utterances = [Utterance(id=Path(argument).name, path=Path(argument))]
         for utterance in utterances:
             found.setdefault((os.path.realpath(utterance.path), utterance.id if listed else None), utterance)
+    for utterance in found.values():
+        check_unicode(os.fspath(utterance.path), f"the name of {os.fspath(utterance.path)!r}", "rename it")
     for whole_path in (lambda path, real: path.as_posix(), lambda path, real: real):
         counts = Counter(utterance.id for utterance in found.values())
         for key, utterance in found.items():
@@ -195,7 +198,7 @@ def _embed(
         if not isinstance(encoder, SpearPreTrainedModel):
             batch_seconds = 0.0
         padded_seconds = _PADDED_SECONDS_CPU if encoder.device.type == "cpu" else math.inf
-        for batch in _decoded(_batches(timed, batch_seconds, padded_seconds), feature_extractor):
+        for batch in _decoded(_batches(timed, batch_seconds, padded_seconds), feature_extractor, max_seconds):
             for utterance, result in batch:
                 if isinstance(result, str):
                     yield EmbeddedFile(utterance.id, utterance.path, None, error=result)
@@ -212,12 +215,14 @@ def _seconds(utterance: Utterance, max_seconds: float) -> tuple[float, str | Non
         seconds = utterance_seconds(utterance)
     except AudioError as error:
         return 0.0, str(error)
-    if seconds > max_seconds:
-        return seconds, (
-            f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
-            "(the time needed grows with the square of the length, unless window_seconds is set)"
-        )
-    return seconds, None
+    return seconds, _too_long(utterance, seconds, max_seconds) if seconds > max_seconds else None
+
+
+def _too_long(utterance: Utterance, seconds: float, max_seconds: float) -> str:
+    return (
+        f"{utterance.path} is {seconds:.1f} s long, over max_seconds={max_seconds:g}: cut it, or raise the limit "
+        "(the time needed grows with the square of the length, unless window_seconds is set)"
+    )
 
 
 def _batches(
@@ -240,7 +245,7 @@ def _batches(
 
 
 def _decoded(
-    batches: Iterator[list[Utterance]], feature_extractor: SequenceFeatureExtractor
+    batches: Iterator[list[Utterance]], feature_extractor: SequenceFeatureExtractor, max_seconds: float
 ) -> Iterator[list[tuple[Utterance, np.ndarray | str]]]:
     """Batches with their waveforms, or errors, decoded in threads a few batches ahead."""
 
@@ -249,6 +254,9 @@ def _decoded(
             waveform = load_utterance(utterance, feature_extractor.sampling_rate)
         except AudioError as error:
             return str(error)
+        seconds = len(waveform) / feature_extractor.sampling_rate
+        if seconds > max_seconds + 1:  # a list may say less, and headers of MP3 are rough
+            return _too_long(utterance, seconds, max_seconds)
         shortest = getattr(feature_extractor, "min_num_samples", 1)
         if len(waveform) < shortest and not getattr(feature_extractor, "pad_short", False):
             return (
@@ -295,7 +303,8 @@ def _embed_or_explain(
         if np.isfinite(embedding).all():
             yield EmbeddedFile(utterance.id, utterance.path, embedding, rate)
         else:
-            message = f"{utterance.path}: its embedding is not finite in {encoder.dtype}; try float32"
+            helps = "" if encoder.dtype == torch.float32 else "; try float32"
+            message = f"{utterance.path}: its embedding is not finite in {encoder.dtype}{helps}"
             yield EmbeddedFile(utterance.id, utterance.path, None, error=message)
 
 
@@ -395,6 +404,7 @@ def embed_to_file(
     utterances = collect_utterances(paths)
     if not utterances:
         raise ValueError("no audio to embed: name at least one file or folder")
+    check_room(output, [utterance.id for utterance in utterances])
     encoder, feature_extractor = load_encoder(model, device, dtype)
     results = embed_files(
         utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds
@@ -433,9 +443,7 @@ def _write_errors(path: Path, errors: list[dict[str, Any]]) -> None:
     if not errors:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors).encode())
 
 
 def run_embedding(paths: Sequence[Path], output: Path, **settings: Any) -> int:

@@ -5,25 +5,27 @@
     FOLDER/v1/FINGERPRINT/frames/ab/abcdef….safetensors     float16 (layers, frames, dim); float32 where that overflows
     FOLDER/v1/FINGERPRINT/last/ab/abcdef….safetensors       the same of the last layer alone, (1, frames, dim)
 
-FINGERPRINT covers parameters and configuration, the name of a file is the SHA-256 of the audio file. Files appear
-complete or not at all, one for each clip, so that an interrupted run goes on where it was, and several runs may share
-a folder. Nothing is ever removed; the folder may be, at any time.
+FINGERPRINT covers parameters, configuration, precision and feature extractor; the name of a file is the SHA-256 of
+the audio file. Files appear complete or not at all, one for each clip, so that an interrupted run goes on where it
+was, and several runs may share a folder; one that a crash of the machine cut off is computed anew. Nothing is ever
+removed; the folder may be, at any time.
 """
 
 import hashlib
 import io
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from ..data.audio import SAMPLING_RATE, AudioError, audio_duration, load_audio
+from ..data.audio import AudioError, audio_duration, load_audio
 from ..mvq.atomic_files import explained
 from .representations import Representation
 from .tasks import Clip, StoredAudio
@@ -52,7 +54,7 @@ class EmbeddingCache:
         max_seconds: float = 120.0,
         progress: bool = True,
     ) -> None:
-        if batch_seconds <= 0 or max_seconds <= 0:
+        if not (batch_seconds > 0 and max_seconds > 0):
             raise ValueError(f"batch_seconds={batch_seconds} and max_seconds={max_seconds} must be positive")
         self.folder, self.progress = Path(folder), progress
         self.batch_seconds, self.max_seconds = batch_seconds, max_seconds
@@ -60,17 +62,15 @@ class EmbeddingCache:
 
     def fill(self, representation: Representation, clips: Sequence[Clip], keep: str) -> None:
         """Computes what is missing. ValueError names the clip that is no audio, too long, or has bad features."""
+        width = representation.dim * (2 if keep == "pooled" else 1)
+        layers = 1 if keep == "last" else representation.num_layers
         missing = {self.path(representation, clip, keep): clip for clip in clips}
-        missing = {path: clip for path, clip in missing.items() if not path.is_file()}
+        missing = {path: clip for path, clip in missing.items() if not _is_whole(path, layers, width)}
         title = f"{representation.name}, {keep}"
         with tqdm(total=len(missing), desc=title, unit="clip", disable=not missing or not self.progress) as bar:
             for batch in self._batches(list(missing.items()), representation.batchable):
-                waveforms = [_decoded(clip) for _, clip in batch]
-                try:
-                    states = representation(waveforms)
-                except (ValueError, RuntimeError) as error:
-                    names = ", ".join(clip.id for _, clip in batch[:5])
-                    raise ValueError(f"{names}: cannot be embedded by {representation.name}: {error}") from error
+                waveforms = [_decoded(clip, representation.sampling_rate) for _, clip in batch]
+                states = _states(representation, [clip for _, clip in batch], waveforms)
                 for (path, _), state in zip(batch, states):
                     _write(path, _kept(state, keep))
                 bar.update(len(batch))
@@ -133,6 +133,18 @@ class EmbeddingCache:
             yield batch
 
 
+def _states(
+    representation: Representation, clips: Sequence[Clip], waveforms: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Of a batch; where it fails, its clips are tried one by one, so that ValueError names the one that fails."""
+    try:
+        return representation(waveforms)
+    except (ValueError, RuntimeError) as error:
+        if len(clips) > 1:
+            return [_states(representation, [one], [wave])[0] for one, wave in zip(clips, waveforms)]
+        raise ValueError(f"{clips[0].id}: cannot be embedded by {representation.name}: {error}") from error
+
+
 def _kept(states: np.ndarray, keep: str) -> np.ndarray:
     if keep == "pooled":
         return np.concatenate([states.mean(axis=1), states.std(axis=1)], axis=1)  # (layers, 2 * dim)
@@ -140,9 +152,19 @@ def _kept(states: np.ndarray, keep: str) -> np.ndarray:
     return frames.astype(np.float16) if np.abs(frames).max() <= _HALF_LIMIT else frames
 
 
+def _is_whole(path: Path, layers: int, width: int) -> bool:
+    """Whether a file of features is there, uncut, and of that many layers and channels."""
+    try:
+        with safe_open(path, "np") as file:
+            shape = file.get_slice(_TENSOR).get_shape()
+    except (OSError, SafetensorError):  # none there, cut off, or something else
+        return False
+    return (shape[0], shape[-1]) == (layers, width)
+
+
 def _write(path: Path, features: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # of several hosts, too
     content = save({_TENSOR: np.ascontiguousarray(features)}, metadata={"format_version": str(FORMAT_VERSION)})
     try:
         with explained(path):
@@ -172,9 +194,9 @@ def _audio(clip: Clip) -> Any:
     return file
 
 
-def _decoded(clip: Clip) -> np.ndarray:
+def _decoded(clip: Clip, sampling_rate: int) -> np.ndarray:
     try:
-        return load_audio(_audio(clip), SAMPLING_RATE)
+        return load_audio(_audio(clip), sampling_rate)
     except AudioError as error:
         raise ValueError(f"{clip.id}: {error}") from error
 

@@ -10,25 +10,29 @@ Utterances come in the order they were computed, by length. The memory needed do
 """
 
 import contextlib
+import glob
 import json
-import os
 import shutil
 import struct
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from ..mvq.atomic_files import NOT_KEPT, explained
+from ..mvq.atomic_files import NOT_KEPT, remove_leftovers, replacing
 
 
 FORMAT_VERSION = 1
 # The comment of a zip archive has room for this many bytes.
 _MAX_ZIP_COMMENT = 65535
+# What readers of safetensors take, less what fills it up to a multiple of 8.
+_MAX_HEADER = 100_000_000 - 8
+_METADATA = "__metadata__"
+_HEADER_ENTRY = 110  # bytes, beside the id: of shapes and offsets of any size
 
 
 class EmbeddingWriter(ABC):
@@ -51,7 +55,10 @@ class EmbeddingWriter(ABC):
 
 
 class SafetensorsWriter(EmbeddingWriter):
-    """The header comes first in this format and is known last, so the data wait in a file of their own."""
+    """The header comes first in this format and is known last, so the data wait in a file of their own.
+
+    Its readers take a header of 100 MB at most, see `check_room`; errors beyond that are in the file beside this only.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -64,12 +71,17 @@ class SafetensorsWriter(EmbeddingWriter):
         self.header[id] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [begin, self.data.tell()]}
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-        header = json.dumps({"__metadata__": texts, **self.header}).encode()
+        header = self._header(metadata)
+        if len(header) > _MAX_HEADER:
+            header = self._header({**metadata, "errors": None})
         header += b" " * (-len(header) % 8)  # tensors are aligned to 8 bytes
         self.file.write(struct.pack("<Q", len(header)) + header)
         self.data.seek(0)
         shutil.copyfileobj(self.data, self.file, 1 << 22)
+
+    def _header(self, metadata: dict[str, Any]) -> bytes:
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+        return json.dumps({_METADATA: texts, **self.header}).encode()
 
     def close(self) -> None:
         self.data.close()
@@ -165,17 +177,24 @@ def check_output(output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
+def check_room(output: Path, ids: Sequence[str]) -> None:
+    """Raises ValueError for utterances that the format does not take, before they are computed."""
+    if output.suffix == ".safetensors" and _METADATA in ids:
+        raise ValueError(
+            f"--output {output}: no tensor can be called {_METADATA}: rename it, or take .parquet or .npz"
+        )
+    size = sum(len(json.dumps(id)) + _HEADER_ENTRY for id in ids)
+    if output.suffix == ".safetensors" and size > _MAX_HEADER:
+        raise ValueError(
+            f"--output {output}: the names of {len(ids)} files need {size / 1e6:.0f} MB, and a .safetensors file has "
+            f"room for {_MAX_HEADER / 1e6:.0f} MB of them: take .parquet or .npz"
+        )
+
+
 @contextlib.contextmanager
 def embedding_writer(output: Path) -> Iterator[EmbeddingWriter]:
     """A writer for `output` by its suffix. The file appears, or replaces the old one, when the block ends well."""
     check_output(output)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with explained(output, NOT_KEPT), open(temporary, "wb") as file:
-            with contextlib.closing(WRITERS[output.suffix](file)) as writer:
-                yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    remove_leftovers(output.parent, glob.escape(output.name))
+    with replacing(output, NOT_KEPT) as file, contextlib.closing(WRITERS[output.suffix](file)) as writer:
+        yield writer

@@ -15,6 +15,8 @@ import jiwer
 import numpy as np
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score, roc_curve
 
+from .bootstrap import Score
+
 
 class LocalMetric(evaluate.Metric):
     """Holds predictions and references in memory."""
@@ -95,17 +97,50 @@ class MeanAveragePrecision(LocalMetric):
         return {"map": value, "classes": classes}
 
 
-def mean_average_precision(
-    scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[float, int]:
-    """mAP of (rows, classes), and how many classes it is the mean of; `weights` (rows,) count rows several times."""
-    kept = slice(None) if weights is None else weights > 0
-    scores, truth, counts = scores[kept], truth[kept], None if weights is None else weights[kept]
+def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> tuple[float, int]:
+    """mAP of (rows, classes), and how many classes it is the mean of."""
     present = np.flatnonzero(truth.any(axis=0))
     if len(present) == 0:
         raise ValueError(f"no class has a positive among the {len(truth)} references: mAP is not defined")
-    values = [average_precision_score(truth[:, index], scores[:, index], sample_weight=counts) for index in present]
+    values = [average_precision_score(truth[:, index], scores[:, index]) for index in present]
     return float(np.mean(values)), len(present)
+
+
+def weighted_average_precision(scores: np.ndarray, truth: np.ndarray) -> Score:
+    """The mAP of `mean_average_precision` as a function of how often each row counts.
+
+    Scores are sorted once, so that the thousand samples of a bootstrap cost a running sum each.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError("scores are NaN or infinite: mAP is not defined")
+    order = np.argsort(-scores.T, axis=1, kind="stable")  # (classes, rows)
+    ends = _ends_of_ties(np.take_along_axis(scores.T, order, axis=1))
+    classes, ranks = np.nonzero(np.take_along_axis(truth.T, order, axis=1))  # of positives, class by class
+    rows, ends = order[classes, ranks], ends[classes, ranks]
+    # The last positive among those of the same score, of the same class.
+    last = np.searchsorted(classes * len(truth) + ends, classes * len(truth) + ends, side="right") - 1
+    starts = np.searchsorted(classes, classes, side="left")
+
+    def score(weights: np.ndarray) -> float:
+        counts = weights[rows]
+        totals = np.bincount(classes, counts)
+        if not totals.any():
+            raise ValueError(f"no class has a positive among the {len(truth)} references: mAP is not defined")
+        hits = np.concatenate([[0], np.cumsum(counts)])
+        seen = np.cumsum(weights[order], axis=1)[classes, ends]
+        precisions = (hits[last + 1] - hits[starts]) / np.maximum(seen, 1)
+        values = np.bincount(classes, counts * precisions)
+        return float((values[totals > 0] / totals[totals > 0]).mean())
+
+    return score
+
+
+def _ends_of_ties(ranked: np.ndarray) -> np.ndarray:
+    """Sorted scores (..., rows) -> the place of the last one that is equal to each."""
+    rows = ranked.shape[-1]
+    ending = np.concatenate([ranked[..., 1:] != ranked[..., :-1], np.ones((*ranked.shape[:-1], 1), bool)], axis=-1)
+    places = np.where(ending, np.arange(rows), rows)
+    return np.minimum.accumulate(places[..., ::-1], axis=-1)[..., ::-1]
 
 
 class DPrime(LocalMetric):
@@ -192,16 +227,39 @@ class EqualErrorRate(LocalMetric):
         return {"eer": rate, "eer_threshold": threshold}
 
 
-def equal_error_rate(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """The equal error rate of trials and its threshold; `weights` (trials,) count trials several times."""
-    accepted, missed, thresholds = _error_rates(scores, truth, weights)
-    after = int(np.argmax(accepted >= missed))  # at the first, infinite threshold all is missed
-    gaps = missed - accepted
-    share = gaps[after - 1] / (gaps[after - 1] - gaps[after])
-    rate = accepted[after - 1] + share * (accepted[after] - accepted[after - 1])
+def equal_error_rate(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """The equal error rate of trials and its threshold."""
+    accepted, missed, thresholds = _error_rates(scores, truth)
+    rate, after, share = _crossing(accepted, missed)
     low, high = thresholds[after], thresholds[after - 1]
     threshold = low if not np.isfinite(high) else high + share * (low - high)
-    return float(rate), float(threshold)
+    return rate, float(threshold)
+
+
+def _crossing(accepted: np.ndarray, missed: np.ndarray) -> tuple[float, int, float]:
+    """The rate where both are equal, the threshold behind it, and how near to that it is from the one before."""
+    after = int(np.argmax(accepted >= missed))  # at the first, infinite threshold all is missed
+    gaps = missed - accepted
+    share = float(gaps[after - 1] / (gaps[after - 1] - gaps[after]))
+    return float(accepted[after - 1] + share * (accepted[after] - accepted[after - 1])), after, share
+
+
+def weighted_equal_error_rate(scores: np.ndarray, truth: np.ndarray) -> Score:
+    """The rate of `equal_error_rate` as a function of how often each trial counts; they are sorted once."""
+    if not np.isfinite(scores).all():
+        raise ValueError("scores of trials are NaN or infinite: the equal error rate is not defined")
+    order = np.argsort(-scores, kind="stable")
+    ends = np.unique(_ends_of_ties(scores[order]))
+    same = truth[order] == 1
+
+    def score(weights: np.ndarray) -> float:
+        counts = weights[order]
+        seen, hits = (np.concatenate([[0], np.cumsum(part)[ends]]) for part in (counts, counts * same))
+        if not 0 < hits[-1] < seen[-1]:
+            raise ValueError(_one_kind(int(hits[-1]), int(seen[-1])))
+        return _crossing((seen - hits) / (seen[-1] - hits[-1]), 1 - hits / hits[-1])[0]
+
+    return score
 
 
 class MinimumDetectionCost(LocalMetric):
@@ -238,19 +296,18 @@ def minimum_detection_cost(
             f"prior={prior} must lie between 0 and 1, and cost_miss={cost_miss} and cost_accept={cost_accept} must be "
             "positive"
         )
-    accepted, missed, _ = _error_rates(scores, truth, None)
+    accepted, missed, _ = _error_rates(scores, truth)
     costs = cost_miss * prior * missed + cost_accept * (1 - prior) * accepted
     return float(costs.min() / min(cost_miss * prior, cost_accept * (1 - prior)))
 
 
-def _error_rates(
-    scores: np.ndarray, truth: np.ndarray, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _error_rates(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rates of other trials accepted and of same-speaker trials missed, by falling threshold, and the thresholds."""
     if not (truth == 1).any() or not (truth == 0).any():
-        raise ValueError(
-            f"{int((truth == 1).sum())} of {len(truth)} trials are of the same speaker: the error rates of a "
-            "verification need trials of both kinds"
-        )
-    accepted, hits, thresholds = roc_curve(truth, scores, sample_weight=weights, drop_intermediate=False)
+        raise ValueError(_one_kind(int((truth == 1).sum()), len(truth)))
+    accepted, hits, thresholds = roc_curve(truth, scores, drop_intermediate=False)
     return accepted, 1.0 - hits, thresholds
+
+
+def _one_kind(same: int, trials: int) -> str:
+    return f"{same} of {trials} trials are of the same speaker: a verification's error rates need both kinds"

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """`NAME#key=value,key=value`: a model or a task together with its options, as one word of the command line."""
 
+import re
 from collections.abc import Collection
 
 
@@ -10,7 +11,7 @@ def split_options(text: str, known: Collection[str] | None) -> tuple[str, dict[s
     options: dict[str, str] = {}
     if not mark:
         return name, options
-    for item in tail.split(","):
+    for item in re.split(r",(?=\s*\w+\s*=)", tail):  # a comma without an option behind it is of the value
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
             keys = "" if known is None else f"; the keys are {', '.join(known)}"

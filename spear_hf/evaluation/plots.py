@@ -5,12 +5,15 @@ matplotlib is imported when a figure is made, and only its Figure and the Agg ca
 """
 
 import functools
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+
+from ..mvq.atomic_files import NOT_KEPT, write_atomically
 
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ STYLE = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.7,
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a name or label is one
 }
 DPI = 150
 FRAMES_PER_SECOND = 100  # of the filter bank
@@ -64,12 +68,12 @@ def new_figure(
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:
-    """Writes a PNG under a temporary name and renames it."""
+    """Writes a PNG, which appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=DPI)
-    partial.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    write_atomically(path, content.getbuffer(), NOT_KEPT)
     return path
 
 
@@ -296,12 +300,12 @@ def plot_feature_scores(results: Mapping[str, Sequence[Mapping[str, Any]]], titl
     axes.set_xlabel("Layer (0: what enters the first one)")
     axes.set_ylabel("Test score (%)")
     handles, names = axes.get_legend_handles_labels()
-    shown = [_shortened(name) for name in names]
+    shown = [shortened(name) for name in names]
     axes.legend(handles, shown, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=9)
     return figure
 
 
-def _shortened(name: str, longest: int = 36) -> str:
+def shortened(name: str, longest: int = 36) -> str:
     """With its end: of a teacher's options that is where two of one kind differ."""
     half = longest // 2
     return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
@@ -315,7 +319,7 @@ def plot_layer_weights(weights: Mapping[str, Sequence[float]], title: str) -> "F
     """Learned weights of the layers of one representation or more, as lines."""
     figure, axes = new_figure()
     for place, (name, values) in enumerate(weights.items()):
-        colour, label = COLOURS[place % len(COLOURS)], _shortened(name)
+        colour, label = COLOURS[place % len(COLOURS)], shortened(name)
         axes.plot(range(len(values)), values, color=colour, marker="o", mec="white", label=label)
     axes.set_title(title)
     axes.xaxis.get_major_locator().set_params(integer=True)

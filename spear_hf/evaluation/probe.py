@@ -265,9 +265,11 @@ def _validation_scores(
     splitter = kind(folds, shuffle=True, random_state=seed)
     scores = []
     for inside, outside in splitter.split(features, labels, None if groups is None else units):
+        if len(np.unique(labels[inside])) < 2:  # groups cannot always be divided so that each class stays
+            continue
         predictions = _fit_predict(features[inside], labels[inside], features[outside], penalties)
         scores.append([(row == labels[outside]).mean() for row in predictions])
-    return np.mean(scores, axis=0)
+    return np.mean(scores, axis=0) if scores else None
 
 
 def _fit_predict(

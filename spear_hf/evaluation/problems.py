@@ -16,7 +16,7 @@ from ..data.segments import Segment
 from ..finetuning.transcripts import normalize
 from .bootstrap import Score, ratio
 from .event_metrics import event_counts, segment_counts
-from .metrics import d_prime, mean_average_precision
+from .metrics import d_prime, weighted_average_precision
 from .representations import Representation
 from .tasks import Clip, Task
 
@@ -109,8 +109,7 @@ class Tagging(Problem):
         return np.concatenate(list(outputs)), torch.cat([self.target(clip, 1) for clip in clips]).numpy().astype(int)
 
     def score(self, outputs: Sequence[np.ndarray], clips: Sequence[Clip], tuning: Any = None) -> Score:
-        scores, truth = self._arrays(outputs, clips)
-        return lambda weights: mean_average_precision(scores, truth, weights)[0]
+        return weighted_average_precision(*self._arrays(outputs, clips))
 
     def more(self, outputs: Sequence[np.ndarray], clips: Sequence[Clip], tuning: Any = None) -> dict[str, Any]:
         try:

@@ -45,7 +45,7 @@ from .representations import Representation
 from .tasks import Clip, Fold, Task, held_out
 
 
-VERSION = 2
+VERSION = 3
 """Raised whenever results come out differently than before, so that old ones are not taken for new ones."""
 FEATURES = ("weighted", "layers", "last", "all")
 POOLS = ("mean", "mean+std")
@@ -83,6 +83,8 @@ class Settings:
                 raise ValueError(f"{name}: {', '.join(unknown)} is not one of {', '.join(known)}")
         if self.seeds < 1 or self.resamples < 2 or not self.heads:
             raise ValueError(f"seeds={self.seeds}, resamples={self.resamples}, heads={self.heads}: too few")
+        if not 0 <= self.seed <= 2**32 - self.seeds:
+            raise ValueError(f"seed={self.seed} must lie between 0 and {2**32 - self.seeds}")
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,12 @@ def layer_of(name: str) -> int | None:
     return int(name.removeprefix("layer ")) if name.startswith("layer ") else None
 
 
-def chosen_pool(features: np.ndarray, name: str, pool: str) -> np.ndarray:
-    """Pooled features (layers, clips, 2 * dim) -> (layers of the feature set, clips, width)."""
+def chosen_pool(features: np.ndarray, name: str, pool: str, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
+    """Pooled features (layers, clips, 2 * dim) -> (layers of the feature set, rows, width) of some of the clips."""
     kept = features[:, :, : features.shape[2] // 2] if pool == "mean" else features
     if (layer := layer_of(name)) is not None:
-        return kept[layer : layer + 1]
+        kept = kept[layer : layer + 1]  # before rows are copied
+    kept = kept[:, rows]
     if name == "all":
         return kept.transpose(1, 0, 2).reshape(1, kept.shape[1], -1)
     return kept
@@ -190,6 +193,8 @@ def _trained_results(
 ) -> list[Result]:
     problem = PROBLEMS[task.kind](task, representation)
     wanted = settings.features or (("weighted",) if problem.framewise else FEATURES)
+    if problem.framewise:
+        representation.check_timed(task.name)
     if "blstm" in settings.heads and not problem.framewise:
         raise ValueError(f"the task {task.name} is of clips, not of frames: the head blstm cannot be tried on it")
     results = []
@@ -219,8 +224,7 @@ def _pooled_features(task: Task, representation: Representation, cache: Embeddin
     places = {clip.id: place for place, clip in enumerate(clips)}
 
     def make(name: str, chosen: Sequence[Clip]) -> Features:
-        rows = features[:, [places[clip.id] for clip in chosen]]
-        return PooledFeatures(chosen_pool(rows, name, settings.pool))
+        return PooledFeatures(chosen_pool(features, name, settings.pool, [places[clip.id] for clip in chosen]))
 
     return make
 
@@ -294,6 +298,7 @@ def _by_gradient(task: Task, problem: Problem, name: str, head: str, make: Maker
             train, valid = divided(fold, seed)
             examples = [_examples(problem, make(name, clips), clips) if clips else None for clips in (train, valid)]
             assert examples[0] is not None
+            _check_times(task, examples[0])
             title = f"{task.name}, {problem.representation.name}, {name}, {head}"
             points = grid(head, settings.grid)
             trained = train_heads(examples[0], examples[1], problem, points, seed, device, title, settings.progress)
@@ -317,6 +322,16 @@ def _by_gradient(task: Task, problem: Problem, name: str, head: str, make: Maker
 def _examples(problem: Problem, features: Features, clips: Sequence[Clip]) -> Examples:
     targets = [problem.target(clip, length) for clip, length in zip(clips, features.lengths)]
     return Examples(features, clips, targets)
+
+
+def _check_times(task: Task, train: Examples) -> None:
+    """ValueError where clips have segments, and not one frame lies in any."""
+    segments = [segment for clip in train.clips for segment in clip.segments]
+    if segments and not any(target.any() for target in train.targets):
+        raise ValueError(
+            f"{task.name}: no training frame lies in any of the {len(segments)} segments, of which the first is from "
+            f"{segments[0].start:g} to {segments[0].end:g} s: are the times in seconds?"
+        )
 
 
 def _averaged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

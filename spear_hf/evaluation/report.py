@@ -7,17 +7,18 @@ Everything is read from the report (a JSON object, benchmark.py), so that no num
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 from torch import nn
+from yaml import YAMLError
 
 from ..mvq.atomic_files import write_atomically
-from .benchmark import FORMAT, FORMAT_VERSION
+from .benchmark import FORMAT, FORMAT_VERSION, file_name
 from .heads import HEADS
-from .plots import plot_confusion, plot_feature_scores, plot_layer_weights, save_figure
+from .plots import plot_confusion, plot_feature_scores, plot_layer_weights, save_figure, shortened
 from .representations import weights_fingerprint
 
 
@@ -87,6 +88,15 @@ def _others(record: Mapping[str, Any]) -> str:
     )
 
 
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _cell(text: str) -> str:
+    """A name as Markdown takes it within a row of a table."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report: a table for each task, with intervals and differences to the first model."""
     settings, lines = report["settings"], ["# Evaluation of frozen representations", ""]
@@ -107,14 +117,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         revision = f" Revision {task['hub']['revision']} of {task['source']}." if task.get("hub") else ""
         shared = task.get("test_clips_in_training")
         warning = f" **{shared} test clips are trained on too.**" if shared else ""
+        if groups := task.get("test_groups_in_training"):
+            warning += f" **{groups} speakers or groups of the test clips are in training too.**"
         drawn = f"bootstrap of {task['bootstrap_units']} units"
-        lines += [f"## {name}", ""]
+        lines += [f"## {_cell(name)}", ""]
         lines += [f"{task['kind']}; {metric}, {better}; clips: {counts}; {drawn}.{chance}{revision}{warning}", ""]
         model = report["models"][0] if report["models"] else None
         header = ["representation", metric, "features, head", "further metrics", "other heads"]
         if model:
             header.append(f"{model} minus this")
-        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += [_row(header), "|" + "---|" * len(header)]
         for other, entry in report["representations"].items():
             record = entry["tasks"][name]
             cells = [other, _shown(record["headline"]), _choice(record["headline"])]
@@ -122,7 +134,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             if model:
                 minus = report["representations"][model]["tasks"][name]["minus"]
                 cells.append("" if other == model else _shown(minus[other], "mean", "+"))
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(_row(cells))
         lines.append("")
     return "\n".join(lines)
 
@@ -131,19 +143,20 @@ def write_plots(report: Mapping[str, Any], folder: str | os.PathLike) -> list[Pa
     """Scores by layer, learned layer weights and the confusion of the first model (or representation), as PNG."""
     written = []
     for name, task in report["tasks"].items():
-        stem = re.sub(r"[^\w.+-]+", "-", name)
+        stem = file_name(name)
         entries = {other: entry["tasks"][name]["results"] for other, entry in report["representations"].items()}
-        title = f"{name}: {METRIC_NAMES[task['metric']]} of frozen features (%)"
+        shown = shortened(name)
+        title = f"{shown}: {METRIC_NAMES[task['metric']]} of frozen features (%)"
         figure = plot_feature_scores(entries, title)
         written.append(save_figure(figure, Path(folder) / f"{stem}-layers.png"))
         weights = {other: found for other, results in entries.items() if (found := _weights(results))}
         if weights:
-            figure = plot_layer_weights(weights, f"{name}: learned weights of the layers")
+            figure = plot_layer_weights(weights, f"{shown}: learned weights of the layers")
             written.append(save_figure(figure, Path(folder) / f"{stem}-weights.png"))
         first = report["models"][0] if report["models"] else next(iter(entries))
         table = report["representations"][first]["tasks"][name]["headline"].get("more", {}).get("confusion")
         if table is not None and len(table) <= MAX_LABELS:
-            figure = plot_confusion(table, task["labels"], f"{name}: {first}")
+            figure = plot_confusion(table, task["labels"], f"{shown}: {shortened(first)}")
             written.append(save_figure(figure, Path(folder) / f"{stem}-confusion.png"))
     return written
 
@@ -181,14 +194,14 @@ def evaluation_section(report: Mapping[str, Any], name: str) -> str:
         record = report["representations"][name]["tasks"][task]
         cells = [task, METRIC_NAMES[facts["metric"]], _shown(record["headline"]), _choice(record["headline"])]
         cells += [_shown(report["representations"][other]["tasks"][task]["headline"]) for other in others]
-        rows.append("| " + " | ".join(cells) + " |")
+        rows.append(_row(cells))
     header = ["task", "metric", "this model", "features, head", *others]
     text = (
         "The encoder is frozen; a head, or nothing, is trained on its features. Figures in per cent, with 95 % "
         f"intervals by bootstrap over the test clips ({report['settings']['resamples']} samples). Features and head "
         "were chosen on validation clips, for every column by itself."
     )
-    table = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *rows]
+    table = [_row(header), "|" + "---|" * len(header), *rows]
     version = f"Measured with spear_hf {report['versions']['spear_hf']}, `spear-hf evaluate`."
     return "\n".join([BEGIN, "## Evaluation", "", text, "", *table, "", version, END])
 
@@ -217,6 +230,14 @@ def model_index(report: Mapping[str, Any], name: str) -> list[EvalResult]:
     return results
 
 
+def read_card(path: Path) -> ModelCard:
+    """ValueError for one whose metadata cannot be read, and would be lost."""
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, YAMLError) as error:
+        raise ValueError(f"the metadata of {path}, between the lines ---, cannot be read: {error}") from error
+
+
 def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | None = None) -> None:
     """Puts the section and the model index of a report into a card (a README.md), in place of those of an earlier one.
 
@@ -228,7 +249,7 @@ def add_to_card(card: str | os.PathLike, report: Mapping[str, Any], name: str | 
             raise ValueError(f"the report has {len(report['models'])} models; name one: {', '.join(report['models'])}")
         name = report["models"][0]
     section = evaluation_section(report, name)
-    document = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    document = read_card(path)
     text = document.text
     if BEGIN in text and END in text:
         text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]

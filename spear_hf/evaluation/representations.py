@@ -14,13 +14,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SequenceFeatureExtractor
+from transformers.utils import logging
 
 from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
@@ -31,11 +32,13 @@ from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.mfcc import FEATURE_SIZE as MFCC_SIZE
 from ..mvq.mfcc import FRAME_LENGTH, FRAME_RATE, KaldiMfcc
-from ..mvq.teachers import Teacher, WindowRule, is_factory, load_teacher
+from ..mvq.teachers import Teacher, is_factory, load_teacher
 from .embedding import embed_waveforms, load_encoder
 from .options import split_options
 from .segments import FILTER_BANK_CENTRE, FILTER_BANK_STEP
 
+
+logger = logging.get_logger(__name__)
 
 LOG_MEL, MFCC, RANDOM, TEACHER = "log-mel", "mfcc", "random", "teacher:"
 TEACHER_OPTIONS = ("layer", "window", "window_seconds")
@@ -55,17 +58,21 @@ class Representation(ABC):
     num_layers: int
     """Hidden states, what enters the first layer included."""
     dim: int
+    sampling_rate: int = SAMPLING_RATE
+    """Of the waveforms."""
     frame_seconds: float
     first_centre: float = 0.0
     batchable = False
     """Whether clips of unlike lengths may share a batch."""
+    timed = True
+    """Whether frames follow each other in time; not of encoders that make one length of all audio, patches say."""
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Waveforms (samples,) at 16 kHz -> float32 (layers, frames, dim) of each, independent of the others.
+        """Waveforms (samples,) at `sampling_rate` -> float32 (layers, frames, dim) of each, whatever the others.
 
         Clips under 100 ms are extended by zeros. ValueError if features are not finite.
         """
-        shortest = round(SHORT_SECONDS * SAMPLING_RATE)
+        shortest = round(SHORT_SECONDS * self.sampling_rate)
         padded = [np.pad(waveform, (0, max(0, shortest - len(waveform)))) for waveform in waveforms]
         with torch.inference_mode():
             states = self._states(padded)
@@ -78,14 +85,17 @@ class Representation(ABC):
     def _states(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         """As calling it."""
 
+    def check_timed(self, task: str) -> None:
+        """ValueError if its frames are of no use to a task of frames."""
+        if not self.timed:
+            raise ValueError(
+                f"{self.name} gives as many frames of one second as of two, so that they have no times: it cannot be "
+                f"used for {task}, whose kind is one of frames; leave it out there, or try {TEACHER}MODULE:FACTORY"
+            )
+
     def centres(self, frames: int) -> np.ndarray:
         """Seconds (frames,) of the middle of the frames."""
         return self.first_centre + self.frame_seconds * np.arange(frames)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """For tables."""
-        return ["features"] if self.num_layers == 1 else ["stem", *(str(k) for k in range(1, self.num_layers))]
 
 
 class LogMel(Representation):
@@ -133,28 +143,40 @@ class EncoderStates(Representation):
         if isinstance(feature_extractor, SpearFeatureExtractor):
             feature_extractor.pad_short = True
         self.weights = weights_fingerprint(encoder)
-        self.fingerprint = _digest(f"{self.weights} {encoder.dtype}")
-        noise = 0.1 * np.random.default_rng(0).standard_normal(SAMPLING_RATE).astype(np.float32)
+        self.fingerprint = _digest(f"{self.weights} {encoder.dtype} {feature_extractor.to_json_string()}")
+        self.sampling_rate = feature_extractor.sampling_rate
         try:
-            states, rate = embed_waveforms([noise], encoder, feature_extractor, "all", "none")
+            # Of a second and of two, as convolutions cost the same frames at the ends of either.
+            (short,), rate = embed_waveforms(
+                [_noise(1, self.sampling_rate)], encoder, feature_extractor, "all", "none"
+            )
+            (long,), _ = embed_waveforms([_noise(2, self.sampling_rate)], encoder, feature_extractor, "all", "none")
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{name} ({type(encoder).__name__}) cannot be run as an audio encoder: {error}; try {TEACHER}{name}"
             ) from error
-        self.num_layers, _, self.dim = states[0].shape
+        self.num_layers, frames, self.dim = short.shape
+        self.timed = long.shape[1] > frames
+        if not self.timed:
+            logger.warning(
+                f"{name} makes one length of all audio: what is longer may be cut off, see its documentation."
+            )
         if self.batchable:
             grid = FrameGrid()
             self.frame_seconds, self.first_centre = grid.seconds, float(grid.centres(1)[0])
         else:
-            self.frame_seconds = 1 / rate if rate else len(noise) / SAMPLING_RATE / states[0].shape[1]
-            self.first_centre = _first_centre(encoder.config, self.frame_seconds)
+            self.frame_seconds = 1 / (rate or max(1, long.shape[1] - frames))
+            self.first_centre = _first_centre(encoder.config, self.frame_seconds, self.sampling_rate)
 
     def _states(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         return embed_waveforms(waveforms, self.encoder, self.extractor, "all", "none")[0]
 
 
 class TeacherFeatures(Representation):
-    """One layer of a teacher of the tokenisers; its own fingerprint covers its parameters, if it gives one."""
+    """One layer of a teacher of the tokenisers.
+
+    Its own fingerprint covers its parameters. Where it has none, what it makes of noise stands for them.
+    """
 
     num_layers = 1
     batchable = True
@@ -164,7 +186,12 @@ class TeacherFeatures(Representation):
         self.dim = teacher.feature_size
         self.frame_seconds = 1 / teacher.frame_rate
         self.first_centre = self.frame_seconds / 2
-        self.fingerprint = _digest(json.dumps(teacher.provenance(), sort_keys=True))
+        extractor = getattr(teacher, "extractor", None)
+        facts = [json.dumps(teacher.provenance(), sort_keys=True), extractor.to_json_string() if extractor else ""]
+        if not teacher.fingerprint:
+            (features,) = self([_noise(2, SAMPLING_RATE)])
+            facts.append(hashlib.sha256(features.tobytes()).hexdigest())
+        self.fingerprint = _digest(" ".join(facts))
 
     def _states(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         shortest = self.teacher.min_samples
@@ -186,28 +213,39 @@ def load_representation(
     if spec == MFCC:
         return Mfcc()
     if spec.startswith(TEACHER):
-        text = spec.removeprefix(TEACHER)
-        source, options = split_options(text, None if is_factory(text.partition("#")[0]) else TEACHER_OPTIONS)
-        teacher = load_teacher(
-            source,
-            layer=int(options.pop("layer")) if "layer" in options else None,
-            device=pick_device(device),
-            dtype=dtype,
-            window=cast(WindowRule | None, options.pop("window", None)),
-            window_seconds=float(options.pop("window_seconds")) if "window_seconds" in options else None,
-            options={name: yaml.safe_load(value) for name, value in options.items()},  # as --teacher-option does
-        )
-        return TeacherFeatures(name or spec, teacher)
+        source, options = _teacher_options(spec)
+        return TeacherFeatures(name or spec, load_teacher(source, device=pick_device(device), dtype=dtype, **options))
     if spec.startswith(f"{RANDOM}:"):
         model, extractor = _random_encoder(spec.removeprefix(f"{RANDOM}:"), device, dtype, seed)
         return EncoderStates(name or spec, model, extractor)
     return EncoderStates(name or spec, *load_encoder(spec, device, dtype))
 
 
+def _teacher_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """Source and arguments of `load_teacher`."""
+    text = spec.removeprefix(TEACHER)
+    source, options = split_options(text, None if is_factory(text.partition("#")[0]) else TEACHER_OPTIONS)
+    arguments: dict[str, Any] = {}
+    for key, kind in (("layer", int), ("window", str), ("window_seconds", float)):
+        if key in options:
+            try:
+                arguments[key] = kind(options.pop(key))
+            except ValueError as error:
+                raise ValueError(f"{spec}: {key} must be a number: {error}") from None
+    # What is left is for a factory, as --teacher-option gives it.
+    return source, arguments | {"options": {name: yaml.safe_load(value) for name, value in options.items()}}
+
+
 def check_model(spec: str) -> None:
-    """OSError naming the model of a specification if it is not there; teachers are not looked for."""
+    """OSError naming the model of a specification if it is not there; teachers are not looked for.
+
+    ValueError for the options of a teacher.
+    """
     source = spec.removeprefix(f"{RANDOM}:")
-    if source in (LOG_MEL, MFCC) or source.startswith(TEACHER) or Path(source).is_file():
+    if source.startswith(TEACHER):
+        _teacher_options(source)
+        return
+    if source in (LOG_MEL, MFCC) or Path(source).is_file():
         return
     with loading(source):
         AutoConfig.from_pretrained(source)
@@ -257,7 +295,11 @@ def _settings(model: nn.Module) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def _first_centre(config: Any, frame_seconds: float) -> float:
+def _noise(seconds: int, sampling_rate: int) -> np.ndarray:
+    return 0.1 * np.random.default_rng(0).standard_normal(seconds * sampling_rate).astype(np.float32)
+
+
+def _first_centre(config: Any, frame_seconds: float, sampling_rate: int) -> float:
     """Half of the receptive field of the convolutions, where the configuration has them; else half a frame."""
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if not isinstance(kernels, (list, tuple)) or not isinstance(strides, (list, tuple)):
@@ -265,7 +307,7 @@ def _first_centre(config: Any, frame_seconds: float) -> float:
     samples = 1
     for kernel, stride in zip(reversed(kernels), reversed(strides)):
         samples = (samples - 1) * stride + kernel
-    return samples / 2 / SAMPLING_RATE
+    return samples / 2 / sampling_rate
 
 
 def _digest(text: str) -> str:

@@ -16,6 +16,9 @@ import numpy as np
 from .probe import ProbeResult, bootstrap_interval
 
 
+_TABLE_NUMBERS = 4_000_000  # of a table of costs, of which there are two: 64 MB
+
+
 def match_recordings(
     first: Sequence[np.ndarray],
     second: Sequence[np.ndarray],
@@ -92,10 +95,18 @@ def dtw_distances(query: np.ndarray, references: Sequence[np.ndarray]) -> np.nda
     """Costs of the best alignments of a query (n, dim) with references (m, dim): float64 (references,).
 
     Frames are of length 1 and cost 1 - cosine; a step goes on by a frame in one or in both, and the sum over the path
-    is divided by n + m. All references are done at once, an antidiagonal of the table after the other.
+    is divided by n + m. References are done many at once, an antidiagonal of the table after the other.
     """
+    longest = max(map(len, references), default=0)
+    at_once = max(1, _TABLE_NUMBERS // max(1, len(query) * longest))
+    parts = (references[start : start + at_once] for start in range(0, len(references), at_once))
+    costs = [_dtw_distances(query, part) for part in parts]
+    return np.concatenate(costs) if costs else np.zeros(0)
+
+
+def _dtw_distances(query: np.ndarray, references: Sequence[np.ndarray]) -> np.ndarray:
     n, lengths = len(query), np.array([len(reference) for reference in references])
-    if n == 0 or len(lengths) == 0 or lengths.min() == 0:
+    if n == 0 or lengths.min() == 0:
         raise ValueError("A recording without frames cannot be aligned.")
     longest = int(lengths.max())
     costs = np.full((len(references), n, longest), np.inf)

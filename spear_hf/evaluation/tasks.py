@@ -28,11 +28,13 @@ Kinds and their main metrics:
     events           any number of labels a frame, by segments: F1 of events by their onset
     asr, pr          texts by CTC: of characters, word error rate; of phones separated by spaces, phone error rate
     verification     whether two clips have one speaker (the label, in a HEAR folder): equal error rate
-    query            which of a speaker's items says the same as one of another's, untrained: ABX accuracy
+    query            which of a speaker's items says the same as one of another's, untrained: ABX accuracy; either
+                     split is a speaker (of every language), with one clip of every label
 """
 
 import csv
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -46,6 +48,7 @@ from ..data.seeding import keyed_generator
 from ..data.segments import Segment, parse_segment, read_segments
 from ..finetuning.arguments import DataArguments
 from ..finetuning.datasets import STRETCH, hub_commit, is_local, load_rows
+from ..finetuning.transcripts import normalize
 from .event_metrics import ONSET_COLLAR
 from .options import split_options
 
@@ -134,6 +137,10 @@ def load_task(spec: str) -> Task:
             their task needs. It names the culprit.
     """
     source, options = split_options(spec, OPTIONS)
+    try:
+        re.compile(options.get("group_regex", ""))
+    except re.error as error:
+        raise ValueError(f"{spec}: group_regex={options['group_regex']} is no regular expression: {error}") from error
     if (Path(source) / HEAR_METADATA).is_file():
         task = _hear_task(Path(source), options)
     else:
@@ -143,11 +150,44 @@ def load_task(spec: str) -> Task:
     return _checked(replace(task, name=options.get("name", task.name)))
 
 
+Item = tuple[str, str]  # language and label
+
+
+def query_items(task: Task) -> tuple[dict[Item, Clip], dict[Item, Clip]]:
+    """What both voices of a query say, in the same order, and the clips of either; languages with one item left out.
+
+    ValueError for an item that a voice says twice, or if nothing is left.
+    """
+    voices: list[dict[Item, Clip]] = []
+    for side in (task.folds[0].train, task.folds[0].test):
+        found: dict[Item, Clip] = {}
+        for clip in side:
+            item = clip.language or "", clip.labels[0]
+            if item in found:
+                raise ValueError(
+                    f"{task.name}: {found[item].id} and {clip.id} of one split are both {item[1]!r}: in a query "
+                    "either voice says every item once; choose rows with where=COLUMN=VALUE, or another label=COLUMN"
+                )
+            found[item] = clip
+        voices.append(found)
+    both = sorted(set(voices[0]) & set(voices[1]))
+    counts = Counter(language for language, _ in both)
+    kept = [item for item in both if counts[item[0]] > 1]
+    if not kept:
+        raise ValueError(
+            f"{task.name}: no language has two items that are said in both splits, train and test, of which the first "
+            f"has {sorted(voices[0])[:3]} and the second {sorted(voices[1])[:3]}"
+        )
+    first, second = ({item: found[item] for item in kept} for found in voices)
+    return first, second
+
+
 def held_out(clips: Sequence[Clip], seed: int) -> tuple[list[Clip], list[Clip]]:
     """Clips to train on, and a fifth of them to select settings with; groups stay together.
 
-    Of every label at least one group is held out, where it has two. Where every clip has a group and a label of its
-    own, or there is one group only, nothing is held out.
+    Of every label at least one group is held out, where it has two. Nothing is held out where every clip has a group
+    and a label of its own, where there is one group only, where that would leave one clip to train on, or where none
+    of what is held out has a label, though others do.
     """
     groups: dict[str, str] = {}  # group -> label of its first clip
     for clip in clips:
@@ -161,6 +201,8 @@ def held_out(clips: Sequence[Clip], seed: int) -> tuple[list[Clip], list[Clip]]:
     sides: tuple[list[Clip], list[Clip]] = ([], [])
     for clip in clips:
         sides[(clip.group or clip.id) in chosen].append(clip)
+    if len(sides[0]) < 2 or (_labels_of(clips) and not _labels_of(sides[1])):
+        return list(clips), []
     return sides
 
 
@@ -233,10 +275,7 @@ def _row_clips(
         single = {field: (values.get(field) or [None])[0] for field in ("transcript", "speaker", "language")}
         group = None if columns.get("labels") == columns.get("speaker") else single["speaker"]
         if group_regex is not None:
-            match = re.search(group_regex, row["id"])
-            if match is None:
-                raise ValueError(f"{source}: group_regex={group_regex} finds nothing in the id {row['id']!r}")
-            group = match.group(match.re.groups and 1)
+            group = _group(source, group_regex, row["id"])
         segments = (table or {}).get(row["id"], [])
         if segment_column is not None:
             segments = [parse_segment(item, f"{source}, {row['id']}") for item in row[segment_column] or ()]
@@ -252,6 +291,13 @@ def _row_clips(
             )
         )
     return tuple(clips)
+
+
+def _group(source: str | Path, group_regex: str, id: str) -> str:
+    match = re.search(group_regex, id)
+    if match is None:
+        raise ValueError(f"{source}: group_regex={group_regex} finds nothing in the id {id!r}")
+    return match.group(match.re.groups and 1) or ""
 
 
 def _with_own_ids(clips: Iterable[Clip], split: str) -> tuple[Clip, ...]:
@@ -276,7 +322,7 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
     SPLIT.json gives the labels of a file, or its events in milliseconds. Of k folds, fold i tests, fold i + 1 selects
     the settings, and the others train.
     """
-    metadata: dict[str, Any] = json.loads((folder / HEAR_METADATA).read_text(encoding="utf-8"))
+    metadata = _json_object(folder / HEAR_METADATA)
     if unused := sorted(set(options) - {"kind", "name", "group_regex"}):
         raise ValueError(f"{folder} is a task of HEAR, which tells {', '.join(unused)} itself")
     embedding, prediction = str(metadata.get("embedding_type")), str(metadata.get("prediction_type"))
@@ -288,8 +334,6 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
     }
     if (embedding, prediction) not in kinds:
         raise ValueError(f"{folder}: embedding_type {embedding!r} with prediction_type {prediction!r} is not known")
-    with open(folder / HEAR_LABELS, encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["idx"]))
     names = sorted(metadata.get("splits") or [path.stem for path in folder.glob("fold*.json")] or _HEAR_SPLITS)
     parts = {name: _hear_clips(folder, name, embedding == "event", options.get("group_regex")) for name in names}
     if set(names) >= set(_HEAR_SPLITS):
@@ -310,7 +354,7 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
         kind=options.get("kind", kinds[embedding, prediction]),
         source=str(folder),
         folds=tuple(folds),
-        labels=tuple(row["label"] for row in rows),
+        labels=_hear_labels(folder / HEAR_LABELS),
         collar=int(collar.group(1)) / 1000 if collar else ONSET_COLLAR,
         postprocessing=tuple((m, d) for m in grid["median_filter_ms"] for d in grid["min_duration"]),
     )
@@ -319,24 +363,57 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
 _HEAR_SPLITS = ["train", "valid", "test"]
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a {type(content).__name__}: a JSON object is needed")
+    return content
+
+
+def _hear_labels(path: Path) -> tuple[str, ...]:
+    """The labels of a vocabulary, in the order of their numbers."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return tuple(row["label"] for row in sorted(rows, key=lambda row: int(row["idx"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: rows of idx (whole numbers) and label are needed, and there is {error!r}"
+        ) from error
+
+
 def _hear_clips(folder: Path, split: str, events: bool, group_regex: str | None) -> tuple[Clip, ...]:
     audio = next((folder / str(rate) / split for rate in HEAR_RATES if (folder / str(rate) / split).is_dir()), None)
     if audio is None:
         raise ValueError(f"{folder}: no folder RATE/{split} of audio, for RATE in {', '.join(map(str, HEAR_RATES))}")
-    entries: dict[str, list[Any]] = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
     clips = []
-    for name, values in sorted(entries.items()):
-        match = re.search(group_regex, name) if group_regex else None
-        clip = Clip(
-            id=f"{split}/{name}", source=audio / name, group=match.group(match.re.groups and 1) if match else None
-        )
+    for name, values in sorted(_json_object(folder / f"{split}.json").items()):
+        group = _group(folder, group_regex, name) if group_regex else None
+        clip = Clip(id=f"{split}/{name}", source=audio / name, group=group)
+        place = f"{folder}/{split}.json, {name}"
+        if not isinstance(values, list):
+            raise ValueError(f"{place}: {values!r} must be a list")
         if events:
-            segments = (Segment(item["start"] / 1000, item["end"] / 1000, str(item["label"])) for item in values)
+            segments = (_hear_segment(item, place) for item in values)
             clips.append(replace(clip, segments=tuple(sorted(segments, key=lambda item: item.start))))
         else:
             labels = tuple(map(str, values))
             clips.append(replace(clip, labels=labels, speaker=labels[0] if labels else None))
     return tuple(clips)
+
+
+def _hear_segment(item: Any, place: str) -> Segment:
+    """An event, whose times are in milliseconds; HEAR has some without a length."""
+    try:
+        start, end, label = item["start"] / 1000, item["end"] / 1000, str(item["label"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{place}: {item!r} must have start and end, in milliseconds, and label") from None
+    if not start <= end < math.inf:
+        raise ValueError(f"{place}: {item!r} must begin before it ends")
+    return Segment(start, end, label)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,9 +430,17 @@ def _checked(task: Task) -> Task:
             raise ValueError(f"{task.name}: {clip.id} has no speaker")
         if task.kind in ("asr", "pr") and not (clip.transcript or "").strip():
             raise ValueError(f"{task.name}: {clip.id} has no transcript")
+    if task.kind in ("query", "verification") and len(task.folds) > 1:
+        raise ValueError(f"{task.name}: kind={task.kind} has one fold, not {len(task.folds)}")
+    if task.kind == "query":
+        query_items(task)
     for fold in task.folds:
-        if not fold.test or not (fold.train or task.kind in ("query", "verification")):
-            raise ValueError(f"{task.name}: {len(fold.train)} clips to train on and {len(fold.test)} to test on")
+        if not fold.test or (len(fold.train) < 2 and task.kind not in ("query", "verification")):
+            raise ValueError(
+                f"{task.name}: {len(fold.train)} clips to train on and {len(fold.test)} to test on; two are needed to "
+                "train and one to test"
+            )
+        _check_scorable(task, fold)
         known = _labels_of(fold.train)
         if task.kind == "classification" and len(known) < 2:
             raise ValueError(f"{task.name}: all training clips have the label {min(known)}; two classes are needed")
@@ -364,6 +449,32 @@ def _checked(task: Task) -> Task:
         if task.kind in ("classification", "frames") and unknown and not task.labels:
             raise ValueError(f"{task.name}: test labels that no training clip has: {', '.join(unknown[:10])}")
     return task if task.labels else replace(task, labels=tuple(sorted(_labels_of(task.clips))))
+
+
+def _check_scorable(task: Task, fold: Fold) -> None:
+    """ValueError where the metric is not defined: found before anything is embedded."""
+    for name in ("train", "valid", "test"):
+        clips: tuple[Clip, ...] = getattr(fold, name)
+        labels = _labels_of(clips)
+        if strange := sorted(labels - set(task.labels)) if task.labels else []:
+            raise ValueError(
+                f"{task.name}: labels of {name} that are not in the vocabulary: {', '.join(strange[:10])}"
+            )
+        if clips and task.kind == "tagging" and not labels:
+            raise ValueError(f"{task.name}: none of the {len(clips)} clips of {name} has a label; mAP needs one")
+        if clips and task.kind in ("frames", "events") and not labels:
+            raise ValueError(
+                f"{task.name}: none of the {len(clips)} clips of {name}, such as {clips[0].id}, has a segment"
+            )
+        if clips and task.kind == "asr" and not any(normalize(clip.transcript or "") for clip in clips):
+            raise ValueError(f"{task.name}: the transcripts of {name} hold no letter; the word error rate needs one")
+    if task.kind == "verification":
+        counts = Counter(clip.speaker for clip in fold.test)
+        if len(counts) < 2 or max(counts.values()) < 2:
+            raise ValueError(
+                f"{task.name}: {len(fold.test)} test clips of {len(counts)} speakers; two speakers are needed, and "
+                "one with two clips"
+            )
 
 
 def _labels_of(clips: Iterable[Clip]) -> set[str]:

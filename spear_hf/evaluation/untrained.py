@@ -1,33 +1,33 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Tasks that compare frozen features with each other: verification of speakers, and query by example.
 
-Verification: the cosine of two clips' features, centred and scaled by the training clips (of the mean over time, as
-`pool` says), and, with the head `mlp`, of x-vectors: what enters the last layer of an MLP on the statistics over time
-that was trained to name the training speakers, with the first settings of its grid. A fifth of these speakers are left
-out of that, and select the features.
+Verification: the cosine of two clips' features (of the mean over time, as `pool` says), centred and scaled by the
+training clips, or by the test clips of a task without any; and, with the head `mlp`, of x-vectors: what enters the
+last layer of an MLP on the statistics over time that was trained to name the training speakers, with the first
+settings of its grid. A fifth of these speakers are left out of that, and select the features.
 
-Query by example: retrieval.py. Clips of the training and of the test split are two voices that say the same items;
-items are compared within a language. The headline `selected` takes for either half of the items the layer that is best
-on the other half.
+Query by example: retrieval.py. The training and the test split are two voices, each of which says every item once;
+items are compared within a language, and every language may have two voices of its own. The headline `selected` takes
+for either half of the items the layer that is best on the other half.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from ..data.seeding import keyed_generator
-from .bootstrap import estimate, mean_of, ratio
+from .bootstrap import Score, estimate, mean_of, ratio
 from .embedding_cache import EmbeddingCache
-from .heads import Examples, PooledFeatures, grid, outputs_of, train_heads
-from .metrics import equal_error_rate, minimum_detection_cost
+from .heads import Examples, PooledFeatures, Trained, grid, outputs_of, train_heads
+from .metrics import minimum_detection_cost, weighted_equal_error_rate
 from .problems import Classification
 from .protocols import FEATURES, Result, Settings, bootstrap_units, chosen_pool, feature_sets
 from .representations import Representation
 from .retrieval import match_recordings
-from .tasks import Clip, Task
+from .tasks import Clip, Task, query_items
 
 
 MAX_TRIALS = 50_000
@@ -44,8 +44,6 @@ def verification_results(
 ) -> list[Result]:
     """Equal error rates by features, of cosines (head `cosine`) and of x-vectors (head `mlp`)."""
     fold = task.folds[0]
-    if len(task.folds) > 1:
-        raise ValueError(f"{task.name}: verification has one fold, not {len(task.folds)}")
     known, valid = _speakers_apart([*fold.train, *fold.valid], settings.seed)
     wanted = settings.features or FEATURES
     results = []
@@ -60,11 +58,13 @@ def verification_results(
         results.append(_verified(task, name, "cosine", [vectors], parts, settings))
     if "mlp" in settings.heads and len({clip.speaker for clip in known}) > 1:
         for name in feature_sets(representation, wanted, "mlp"):
-            vectors_by_seed = [
-                _x_vectors(task, representation, name, pooled, parts, replace(settings, seed=seed))
-                for seed in range(settings.seed, settings.seed + settings.seeds)
-            ]
+            vectors_by_seed, heads = [], []
+            for seed in range(settings.seed, settings.seed + settings.seeds):
+                vectors, trained = _x_vectors(task, representation, name, pooled, parts, replace(settings, seed=seed))
+                vectors_by_seed.append(vectors)
+                heads.append({"seed": seed, "fold": 0, **trained.to_dict()})
             results.append(_verified(task, name, "mlp", vectors_by_seed, parts, settings))
+            results[-1].details["heads"] = heads
     return results
 
 
@@ -89,8 +89,8 @@ def _x_vectors(
     pooled: dict[str, np.ndarray],
     parts: dict[str, list[Clip]],
     settings: Settings,
-) -> dict[str, np.ndarray]:
-    """Vectors of the clips of each part, by the head whose settings are the first of the grid."""
+) -> tuple[dict[str, np.ndarray], Trained]:
+    """Vectors of the clips of each part, by the head whose settings are the first of the grid, and that head."""
     speakers = tuple(sorted({str(clip.speaker) for clip in parts["train"]}))
     naming = replace(task, kind="classification", labels=speakers)
     clips = {part: [replace(clip, labels=(str(clip.speaker),)) for clip in items] for part, items in parts.items()}
@@ -101,9 +101,10 @@ def _x_vectors(
     title = f"{task.name}, {representation.name}, {name}, x-vectors"
     points = grid("mlp", settings.grid)
     trained = train_heads(train, None, problem, points, settings.seed, device, title, settings.progress)
-    return {
+    vectors = {
         part: np.concatenate(outputs_of(trained.head, item, device, embed=True)) for part, item in features.items()
     }
+    return vectors, trained
 
 
 def _verified(
@@ -143,21 +144,43 @@ class Trials:
 
     def score(self, weights: np.ndarray) -> float:
         """The equal error rate. A pair counts as often as the product of its clips' weights (clips,) says."""
-        counts = weights[self.first] * weights[self.second]
-        kept = counts > 0
-        return equal_error_rate(self.cosines[kept], self.same[kept], counts[kept])[0]
+        return self._rate(weights[self.first] * weights[self.second])
+
+    @cached_property
+    def _rate(self) -> Score:
+        return weighted_equal_error_rate(self.cosines, self.same)
 
 
 def trials(vectors: np.ndarray, clips: Sequence[Clip], seed: int) -> Trials:
-    """All pairs of clips with vectors (clips, width), or 50,000 of them, drawn by the seed."""
-    first, second = np.triu_indices(len(clips), k=1)
-    if len(first) > MAX_TRIALS:
-        kept = keyed_generator(seed, "trials", len(clips)).choice(len(first), MAX_TRIALS, replace=False)
-        first, second = first[kept], second[kept]
+    """All pairs of clips with vectors (clips, width), or 50,000 of them, drawn by the seed.
+
+    Half of the drawn ones are of one speaker, if there are so many: of thousands of speakers a pair hardly ever is,
+    and the error rates depend on either kind by itself.
+    """
+    number = len(clips)
+    speakers = np.unique([str(clip.speaker) for clip in clips], return_inverse=True)[1]
+    if number * (number - 1) // 2 <= MAX_TRIALS:
+        first, second = np.triu_indices(number, k=1)
+    else:
+        order = np.argsort(speakers, kind="stable")
+        own = np.arange(1, number + 1)  # where the clips behind each begin, with the clips sorted by speaker
+        others = np.searchsorted(speakers[order], speakers[order], side="right")  # and those of other speakers
+        rng = keyed_generator(seed, "trials", number)
+        pairs_of_one = int((others - own).sum())
+        of_one = min(pairs_of_one, max(MAX_TRIALS // 2, MAX_TRIALS - int((number - others).sum())))
+        drawn = [_drawn(own, others, of_one, rng), _drawn(others, np.full(number, number), MAX_TRIALS - of_one, rng)]
+        first, second = order[np.concatenate(drawn, axis=1)]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    speakers = np.array([str(clip.speaker) for clip in clips])
     same = (speakers[first] == speakers[second]).astype(np.int64)
     return Trials(first, second, np.einsum("td,td->t", unit[first], unit[second]), same)
+
+
+def _drawn(begin: np.ndarray, end: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(2, count): `count` of the pairs of a clip i with one from `begin[i]` to before `end[i]`, each once at most."""
+    ends = np.cumsum(end - begin)
+    place = rng.choice(int(ends[-1]), count, replace=False)
+    first = np.searchsorted(ends, place, side="right")
+    return np.stack([first, place - ends[first] + end[first]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,22 +192,18 @@ def query_results(
     task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings
 ) -> list[Result]:
     """ABX accuracy of every layer, and of the layer selected on the other half of the items."""
-    fold = task.folds[0]
-    first, second = ({clip.labels[0]: clip for clip in side} for side in (fold.train, fold.test))
-    labels = sorted(set(first) & set(second))
-    pools = {label: second[label].language or "" for label in labels}
-    alone = {pool for pool, count in Counter(pools.values()).items() if count < 2}
-    labels = [label for label in labels if pools[label] not in alone]
-    if len(labels) < 2:
-        raise ValueError(f"{task.name}: {len(labels)} items are said in both splits, train and test; two are needed")
-    sides = [[side[label] for label in labels] for side in (first, second)]
+    representation.check_timed(task.name)
+    first, second = query_items(task)
+    items = list(first)
+    sides = [list(first.values()), [second[item] for item in items]]
     cache.fill(representation, [clip for side in sides for clip in side], "frames")
-    units = [label for _ in sides for label in labels]
+    labels, pools = [label for _, label in items], [language for language, _ in items]
+    units = [str(item) for _ in sides for item in items]
     results: list[Result] = []
     corrects = []
     for layer in range(representation.num_layers):
         frames = [[cache.frames(representation, clip, layer=layer)[0] for clip in side] for side in sides]
-        match = match_recordings(frames[0], frames[1], labels, [pools[label] for label in labels], settings.seed)
+        match = match_recordings(frames[0], frames[1], labels, pools, settings.seed)
         corrects.append(match.correct)
         name = "features" if representation.num_layers == 1 else f"layer {layer}"
         hits = float((match.predictions == np.tile(labels, 2)).mean())

@@ -44,8 +44,17 @@ def write_atomically(path: Path, content: bytes | memoryview, kept: str = KEPT) 
     StorageFullError where there is no room, `kept` being what is there already; nothing of the file is left then, nor
     after any other error.
     """
+    with replacing(path, kept) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, kept: str = KEPT) -> Iterator[BinaryIO]:
+    """A file to write, of which the same is true: it takes the place of `path` if the block ends well."""
     with _temporary(path) as temporary, explained(path, kept):
-        _fill(temporary, content)
+        yield temporary
+        temporary.flush()
+        os.fsync(temporary.fileno())
         os.replace(temporary.name, path)
     _sync_folder(path.parent)
 
@@ -53,7 +62,9 @@ def write_atomically(path: Path, content: bytes | memoryview, kept: str = KEPT) 
 def create_atomically(path: Path, content: bytes) -> bool:
     """As `write_atomically`, but a file that is there stays as it is: False. Of several at once, one succeeds."""
     with _temporary(path) as temporary, explained(path):
-        _fill(temporary, content)
+        temporary.write(content)
+        temporary.flush()
+        os.fsync(temporary.fileno())
         try:
             os.link(temporary.name, path)
         except FileExistsError:
@@ -68,9 +79,9 @@ def create_atomically(path: Path, content: bytes) -> bool:
     return True
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files of writers that are dead; those being written now are let be."""
-    for path in folder.glob(".*.tmp"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Deletes the temporary files of writers that are dead, or of one file's; those being written now are let be."""
+    for path in folder.glob(f".{name}.*.tmp"):
         with suppress(OSError), path.open("rb") as file:
             locked = _lock(file, wait=False)
             age = time.time() - os.fstat(file.fileno()).st_mtime
@@ -94,12 +105,6 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
         name.unlink(missing_ok=True)
         with suppress(OSError):  # what a failed write left in the buffer cannot be written now either
             file.close()
-
-
-def _fill(file: BinaryIO, content: bytes | memoryview) -> None:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _lock(file: BinaryIO, wait: bool) -> bool | None:
