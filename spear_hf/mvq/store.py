@@ -36,6 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spear_hf.data.audio import load_audio
+from spear_hf.data.ids import id_hash, id_hashes
 from spear_hf.data.utterances import CHUNK, Column, UtteranceList
 from spear_hf.mvq.atomic_files import write_atomically
 from spear_hf.mvq.store_format import (
@@ -54,7 +55,6 @@ from spear_hf.mvq.store_format import (
     checksum_column,
     differences,
     hash_order,
-    id_hash,
     list_key,
     open_shard,
     prefix,
@@ -271,8 +271,7 @@ class TokenStore:
         parts = [np.empty(0, np.int64)]
         wanted = iter(ids)
         while chunk := list(itertools.islice(wanted, CHUNK)):
-            hashes = np.fromiter((id_hash(id) for id in chunk), np.uint64, len(chunk))
-            parts.append(self._rows_by_hash(hashes, pa.array(chunk, pa.large_string())))
+            parts.append(self._rows_by_hash(id_hashes(chunk), pa.array(chunk, pa.large_string())))
         return np.concatenate(parts)
 
     def rows_of_utterances(self, utterances: UtteranceList) -> np.ndarray:
