@@ -211,8 +211,7 @@ class TokenStore:
         """The audio that the tokens were made from, float32 (samples,) at 16 kHz; of a store with audio only."""
         content, _ = self.audio_file(id)
         waveform = load_audio(io.BytesIO(content))
-        _, table, place = self._place(self._row(id), "audio_checksum")
-        if table[0][place].as_py() != waveform_checksum(waveform):
+        if self.audio_checksum(id) != waveform_checksum(waveform):
             raise ValueError(f"{self.location}: the audio of {id} is damaged; delete its shard and run tokenize again")
         return waveform
 
@@ -249,6 +248,11 @@ class TokenStore:
         """The audio file of an utterance; for several threads."""
         with _CONTENT_LOCK:
             return self.audio_file(id)[0]
+
+    def audio_checksum(self, id: str) -> int | None:
+        """CRC-32 of the waveform that the tokens were made from, where it is known."""
+        _, table, place = self._place(self._row(id), "audio_checksum")
+        return table[0][place].as_py()
 
     def audio_checksums(self) -> np.ndarray:
         """CRC-32 of every waveform in the order of the ids, int64 (utterances,), -1 where it is not known."""

@@ -374,6 +374,10 @@ class ExecutionConfig:
     steps a minute or two. Rounding differs from that of a model that is not compiled, and regularizers draw other
     numbers. Not with fsdp."""
 
+    check_data: bool = True
+    """Before its first step, and after its data has moved, a run compares the audio of a few utterances with what
+    their tokens were made from (data_check.py). false: for a student that is to hear other audio than the teacher."""
+
     num_workers: Annotated[int, Range(0, 1000)] = 0
     """Processes that prepare batches ahead; 0: the training process itself."""
 
@@ -472,8 +476,8 @@ class PreTrainingConfig:
 
 # Keys that may differ from the run that is resumed: they change neither what is learnt from nor the updates.
 FREE_ON_RESUME = ("output_dir", "max_steps", "checkpoint_every", "checkpointing", "logging", "execution")
-# Places that may differ too, of what a checkpoint tells from something else.
-MAY_MOVE = re.compile(r"data\.manifest|targets\.[^.]+\.store")
+# Places that may differ too, of what a checkpoint and samples.json tell from something else.
+MAY_MOVE = re.compile(r"data\.(manifest|store)|targets\.[^.]+\.store")
 
 
 def shipped_configs() -> list[str]:
