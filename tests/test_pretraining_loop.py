@@ -650,12 +650,15 @@ def test_a_target_that_no_utterance_is_for_is_an_error(runs, finished, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", ["loop", "command"])
+def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, finished, tmp_path, monkeypatch, module):
+    name, before = {"loop": ("build_sampler", build_sampler), "command": ("load_config", load_config)}[module]
+
     def stopped(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return build_sampler(*arguments)
+        return before(*arguments)
 
-    monkeypatch.setattr("spear_hf.pretraining.loop.build_sampler", stopped)
+    monkeypatch.setattr(f"spear_hf.pretraining.{module}.{name}", stopped)
     handler = signal.getsignal(signal.SIGUSR1)
     code, output = call(runs, tmp_path / "run")
     assert code == INTERRUPTED

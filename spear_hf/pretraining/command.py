@@ -36,7 +36,7 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
     except Stopped as stop:
         print(
             f"Stopped by {stop.received.name} with no step under way, so there was nothing to save. The same command "
-            f"goes on, with --resume if there is a run in {config.output_dir}.",
+            "goes on, with --resume if its output_dir holds a run.",
             file=sys.stderr,
         )
         return INTERRUPTED
