@@ -667,6 +667,13 @@ def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, fin
     assert signal.getsignal(signal.SIGUSR1) == handler
 
 
+def test_too_little_memory_is_one_line_with_the_setting_that_helps(runs, finished, tmp_path):
+    code, output = call(runs, tmp_path / "run", "model.config.hidden_size=1000000")
+    assert code == 1
+    assert re.search(r"spear-hf pretrain: there is not enough memory \(.*memory.*\): lower execution", output)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stop_while_a_tracker_starts_is_one_too(runs, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "accelerate.tracking.TensorBoardTracker.start", lambda tracker: os.kill(os.getpid(), signal.SIGTERM)

@@ -291,7 +291,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a token store: it has no {METADATA}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}): restore it, or write to a new folder") from error
     check_version(metadata, path)
     return metadata
 

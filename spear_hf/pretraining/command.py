@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from ..memory_errors import lack_of_memory
 from .config import load_config
 from .loop import NonFiniteLossError, pretrain
 from .planning import plan_run
@@ -32,6 +33,15 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
             outcome = pretrain(config, resume=resume)
     except (ValueError, NonFiniteLossError, OSError) as error:
         print(f"spear-hf pretrain: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if (lacking := lack_of_memory(error)) is None:
+            raise
+        print(
+            f"spear-hf pretrain: there is not enough memory ({lacking}): lower execution.batch_seconds_per_device, "
+            "which leaves every step its batch, and go on with --resume; in a new run, take a smaller model.",
+            file=sys.stderr,
+        )
         return 1
     except Stopped as stop:
         print(
