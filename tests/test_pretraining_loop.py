@@ -587,12 +587,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_tells_of_utterances_without_tokens(runs, finished, tmp_path):
+@pytest.mark.parametrize("flags", [("--dry-run",), ()])
+def test_utterances_without_tokens_are_told_of_before_anything_is_written(runs, finished, tmp_path, flags):
     row = json.loads(runs.manifest.read_text().splitlines()[0])
     (tmp_path / "more.jsonl").write_text(runs.manifest.read_text() + json.dumps({**row, "id": "new"}) + "\n")
-    code, output = call(runs, tmp_path / "plan", f"data.manifest={tmp_path / 'more.jsonl'}", flags=("--dry-run",))
+    code, output = call(runs, tmp_path / "run", f"data.manifest={tmp_path / 'more.jsonl'}", flags=flags)
     assert code == 1
     assert "1 of 17 utterances have no speech tokens in the store: new" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_of_a_run_that_has_begun_is_of_what_is_left(runs, finished):
