@@ -220,6 +220,12 @@ class SpearConfig(PreTrainedConfig):
         for name in ("hidden_size", "intermediate_size"):
             if (value := getattr(self, name)) < 4 or value % 4:
                 raise ValueError(f"`{name}={value}` must be a positive multiple of 4.")
+        for name in ("num_attention_heads", "query_head_dim", "value_head_dim", "pos_head_dim"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}={value}` must be positive.")
+        for name in ("hidden_dropout", "position_dropout", "final_dropout"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"`{name}={value}` must lie in [0, 1].")
         if self.pos_dim < 2 or self.pos_dim % 2:
             raise ValueError(f"`pos_dim={self.pos_dim}` must be a positive even number.")
         if self.num_mel_bins < 9:

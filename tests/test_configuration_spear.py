@@ -68,6 +68,8 @@ def test_lists_and_tuples_are_the_same():
         ({"hidden_size": "512"}, "hidden_size"),
         ({"output_downsampling_factor": 3}, "output_downsampling_factor=3"),
         ({"masked_loss_weight": 1.5}, "masked_loss_weight=1.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0.*must be positive"),
+        ({"hidden_dropout": float("nan")}, r"hidden_dropout=nan.*must lie in \[0, 1\]"),
         ({"ctc_loss_reduction": "none"}, "ctc_loss_reduction"),
         ({"pretraining_targets": {"speech": {"codebooks": 16}}}, "pretraining_targets"),
     ],

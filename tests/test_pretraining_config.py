@@ -4,6 +4,9 @@
 import ast
 import inspect
 import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 
 from spear_hf import SpearConfig, SpearModel
 from spear_hf.data.mixing import MixingConfig
+from spear_hf.data.ranges import range_of
 from spear_hf.pretraining import config as config_module
 from spear_hf.pretraining.config import (
     ModelConfig,
@@ -129,34 +133,37 @@ def test_a_target_can_be_removed():
         ("execution.cache_audio=1", "execution.cache_audio=1 is a int, but must be bool"),
         ("schedule.name=linear", "must be one of 'cosine', 'eden', 'constant'"),
         ("optimizer.betas=[0.9]", "optimizer: betas must be two numbers"),
-        ("optimizer.weight_decay=-1", "weight_decay must not be negative, not -1"),
-        ("optimizer.max_grad_norm=0", "learning_rate, eps and max_grad_norm must be positive"),
-        ("optimizer.learning_rate=nan", "optimizer.learning_rate='nan' must be a finite number"),
-        ("targets.speech.weight=.inf", "targets.speech.weight=inf must be a finite number"),
+        ("optimizer.betas=[0.9, 1]", "optimizer: betas[1]=1.0 must be at least 0 and less than 1"),
+        ("model.config.hidden_size=4000000", "model: config.hidden_size=4000000 must be at least -1e+06 and at most"),
+        ("model.config.stem_channels=[8, 32, 10000000]", "config.stem_channels=10000000 must be at least"),
+        ("optimizer.weight_decay=-1", "optimizer: weight_decay=-1.0 must be at least 0 and at most 1e+06"),
+        ("optimizer.max_grad_norm=0", "optimizer: max_grad_norm=0.0 must be at least 1e-15"),
+        ("optimizer.learning_rate=nan", "optimizer: learning_rate=nan must be at least"),
+        ("targets.speech.weight=.inf", "targets.speech: weight=inf must be at least 0 and at most 1e+06"),
         (
             "data.domain_max_seconds.audio=20",
             "domain_max_seconds.audio=20.0: of speech and audio, from min_seconds=0.3",
         ),
         ("data.domain_max_seconds.audio=1.01", "must be a multiple of 0.04 (a 25 Hz token), not 1.01"),
-        ("execution.timeout_minutes=1e20", "timeout_minutes must be at most a million"),
-        ("data.batch_seconds=.nan", "data.batch_seconds=nan must be a finite number"),
+        ("execution.timeout_minutes=1e20", "timeout_minutes=1e+20 must be at least 1e-06 and at most 1e+06"),
+        ("data.batch_seconds=.nan", "data: batch_seconds=nan must be"),
         ("optimizer.name=adam", "must be one of 'adamw', 'scaled_adam'"),
         ("optimizer.scaled_adam.clipping_scale=3", "scaled_adam is set, but name is adamw"),
-        ("averaging.last_fraction=2", "last_fraction lie in [0, 1]"),
+        ("averaging.last_fraction=2", "averaging: last_fraction=2.0 must be at least 0 and at most 1"),
         ("data=3", "must be a mapping"),
         ("max_steps.x=3", "holds a value, not a section"),
         ("data.max_seconds=9.99", "multiple of 0.04"),
-        ("data.batch_seconds=2", "batch_seconds=2.0 must hold a crop of 4.0 seconds"),
+        ("data.batch_seconds=2", "batch_seconds=2.0 must hold a crop of max_seconds=4.0"),
         ("execution.batch_seconds_per_device=2", "must hold a crop"),
-        ("masking.time_span=0", "masking: time_span must be at least 1"),
+        ("masking.time_span=0", "masking: time_span=0 must be at least 1 and at most 1e+06"),
         ("targets.speech.store=x", "store and teacher are both set"),
         ("targets.keys.store=x", "targets.keys cannot be the name of a target"),
         ("targets={}", "targets must name a teacher at least"),
         ("targets.speech.domains=[music]", "targets.speech: domains must be of speech, audio, or null"),
-        ("mixing.noise_probability=2", "mixing: noise_probability must lie between 0 and 1"),
+        ("mixing.noise_probability=2", "mixing: noise_probability=2.0 must be at least 0 and at most 1"),
         ("mixing.token_second=music", "mixing.token_second='music' must be one of 'speech', 'any'"),
-        ("data.domain_weights.music=2", "domain_weights.music=2.0: weights of speech and audio must be positive"),
-        ("data.domain_weights.audio=0", "domain_weights.audio=0.0"),
+        ("data.domain_weights.music=2", "domain_weights.music: weights are of speech and audio"),
+        ("data.domain_weights.audio=0", "domain_weights.audio=0.0 must be at least 1e-06"),
         ("logging.probe_every=5", "probe_every needs probe_manifest"),
         ("execution.sharding=ddp", "must be one of 'none', 'fsdp'"),
         ("max_steps", "must have the form key=value"),
@@ -168,6 +175,35 @@ def test_mistakes_are_named(override, message):
         load_config("tiny", [override])
 
 
+def numbers(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and annotation of every number in a configuration."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        parts = [hint, *get_args(hint)]
+        if section := next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None):
+            yield from numbers(section, f"{prefix}{name}." + ("speech." if section is TargetConfig else ""))
+        elif {int, float} & set(leaves(hint)):
+            yield f"{prefix}{name}", hint
+
+
+def leaves(hint: Any) -> list[Any]:
+    return [leaf for part in get_args(hint) for leaf in leaves(part)] or [hint]
+
+
+def test_every_number_has_a_range():
+    """What is absurd is refused by the name of its key, when the configuration is read."""
+    found = dict(numbers(PreTrainingConfig))
+    assert {"seed", "targets.speech.weight", "data.domain_weights", "optimizer.scaled_adam.scalar_max"} <= set(found)
+    assert len(found) > 50
+    for key, hint in found.items():
+        form = {dict: f"{key}.audio=%s", tuple: f"{key}=[%s, 0]"}.get(get_origin(hint), f"{key}=%s")
+        absurd = ["word", "true", "{}", 10**24, -(10**24)]
+        absurd += ["1.5"] if int in leaves(hint) else [".nan", ".inf", "-.inf", 1e300]
+        absurd += [0, -1] if range_of(hint).low > 0 else []
+        for value in absurd:
+            with pytest.raises(ValueError, match=rf"\b{key.rpartition('.')[2]}\b.*must be"):
+                load_config("tiny", [form % value])
+
+
 def test_an_optimiser_brings_its_own_rate_and_clipping():
     adamw, scaled = OptimizerConfig(), load_config("base-speech").optimizer
     assert (adamw.learning_rate, adamw.weight_decay, adamw.max_grad_norm) == (5e-4, 0.01, 5.0)
@@ -175,10 +211,13 @@ def test_an_optimiser_brings_its_own_rate_and_clipping():
     assert (scaled.max_grad_norm, scaled.scaled_adam.clipping_scale) == (None, 2.0)
     for override, message in [
         ("optimizer.weight_decay=0.1", "weight_decay and max_grad_norm are of adamw: set them to null"),
-        ("optimizer.scaled_adam.clipping_scale=-1", "optimizer.scaled_adam: clipping_scale must be positive"),
-        ("optimizer.scaled_adam.param_min_rms=5", "param_min_rms < param_max_rms must hold: 5.0, 3.0"),
-        ("optimizer.scaled_adam.size_update_period=0", "must be at least 1 step"),
-        ("optimizer.scaled_adam.scalar_max=0", "scalar_max must be positive"),
+        (
+            "optimizer.scaled_adam.clipping_scale=-1",
+            "optimizer.scaled_adam: clipping_scale=-1.0 must be at least 1e-15",
+        ),
+        ("optimizer.scaled_adam.param_min_rms=5", "param_min_rms=5.0 must be less than param_max_rms=3.0"),
+        ("optimizer.scaled_adam.size_update_period=0", "size_update_period=0 must be at least 1 and"),
+        ("optimizer.scaled_adam.scalar_max=0", "scalar_max=0.0 must be at least"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             load_config("base-speech", [override])

@@ -325,7 +325,7 @@ def test_resuming_what_has_not_started_starts_it(runs, plain):
 
 def test_a_diverging_run_skips_names_and_stops(runs, finished):
     output = runs.folder / "diverged"
-    assert runs.run(output, "optimizer.learning_rate=1e30", "schedule.warmup_steps=0") == 1
+    assert runs.run(output, "optimizer.learning_rate=1e9", "schedule.warmup_steps=0") == 1
     assert "not finite in 3 steps in a row" in runs.log(output)
     records = metrics(output)
     assert [("skipped" in record) for record in records[-3:]] == [True] * 3
@@ -587,12 +587,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_tells_of_utterances_without_tokens(runs, finished, tmp_path):
+@pytest.mark.parametrize("flags", [("--dry-run",), ()])
+def test_utterances_without_tokens_are_told_of_before_anything_is_written(runs, finished, tmp_path, flags):
     row = json.loads(runs.manifest.read_text().splitlines()[0])
     (tmp_path / "more.jsonl").write_text(runs.manifest.read_text() + json.dumps({**row, "id": "new"}) + "\n")
-    code, output = call(runs, tmp_path / "plan", f"data.manifest={tmp_path / 'more.jsonl'}", flags=("--dry-run",))
+    code, output = call(runs, tmp_path / "run", f"data.manifest={tmp_path / 'more.jsonl'}", flags=flags)
     assert code == 1
     assert "1 of 17 utterances have no speech tokens in the store: new" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_of_a_run_that_has_begun_is_of_what_is_left(runs, finished):
@@ -650,18 +652,28 @@ def test_a_target_that_no_utterance_is_for_is_an_error(runs, finished, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", ["loop", "command"])
+def test_a_stop_before_the_first_step_ends_the_run_as_one_that_goes_on(runs, finished, tmp_path, monkeypatch, module):
+    name, before = {"loop": ("build_sampler", build_sampler), "command": ("load_config", load_config)}[module]
+
     def stopped(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return build_sampler(*arguments)
+        return before(*arguments)
 
-    monkeypatch.setattr("spear_hf.pretraining.loop.build_sampler", stopped)
+    monkeypatch.setattr(f"spear_hf.pretraining.{module}.{name}", stopped)
     handler = signal.getsignal(signal.SIGUSR1)
     code, output = call(runs, tmp_path / "run")
     assert code == INTERRUPTED
     assert "Stopped by SIGUSR1 with no step under way" in output
     assert not (tmp_path / "run").exists()
     assert signal.getsignal(signal.SIGUSR1) == handler
+
+
+def test_too_little_memory_is_one_line_with_the_setting_that_helps(runs, finished, tmp_path):
+    code, output = call(runs, tmp_path / "run", "model.config.hidden_size=1000000")
+    assert code == 1
+    assert re.search(r"spear-hf pretrain: there is not enough memory \(.*memory.*\): lower execution", output)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stop_while_a_tracker_starts_is_one_too(runs, finished, tmp_path, monkeypatch):

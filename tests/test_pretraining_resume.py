@@ -109,11 +109,15 @@ def test_killed_inside_a_save(runs, finished):
     assert not list(folder.glob("*.partial"))
 
 
-def test_two_ranks_killed(runs, two_ranks):
+def test_one_of_two_ranks_killed(runs, two_ranks):
     output = runs.folder / "two-ranks-killed"
     processes = runs.start_ranks(output)
     wait_for(has_steps(output, 7), processes[0])
-    kill(processes)
+    kill(processes[1:])
+    processes[0].join(60)
+    assert processes[0].exitcode == 1
+    assert "spear-hf pretrain: another rank has ended" in runs.log(output, rank=0)
+    assert "Traceback" not in runs.log(output, rank=0)
     assert len(metrics(output)) < STEPS
     runs.run_ranks(output, resume=True)
     assert_same_run(output, two_ranks)

@@ -390,3 +390,7 @@ class Hungry:
     assert "spear-hf tokenize: there is not enough memory (" in printed
     assert "--batch-seconds" in printed
     assert not list(Path("tokens").glob("tokens-*.parquet")), "nothing is taken for done"
+    settings = ("--teacher", "kaldi-mfcc", "--codebooks", 4, "--codebook-size", 16, "--batch-size", 10**13)
+    code, printed = run("quantize", *settings, "--data", corpus, "--output", "quantiser")
+    assert code == 1
+    assert "spear-hf quantize: there is not enough memory (" in printed

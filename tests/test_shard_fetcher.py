@@ -120,6 +120,22 @@ def test_two_windows_are_there_and_what_is_needed_soonest_stays(hub, tmp_path):
     fetching.end()
 
 
+def test_what_is_needed_stays_new_and_comes_again_when_it_was_removed(hub, tmp_path):
+    fetching = Fetching(hub, tmp_path, held=[0])
+    fetching.send("[1, 2]")
+    assert fetching.reaches([0, 1, 2])
+    files = [fetching.folder / "lock", *fetching.folder.glob("shards/*/*")]
+    for file in files:
+        os.utime(file, (0, 0))
+    fetching.location.fetch("0.parquet").unlink()
+    assert fetching.location.fetch("0.parquet").stat().st_size == 1000
+    deadline = time.monotonic() + 20
+    while any(file.stat().st_mtime < 1 for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    fetching.end()
+
+
 def test_after_a_kill_it_goes_on_with_what_is_whole(hub, tmp_path):
     first = Fetching(hub, tmp_path)
     first.send("[0, 1]")

@@ -245,7 +245,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a token store"):
         TokenStore.open(tmp_path)
     (tmp_path / "metadata.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match=r"metadata\.json is damaged .*: restore it, or write to a new folder"):
         TokenStore.open(tmp_path)
     (tmp_path / "metadata.json").write_text('{"format_version": 2}')
     with pytest.raises(ValueError, match="lacks num_codebooks"):
@@ -374,6 +374,16 @@ def test_index_of_another_store_is_refused(stored, tmp_path):
     (folder / "index.parquet").write_bytes((tmp_path / "other" / "index.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"index\.parquet is not of this store"):
         TokenStore.open(folder)
+
+
+def test_writing_again_makes_a_damaged_index_anew(stored, tmp_path):
+    folder, rows = stored
+    before = contents(folder)
+    write(tmp_path / "other", rows[:100])
+    for damaged in b"", before["index.parquet"][:-9], (tmp_path / "other" / "index.parquet").read_bytes():
+        (folder / "index.parquet").write_bytes(damaged)
+        write(folder, rows)
+        assert contents(folder) == before
 
 
 def test_memory_of_an_utterance(tmp_path):

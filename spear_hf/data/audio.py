@@ -64,6 +64,8 @@ class AudioReader:
     Attributes:
         num_samples: of the file at `sampling_rate`, by its header: for some MP3 a rough estimate.
         seeks: whether a window is read without decoding what is before it.
+        is_exact: whether the samples follow from the file alone: of a lossless format, not resampled, one channel or
+            the mean of two. Others may differ in their last bits between versions of decoder and resampler.
 
     Raises:
         AudioError: the file is missing or unreadable.
@@ -85,6 +87,8 @@ class AudioReader:
         self._resampler = None if self.rate == sampling_rate else _resampler(self.rate, sampling_rate)
         self.num_samples = self._resampled_length(self._file.frames)
         self.seeks = self._file.seekable() and self._file.subtype.startswith(_EXACT_SEEKS)
+        lossless = self._file.subtype.startswith(("PCM_", "FLOAT"))
+        self.is_exact = lossless and self._resampler is None and self._file.channels <= 2
         self._next = 0  # the chunk that the decoder is at
         self._chunks: dict[int, np.ndarray] = {}  # the two read last: margins of the resampler reach back
         self._block: tuple[int, np.ndarray] | None = None  # the one resampled last

@@ -230,7 +230,8 @@ class PreTrainingDataset:
         start, stop = crop_window(len(waveform), longest, CROP_GRID, self.seed, epoch, utterance.id)
         return Crop(utterance, waveform[start:stop], start, stop if stop < len(waveform) else None)
 
-    def _needs(self, name: str, utterance: Utterance) -> bool:
+    def needs(self, name: str, utterance: Utterance) -> bool:
+        """Whether an utterance predicts the tokens of teacher `name`."""
         return needs_target(name, utterance.domain, self.domains.get(name))
 
     def _aligned(
@@ -250,7 +251,7 @@ class PreTrainingDataset:
         """The tokens (tokens, codebooks) that the crop's samples span; -100 for a teacher that it does not predict."""
         store = self.stores[name]
         count = math.ceil(len(crop.waveform) * store.frame_rate / SAMPLING_RATE)
-        if not self._needs(name, crop.utterance):
+        if not self.needs(name, crop.utterance):
             return np.full((count, store.num_codebooks), IGNORED)
         first = round(crop.start * store.frame_rate / SAMPLING_RATE)
         return store[crop.utterance.id][first : first + count]
@@ -272,7 +273,7 @@ class PreTrainingDataset:
         stop = start + size if start + size < len(mixture) else None
         labels = {}
         for name, store in self.stores.items():
-            if self._needs(name, main.utterance) or self._needs(name, second.utterance):
+            if self.needs(name, main.utterance) or self.needs(name, second.utterance):
                 parts = self._crop_tokens(name, main), self._crop_tokens(name, second)
                 offset = round(mix.offset * store.frame_rate / SAMPLING_RATE)
                 tokens = self.mixer.tokens(index, epoch, name, *parts, mix, offset)
@@ -301,7 +302,7 @@ class PreTrainingDataset:
             labels = {
                 name: self._aligned(name, store[utterance.id], main.start, main.stop, targets, utterance)
                 for name, store in self.stores.items()
-                if self._needs(name, utterance)
+                if self.needs(name, utterance)
             }
         else:
             waveform, labels, second = mixture

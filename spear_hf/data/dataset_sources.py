@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..mvq.store_format import id_hash
+from .ids import id_hashes
 from .manifest import AUDIO_SUFFIXES, DOMAINS, Utterance, check_unicode
 from .sources import DATASET_SUFFIXES, AudioSource, Columns, HeadSource, Piece, fingerprint, is_saved_dataset
 
@@ -110,7 +110,7 @@ class DatasetSource(AudioSource):
     def check_ids(self) -> None:
         if self.columns.id is None:
             return  # FILE#ROW
-        parts = [np.array([id_hash(id) for id in self._piece_ids(index)], np.uint64) for index in range(len(self))]
+        parts = [id_hashes(self._piece_ids(index)) for index in range(len(self))]
         hashes, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         order = np.argsort(hashes, kind="stable")
         hashes, owners = hashes[order], owners[order]

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, AudioFile, audio_duration, load_audio
+from .audio import SAMPLING_RATE, AudioFile, AudioReader, audio_duration, load_audio
 from .manifest import Utterance
 
 
@@ -28,6 +28,12 @@ def utterance_seconds(utterance: Utterance) -> float:
     if utterance.num_samples is not None:
         return utterance.num_samples / SAMPLING_RATE
     return audio_duration(audio_file(utterance), name=str(utterance.path))
+
+
+def decodes_exactly(utterance: Utterance) -> bool:
+    """Whether its waveform at 16 kHz is the same, bit for bit, with every version of the libraries."""
+    with AudioReader(audio_file(utterance), name=str(utterance.path)) as reader:
+        return reader.is_exact
 
 
 def audio_file(utterance: Utterance) -> AudioFile:

@@ -7,9 +7,11 @@ the frames of a ten-second utterance, `MaskingConfig.speech_only()` about 40 %; 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from .ranges import Range, check_ranges
 from .seeding import keyed_generator
 
 
@@ -17,34 +19,26 @@ from .seeding import keyed_generator
 class MaskingConfig:
     """Spans of frames (10 ms each) and of mel bins to hide. The defaults are the paper's for speech + audio."""
 
-    time_probability: float = 0.65
+    time_probability: Annotated[float, Range(0, 1)] = 0.65
     """Sum of the span lengths over the utterance's length, overlaps counted twice. 0 turns time masking off."""
 
-    time_span: int = 10
+    time_span: Annotated[int, Range(1, 10**6)] = 10
     """Length of one span in filter-bank frames."""
 
-    time_minimum_spans: int = 2
+    time_minimum_spans: Annotated[int, Range(0, 10**6)] = 2
     """At least so many spans, however short the utterance (but never more than fit side by side)."""
 
-    feature_probability: float = 0.25
+    feature_probability: Annotated[float, Range(0, 1)] = 0.25
     """The same for the mel bins. 0 turns feature masking off."""
 
-    feature_span: int = 20
+    feature_span: Annotated[int, Range(1, 10**6)] = 20
     """Width of one span in mel bins."""
 
-    feature_minimum_spans: int = 0
+    feature_minimum_spans: Annotated[int, Range(0, 10**6)] = 0
     """At least so many spans of mel bins."""
 
     def __post_init__(self) -> None:
-        for name in ("time_probability", "feature_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        for name in ("time_span", "feature_span"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("time_minimum_spans", "feature_minimum_spans"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
+        check_ranges(self)
 
     @classmethod
     def dual_domain(cls) -> "MaskingConfig":

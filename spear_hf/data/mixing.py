@@ -17,13 +17,14 @@ seconds, with their padding, and a row holds any part of a mixture: the first al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from ..mvq.alignment import IGNORED
 from .audio import SAMPLING_RATE
 from .manifest import Utterance
+from .ranges import Range, check_ranges
 from .seeding import keyed_generator
 from .utterances import known_domains, listed
 from .windows import members
@@ -38,37 +39,33 @@ LENGTH_TOLERANCES = (0.1, 0.2, 0.4, 0.8)
 class MixingConfig:
     """What is added to the training utterances. The default is nothing, `MixingConfig.paper()` the paper's setting."""
 
-    noise_probability: float = 0.0
+    noise_probability: Annotated[float, Range(0, 1)] = 0.0
     """Share of the utterances that noise is added to (paper: 0.4 to 0.5)."""
 
     noise_manifest: str | None = None
     """A manifest or a folder of noise; null: the training utterances of domain audio."""
 
-    noise_snr: tuple[float, ...] = (10.0, 20.0)
+    noise_snr: tuple[Annotated[float, Range(-100, 100)], ...] = (10.0, 20.0)
     """Lowest and highest ratio, in dB, of the utterance's power to the noise's."""
 
-    token_probability: float = 0.0
+    token_probability: Annotated[float, Range(0, 1)] = 0.0
     """Share of the utterances of speech that a second utterance, with its tokens, is added to (paper: 0.1)."""
 
-    token_snr: tuple[float, ...] = (-5.0, 5.0)
+    token_snr: tuple[Annotated[float, Range(-100, 100)], ...] = (-5.0, 5.0)
     """Lowest and highest ratio, in dB, of the first utterance's power to the second's."""
 
-    token_offset_seconds: float = 2.0
+    token_offset_seconds: Annotated[float, Range(0, 1e6)] = 2.0
     """The second begins at most so many seconds after the first, and before the first ends."""
 
     token_second: Literal["speech", "any"] = "speech"
     """What the second utterance may be: speech (the paper's recipe) or any (its text)."""
 
     def __post_init__(self) -> None:
-        for name in ("noise_probability", "token_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+        check_ranges(self)
         for name in ("noise_snr", "token_snr"):
             bounds = getattr(self, name)
-            if len(bounds) != 2 or not -100 <= bounds[0] <= bounds[1] <= 100:
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise ValueError(f"{name} must be two numbers of dB, the lower one first, not {list(bounds)}.")
-        if self.token_offset_seconds < 0:
-            raise ValueError(f"token_offset_seconds must not be negative, not {self.token_offset_seconds}.")
 
     @classmethod
     def paper(cls) -> "MixingConfig":

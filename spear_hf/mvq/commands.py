@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 
 from spear_hf.data.commands import DataOptions
 from spear_hf.data.sources import PIECE_HOURS, PIECE_UTTERANCES
 from spear_hf.devices import pick_device
+from spear_hf.memory_errors import lack_of_memory
 from spear_hf.mvq.known_teachers import resolve_settings
 from spear_hf.mvq.merge import merge_stores
 from spear_hf.mvq.quantize import train_tokenizer
@@ -79,8 +79,9 @@ def run_quantize(
             batch_seconds=_batch_seconds(batch_seconds, device),
             overwrite=overwrite,
         )
-    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-        print(f"spear-hf quantize: {_explained(error)}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError) as error:
+        helps = "--batch-seconds, --batch-size or --frames"
+        print(f"spear-hf quantize: {_explained(error, helps)}", file=sys.stderr)
         return 1
     _list_bad([(entry["id"], entry["error"]) for entry in report["bad"]], output / "report.json")
     heldout, sampled = report["heldout"], report["data"]
@@ -134,7 +135,7 @@ def run_tokenize(
         if ranks.is_main and summary.complete:
             totals = store_totals(output)
             write_summary(metrics_folder(output), asdict(totals))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(f"spear-hf tokenize: {_explained(error)}", file=sys.stderr)
         return 1
     ranks.leave()
@@ -203,14 +204,13 @@ def run_merge_tokens(output: Path, stores: Sequence[str], *, intersect: bool = F
     return 0
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: Exception, helps: str = "--batch-seconds") -> str:
     """What is printed of it. A RuntimeError is raised again, but for torch's that there is no memory."""
-    if not isinstance(error, RuntimeError):
-        return str(error)
-    first = next(iter(str(error).splitlines()), "")
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
-        return f"there is not enough memory ({first}): say a smaller --batch-seconds"
-    raise error
+    if lacking := lack_of_memory(error):
+        return f"there is not enough memory ({lacking}): say a smaller {helps}"
+    if isinstance(error, RuntimeError):
+        raise error
+    return str(error)
 
 
 def _told(totals: StoreTotals) -> str:

@@ -38,6 +38,7 @@ COMMAND = (
 )
 DOWNLOADS = 4  # at a time
 PAUSE = 0.05  # seconds between two looks
+TOUCH_SECONDS = 2.0  # between two touches of the files
 LOCK_SECONDS = 4.0  # what a process that was just killed may take to be gone
 LONGEST_DELAY = 30.0  # seconds between two attempts
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -140,7 +141,11 @@ class Fetcher:
         """Until the input or the parent ends. FetchError."""
         pool = ThreadPoolExecutor(DOWNLOADS)
         running: dict[Future[None], int] = {}
+        touched = time.monotonic()
         while not self.ended and os.getppid() == parent:
+            if time.monotonic() - touched > TOUCH_SECONDS:
+                touched = time.monotonic()
+                self.touch(present)
             if self.order is not None:
                 self.remove(present, self.order)
                 missing = [file for file in self.task.needed(self.order) if file not in present]
@@ -154,6 +159,15 @@ class Fetcher:
             for future in wait(running, PAUSE, FIRST_COMPLETED).done:
                 future.result()
                 present.add(running.pop(future))
+
+    def touch(self, present: set[int]) -> None:
+        """Keeps away who tidies up old files, as in /tmp, and forgets the shards that are gone all the same."""
+        os.utime(self.folder / LOCK)
+        for file in sorted(present):
+            try:
+                os.utime(self.path(file))
+            except FileNotFoundError:
+                present.remove(file)
 
     def remove(self, present: set[int], order: list[int]) -> None:
         """Of the shards that are there, those that are not to be kept."""

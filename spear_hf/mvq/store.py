@@ -36,6 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spear_hf.data.audio import load_audio
+from spear_hf.data.ids import id_hash, id_hashes
 from spear_hf.data.utterances import CHUNK, Column, UtteranceList
 from spear_hf.mvq.atomic_files import write_atomically
 from spear_hf.mvq.store_format import (
@@ -54,7 +55,6 @@ from spear_hf.mvq.store_format import (
     checksum_column,
     differences,
     hash_order,
-    id_hash,
     list_key,
     open_shard,
     prefix,
@@ -211,8 +211,7 @@ class TokenStore:
         """The audio that the tokens were made from, float32 (samples,) at 16 kHz; of a store with audio only."""
         content, _ = self.audio_file(id)
         waveform = load_audio(io.BytesIO(content))
-        _, table, place = self._place(self._row(id), "audio_checksum")
-        if table[0][place].as_py() != waveform_checksum(waveform):
+        if self.audio_checksum(id) != waveform_checksum(waveform):
             raise ValueError(f"{self.location}: the audio of {id} is damaged; delete its shard and run tokenize again")
         return waveform
 
@@ -250,6 +249,11 @@ class TokenStore:
         with _CONTENT_LOCK:
             return self.audio_file(id)[0]
 
+    def audio_checksum(self, id: str) -> int | None:
+        """CRC-32 of the waveform that the tokens were made from, where it is known."""
+        _, table, place = self._place(self._row(id), "audio_checksum")
+        return table[0][place].as_py()
+
     def audio_checksums(self) -> np.ndarray:
         """CRC-32 of every waveform in the order of the ids, int64 (utterances,), -1 where it is not known."""
 
@@ -271,8 +275,7 @@ class TokenStore:
         parts = [np.empty(0, np.int64)]
         wanted = iter(ids)
         while chunk := list(itertools.islice(wanted, CHUNK)):
-            hashes = np.fromiter((id_hash(id) for id in chunk), np.uint64, len(chunk))
-            parts.append(self._rows_by_hash(hashes, pa.array(chunk, pa.large_string())))
+            parts.append(self._rows_by_hash(id_hashes(chunk), pa.array(chunk, pa.large_string())))
         return np.concatenate(parts)
 
     def rows_of_utterances(self, utterances: UtteranceList) -> np.ndarray:

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spear_hf.data.ids import id_hashes
+
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)  # 1 had no index.parquet, no keys of shards and no audio
@@ -113,11 +115,6 @@ def list_key(items: Iterable[tuple[str | int | None, ...]]) -> str:
     for item in items:
         digest.update(to_json(item).encode() + b"\n")
     return digest.hexdigest()[:32]
-
-
-def id_hash(id: str) -> int:
-    """64 bits of BLAKE2b: what `index.parquet` is searched by."""
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
 
 
 def prefix(name: str) -> str:
@@ -294,7 +291,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a token store: it has no {METADATA}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}): restore it, or write to a new folder") from error
     check_version(metadata, path)
     return metadata
 
@@ -368,7 +365,7 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
-    return np.fromiter((id_hash(id.as_py()) for id in ids), np.uint64, len(ids))
+    return id_hashes(id.as_py() for id in ids)
 
 
 def card(infos: Infos, with_audio: bool) -> str:

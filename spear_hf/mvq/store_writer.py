@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from spear_hf.mvq.atomic_files import create_atomically, remove_leftovers, write_atomically
 from spear_hf.mvq.store_format import (
@@ -225,12 +226,19 @@ class StoreWriter:
 
     def _is_finished(self, keys: Sequence[str] | None) -> bool:
         metadata = read_metadata(self.folder)
-        if not metadata.get("complete") or not all((self.folder / name).exists() for name in (INDEX, CARD)):
+        if not metadata.get("complete") or not (self.folder / CARD).exists():
+            return False
+        try:
+            indexed = pq.read_metadata(self.folder / INDEX).num_rows
+        except (pa.ArrowException, OSError):  # gone or damaged: it is made anew
             return False
         entries = metadata["shards"]
         there = [(path.name, path.stat().st_size) for path in shard_files(self.folder)]
-        return there == [(entry["file"], entry["bytes"]) for entry in entries] and (
-            keys is None or [entry["key"] for entry in entries] == list(keys)
+        counted = sum(entry["num_utterances"] for entry in entries) == indexed
+        return (
+            counted
+            and there == [(entry["file"], entry["bytes"]) for entry in entries]
+            and (keys is None or [entry["key"] for entry in entries] == list(keys))
         )
 
     def _index_of(self, index: int) -> tuple[Footer, pa.Table]:

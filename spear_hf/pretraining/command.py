@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch.distributed import DistError
 from transformers.utils import logging as transformers_logging
 
+from ..memory_errors import lack_of_memory
 from .config import load_config
 from .loop import NonFiniteLossError, pretrain
 from .planning import plan_run
@@ -33,10 +35,15 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
     except (ValueError, NonFiniteLossError, OSError) as error:
         print(f"spear-hf pretrain: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if (message := explained(error)) is None:
+            raise
+        print(f"spear-hf pretrain: {message}", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(
             f"Stopped by {stop.received.name} with no step under way, so there was nothing to save. The same command "
-            f"goes on, with --resume if there is a run in {config.output_dir}.",
+            "goes on, with --resume if its output_dir holds a run.",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -49,6 +56,19 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
         return INTERRUPTED
     print(outcome.final)
     return 0
+
+
+def explained(error: Exception) -> str | None:
+    """What to do about an error that is no fault of the program; None of any other."""
+    if lacking := lack_of_memory(error):
+        return (
+            f"there is not enough memory ({lacking}): lower execution.batch_seconds_per_device, which leaves every "
+            "step its batch, and go on with --resume; in a new run, take a smaller model."
+        )
+    if isinstance(error, DistError) or "gloo/transport" in str(error):
+        first = str(error).splitlines()[0]
+        return f"another rank has ended, or cannot be reached, and its own messages say why ({first})."
+    return None
 
 
 def run_report(runs: Sequence[Path], output: Path | None) -> int:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from torch import nn
@@ -20,8 +20,15 @@ from ..configuration_spear import SpearConfig
 from ..data.manifest import DOMAINS
 from ..data.masking import MaskingConfig
 from ..data.mixing import MixingConfig
+from ..data.ranges import Range, check_ranges
 from .config_loading import apply_overrides, build, parse_yaml
 from .regularizers_config import RegularizersConfig
+
+
+CROP = Range(0.085, 1e6)  # seconds; of less there is no frame
+SCALE = Range(1e-15, 1e9)  # of what is positive
+MINUTES = Range(1e-6, 1e6)  # two years
+ARCHITECTURE = Range(-1e6, 1e6)  # the encoder's configuration knows better, but not what is absurd
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,9 @@ class ModelConfig:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f" (did you mean {close[0]}?)" if close else ""
                 raise ValueError(f"config.{name} is not a field of SpearConfig{hint}.")
+            for number in self.config[name] if isinstance(self.config[name], list) else [self.config[name]]:
+                if isinstance(number, int | float) and number not in ARCHITECTURE:
+                    raise ValueError(f"config.{name}={number} must be {ARCHITECTURE}.")
         if "pretraining_targets" in self.config:
             raise ValueError("config.pretraining_targets follows from the section `targets`; set it there.")
         if self.init_from is not None and (self.size is not None or self.config):
@@ -54,13 +64,13 @@ class ModelConfig:
 class TargetConfig:
     """One teacher's tokens. Set exactly one of `store`, `tokenizer` and `teacher`."""
 
-    num_codebooks: int = 16
+    num_codebooks: Annotated[int, Range(1, 1024)] = 16
     """Codebooks of a quantiser trained here (`teacher`). A store or a tokenizer brings its own."""
 
-    codebook_size: int = 256
+    codebook_size: Annotated[int, Range(2, 256)] = 256
     """Entries of each of its codebooks."""
 
-    weight: float = 1.0
+    weight: Annotated[float, Range(0, 1e6)] = 1.0
     """Weight of this teacher's loss (paper: speech 1, audio 0.1)."""
 
     domains: tuple[str, ...] | None = None
@@ -68,7 +78,7 @@ class TargetConfig:
     `audio` is for utterances of audio, any other for all, which makes the paper's asymmetric loss. Its joint loss:
     [speech, audio] for both targets; its disjoint loss: [speech] for `speech`."""
 
-    offset: int = 0
+    offset: Annotated[int, Range(0, 5)] = 0
     """The label of student frame t is token t + offset. 0: frames of one number, as in the paper. The frame t of the
     student is centred at 20 t + 45 ms, that of most teachers at about 20 t + 12 ms: 2 makes them meet (at 50 Hz)."""
 
@@ -82,32 +92,25 @@ class TargetConfig:
     teacher: str | None = None
     """A teacher (`kaldi-mfcc`, Hub id, folder): trains a quantiser on the data as well, into OUTPUT/tokenizers."""
 
-    layer: int | None = None
+    layer: Annotated[int, Range(-1000, 1000)] | None = None
     """The teacher's hidden layer; null: its last."""
 
-    quantizer_steps: int = 400
+    quantizer_steps: Annotated[int, Range(1, 10**9)] = 400
     """Steps of each of the two phases of the quantiser's training (paper: 35,000)."""
 
     quantizer_normalize: bool = True
     """Whether the quantiser standardises the teacher's features (paper: speech yes, audio no)."""
 
-    quantizer_frames: int = 200_000
+    quantizer_frames: Annotated[int, Range(1, 10**9)] = 200_000
     """At most so many frames, drawn at random, train the quantiser."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         given = [name for name in ("store", "tokenizer", "teacher") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set; set exactly one, null the other.")
-        if self.num_codebooks < 1 or self.codebook_size < 2:
-            raise ValueError(f"{self.num_codebooks} codebooks of {self.codebook_size} entries cannot be predicted.")
-        if self.weight < 0:
-            raise ValueError(f"weight must not be negative, not {self.weight}.")
         if self.domains is not None and (not self.domains or not set(self.domains) <= set(DOMAINS)):
             raise ValueError(f"domains must be of {', '.join(DOMAINS)}, or null, not {list(self.domains)}.")
-        if not 0 <= self.offset <= 5:
-            raise ValueError(f"offset must lie between 0 and 5 tokens, not {self.offset}.")
-        if self.quantizer_steps < 1 or self.quantizer_frames < 1:
-            raise ValueError("quantizer_steps and quantizer_frames must be positive.")
 
 
 @dataclass(frozen=True)
@@ -128,40 +131,41 @@ class DataConfig:
     validation_split: str | None = None
     """Split to validate on; null: hold out `validation_fraction`."""
 
-    validation_fraction: float = 0.01
+    validation_fraction: Annotated[float, Range(0, 1, below=True)] = 0.01
     """Share of the utterances held out where there is no validation split, chosen by a hash of the id."""
 
-    validation_utterances: int = 1000
+    validation_utterances: Annotated[int, Range(0, 10**9)] = 1000
     """At most so many utterances are validated on."""
 
-    min_seconds: float = 0.9
+    min_seconds: Annotated[float, CROP] = 0.9
     """Shorter utterances are left out (paper: 0.9)."""
 
-    max_seconds: float = 10.0
+    max_seconds: Annotated[float, CROP] = 10.0
     """Longer utterances are cropped at random in every epoch (paper: 32). A multiple of 0.04."""
 
-    domain_max_seconds: dict[str, float] = field(default_factory=dict)
+    domain_max_seconds: dict[str, Annotated[float, CROP]] = field(default_factory=dict)
     """The same for a domain whose utterances are cropped to less (paper: audio 10)."""
 
-    batch_seconds: float = 600.0
+    batch_seconds: Annotated[float, Range(0.085, 1e7)] = 600.0
     """Seconds of audio, padding included, of one optimiser step over all ranks (paper: 4,800 to 6,400)."""
 
-    domain_weights: dict[str, float] = field(default_factory=dict)
+    domain_weights: dict[str, Annotated[float, Range(1e-6, 1e6)]] = field(default_factory=dict)
     """How often an utterance of a domain is heard compared with the others (paper: audio 2 to 3). An epoch is one pass
     over the domain of the largest weight; of the others it hears a part, another one in every epoch."""
 
-    length_jitter: float = 0.05
+    length_jitter: Annotated[float, Range(0, 1, below=True)] = 0.05
     """Batches hold utterances of like length, which is blurred by this share so that they differ between epochs."""
 
-    window_shards: int | None = None
+    window_shards: Annotated[int, Range(1, 10**9)] | None = None
     """Of a store: an epoch hears it window by window, each of so many shards drawn at random, so that no more need be
     at hand (see `execution.cache_gigabytes`). Batches and mixtures are of one window. null: of the whole store."""
 
     def __post_init__(self) -> None:
         if self.manifest is not None and self.store is not None:
             raise ValueError("manifest and store are both set: set one, null the other.")
-        if not 0.085 <= self.min_seconds <= self.max_seconds:
-            raise ValueError(f"0.085 <= min_seconds <= max_seconds must hold: {self.min_seconds}, {self.max_seconds}.")
+        check_ranges(self)
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"min_seconds={self.min_seconds} must be at most max_seconds={self.max_seconds}.")
         for domain, seconds in self.domain_max_seconds.items():
             if domain not in DOMAINS or not self.min_seconds <= seconds <= self.max_seconds:
                 raise ValueError(
@@ -172,18 +176,13 @@ class DataConfig:
             if abs(seconds / 0.04 - round(seconds / 0.04)) > 1e-6:
                 raise ValueError(f"max_seconds must be a multiple of 0.04 (a 25 Hz token), not {seconds}.")
         if self.batch_seconds < self.max_seconds:
-            raise ValueError(f"batch_seconds={self.batch_seconds} must hold a crop of {self.max_seconds} seconds.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in [0, 1), not {self.validation_fraction}.")
-        for domain, weight in self.domain_weights.items():
-            if domain not in DOMAINS or weight <= 0:
-                raise ValueError(f"domain_weights.{domain}={weight}: weights of speech and audio must be positive.")
-        if self.validation_utterances < 0 or not 0 <= self.length_jitter < 1:
-            raise ValueError("validation_utterances must not be negative, and length_jitter must lie in [0, 1).")
-        if self.window_shards is not None and (self.window_shards < 1 or self.manifest is not None):
+            raise ValueError(f"batch_seconds={self.batch_seconds} must hold a crop of max_seconds={self.max_seconds}.")
+        if unknown := sorted(set(self.domain_weights) - set(DOMAINS)):
+            raise ValueError(f"domain_weights.{unknown[0]}: weights are of speech and audio.")
+        if self.window_shards is not None and self.manifest is not None:
             raise ValueError(
-                f"window_shards={self.window_shards} must be at least 1, and is of token stores with their audio: set "
-                "manifest to null, or leave it out."
+                f"window_shards={self.window_shards} is of token stores with their audio: set manifest to null, or "
+                "leave it out."
             )
 
 
@@ -191,38 +190,33 @@ class DataConfig:
 class ScaledAdamConfig:
     """What only ScaledAdam has, see scaled_adam.py. The defaults are those of the published recipe."""
 
-    clipping_scale: float | None = 2.0
+    clipping_scale: Annotated[float, SCALE] | None = 2.0
     """The norm of the gradients, each relative to its tensor's size, is held below so many medians; null: no limit."""
 
-    clipping_update_period: int = 100
+    clipping_update_period: Annotated[int, Range(1, 10**6)] = 100
     """That median is of so many steps, and taken anew as often."""
 
-    scalar_lr_scale: float = 0.1
+    scalar_lr_scale: Annotated[float, SCALE] = 0.1
     """The rate of scalars, and of the tensors' sizes, over `learning_rate`."""
 
-    param_min_rms: float = 1e-5
+    param_min_rms: Annotated[float, SCALE] = 1e-5
     """Tensors of a smaller root mean square are updated as if they had this one, and their size is not learnt."""
 
-    param_max_rms: float = 3.0
+    param_max_rms: Annotated[float, SCALE] = 3.0
     """The learning of sizes does not go beyond this root mean square."""
 
-    scalar_max: float = 10.0
+    scalar_max: Annotated[float, SCALE] = 10.0
     """Largest absolute value of a scalar."""
 
-    size_update_period: int = 4
+    size_update_period: Annotated[int, Range(1, 10**6)] = 4
     """Steps between two updates of the tensors' sizes."""
 
     def __post_init__(self) -> None:
-        if self.clipping_scale is not None and self.clipping_scale <= 0:
-            raise ValueError(f"clipping_scale must be positive, or null for no clipping, not {self.clipping_scale}.")
-        if self.clipping_update_period < 1 or self.size_update_period < 1:
-            raise ValueError("clipping_update_period and size_update_period must be at least 1 step.")
-        if not 0 < self.param_min_rms < self.param_max_rms:
+        check_ranges(self)
+        if self.param_min_rms >= self.param_max_rms:
             raise ValueError(
-                f"0 < param_min_rms < param_max_rms must hold: {self.param_min_rms}, {self.param_max_rms}."
+                f"param_min_rms={self.param_min_rms} must be less than param_max_rms={self.param_max_rms}."
             )
-        if self.scalar_lr_scale <= 0 or self.scalar_max <= 0:
-            raise ValueError("scalar_lr_scale and scalar_max must be positive.")
 
 
 @dataclass(frozen=True)
@@ -232,25 +226,26 @@ class OptimizerConfig:
     name: Literal["adamw", "scaled_adam"] = "adamw"
     """scaled_adam: steps relative to the size of each tensor, with its own clipping (the paper's); adamw: absolute."""
 
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, SCALE] | None = None
     """Its highest rate; null: 5e-4 for adamw, 0.045 for scaled_adam (paper)."""
 
-    betas: tuple[float, ...] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Range(0, 1, below=True)], ...] = (0.9, 0.98)
     """Decay of the averages of gradients and of their squares (paper: 0.9, 0.98)."""
 
-    eps: float = 1e-8
+    eps: Annotated[float, Range(1e-30, 1)] = 1e-8
     """Added to the root of the averaged squares (paper: 1e-8)."""
 
-    weight_decay: float | None = None
+    weight_decay: Annotated[float, Range(0, 1e6)] | None = None
     """adamw only; null: 0.01. Of matrices and kernels, not of biases, norms, bypass scales and the mask embedding."""
 
-    max_grad_norm: float | None = None
+    max_grad_norm: Annotated[float, SCALE] | None = None
     """adamw only; null: 5. Gradients of a larger norm are scaled down to it."""
 
     scaled_adam: ScaledAdamConfig = field(default_factory=ScaledAdamConfig)
     """scaled_adam only."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         defaults: dict[str, float] = {"learning_rate": 0.045}
         if self.name == "adamw":
             defaults = {"learning_rate": 5e-4, "weight_decay": 0.01, "max_grad_norm": 5.0}
@@ -264,12 +259,8 @@ class OptimizerConfig:
                 "weight_decay and max_grad_norm are of adamw: set them to null. scaled_adam learns the size of "
                 "tensors within bounds, and clips by scaled_adam.clipping_scale."
             )
-        if min(self.peak_rate, self.eps) <= 0 or (self.max_grad_norm is not None and self.max_grad_norm <= 0):
-            raise ValueError("learning_rate, eps and max_grad_norm must be positive.")
-        if self.weight_decay is not None and self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), not {list(self.betas)}.")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, not {list(self.betas)}.")
 
     @property
     def peak_rate(self) -> float:
@@ -282,15 +273,14 @@ class OptimizerConfig:
 class AveragingConfig:
     """The running average of the weights, which is what the finished run publishes, see averaging.py."""
 
-    every: int = 200
+    every: Annotated[int, Range(1, 10**9)] = 200
     """Steps between two samples (paper: 200)."""
 
-    last_fraction: float = 0.25
+    last_fraction: Annotated[float, Range(0, 1)] = 0.25
     """Samples are taken in this last share of `max_steps`; of less than 5 samples, the last weights are published."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or not 0 <= self.last_fraction <= 1:
-            raise ValueError("every must be at least 1 step, and last_fraction lie in [0, 1].")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -300,43 +290,39 @@ class ScheduleConfig:
     name: Literal["cosine", "eden", "constant"] = "cosine"
     """cosine: down to `final_ratio` at `decay_steps`; eden: by steps and hours of audio, never zero (the paper's)."""
 
-    warmup_steps: int = 500
+    warmup_steps: Annotated[int, Range(0, 10**9)] = 500
     """Linear warm-up over so many steps."""
 
-    warmup_start: float = 0.05
+    warmup_start: Annotated[float, Range(0, 1)] = 0.05
     """Factor of the first update (paper, with Eden: 0.5)."""
 
-    decay_steps: int = 400_000
+    decay_steps: Annotated[int, Range(1, 10**9)] = 400_000
     """Cosine: the step, warm-up included, at which the rate has fallen to `final_ratio`; constant from there on."""
 
-    final_ratio: float = 0.05
+    final_ratio: Annotated[float, Range(0, 1)] = 0.05
     """Cosine: last rate over highest rate."""
 
-    eden_batches: float = 7500.0
+    eden_batches: Annotated[float, Range(1e-3, 1e12)] = 7500.0
     """Eden: B, scale of the decay by steps."""
 
-    eden_hours: float = 25_000.0
+    eden_hours: Annotated[float, Range(1e-3, 1e12)] = 25_000.0
     """Eden: H, scale of the decay by hours of audio seen (paper: base 25,000; large and xlarge 75,000)."""
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or self.decay_steps <= self.warmup_steps:
-            raise ValueError(f"0 <= warmup_steps < decay_steps must hold: {self.warmup_steps}, {self.decay_steps}.")
-        if not 0 <= self.warmup_start <= 1 or not 0 <= self.final_ratio <= 1:
-            raise ValueError("warmup_start and final_ratio must lie between 0 and 1.")
-        if self.eden_batches <= 0 or self.eden_hours <= 0:
-            raise ValueError("eden_batches and eden_hours must be positive.")
+        check_ranges(self)
+        if self.warmup_steps >= self.decay_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than decay_steps={self.decay_steps}.")
 
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
     """What is kept. Free to change when resuming."""
 
-    keep: int = 3
+    keep: Annotated[int, Range(1, 10**9)] = 3
     """The newest so many checkpoints stay."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"keep must be at least 1, not {self.keep}.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -346,7 +332,7 @@ class LoggingConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of accelerate besides metrics.jsonl."""
 
-    validate_every: int = 1000
+    validate_every: Annotated[int, Range(0, 10**9)] = 1000
     """Validate after every so many steps and after the last; 0: never."""
 
     progress: bool = True
@@ -356,15 +342,14 @@ class LoggingConfig:
     """A labelled manifest (`bundled`: examples/data): linear probes of the encoder are trained on its rows of split
     probe_train and tested on probe_test, as the run goes. Nothing else is learnt from it."""
 
-    probe_every: int = 0
+    probe_every: Annotated[int, Range(0, 10**9)] = 0
     """Probe after every so many steps and after the last; 0: never."""
 
     probes: tuple[str, ...] = ()
     """Names in its column `probe`; none: all whose labels are one per utterance."""
 
     def __post_init__(self) -> None:
-        if self.validate_every < 0 or self.probe_every < 0:
-            raise ValueError("validate_every and probe_every must not be negative; 0: never.")
+        check_ranges(self)
         if self.probe_every and self.probe_manifest is None:
             raise ValueError("probe_every needs probe_manifest: name a labelled manifest, or `bundled`.")
 
@@ -376,7 +361,7 @@ class ExecutionConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the forward pass; auto: bf16 where the device computes it natively, else fp32."""
 
-    batch_seconds_per_device: float | None = None
+    batch_seconds_per_device: Annotated[float, Range(0.085, 1e7)] | None = None
     """Seconds, padding included, that fit on a device at once; more are accumulated. null: all of a rank's share."""
 
     sharding: Literal["none", "fsdp"] = "none"
@@ -389,13 +374,17 @@ class ExecutionConfig:
     steps a minute or two. Rounding differs from that of a model that is not compiled, and regularizers draw other
     numbers. Not with fsdp."""
 
-    num_workers: int = 0
+    check_data: bool = True
+    """Before its first step, and after its data has moved, a run compares the audio of a few utterances with what
+    their tokens were made from (data_check.py). false: for a student that is to hear other audio than the teacher."""
+
+    num_workers: Annotated[int, Range(0, 1000)] = 0
     """Processes that prepare batches ahead; 0: the training process itself."""
 
     cache_audio: bool = False
     """Keep decoded audio in memory: 230 MB an hour and worker. For small corpora."""
 
-    cache_gigabytes: float | None = None
+    cache_gigabytes: Annotated[float, SCALE] | None = None
     """So much of the stores on the Hub is on the disk of a node at a time, 10^9 bytes: shards are fetched a window
     (`data.window_shards`) ahead and removed when the room is needed. Two windows must fit. null: what was used stays
     in huggingface_hub's cache."""
@@ -403,25 +392,20 @@ class ExecutionConfig:
     cache_folder: str | None = None
     """Where, on a disk of the node, in a folder of its own for each node and run; null: `spear_hf` in HF_HOME."""
 
-    fetch_minutes: float = 30.0
+    fetch_minutes: Annotated[float, MINUTES] = 30.0
     """For so long a shard that cannot be had is tried again, then the run ends."""
 
-    timeout_minutes: float = 60.0
+    timeout_minutes: Annotated[float, MINUTES] = 60.0
     """For so long a rank waits for the others, then the run ends. The first one alone saves, probes, and makes tokens
     where there are none: for a large corpus make them before, with `spear-hf tokenize`."""
 
     def __post_init__(self) -> None:
-        if min(self.cache_gigabytes or 1, self.fetch_minutes, self.timeout_minutes) <= 0 or self.cache_gigabytes == 0:
-            raise ValueError("cache_gigabytes, fetch_minutes and timeout_minutes must be positive.")
+        check_ranges(self)
         if self.fetch_minutes >= self.timeout_minutes:
             raise ValueError(
                 f"fetch_minutes={self.fetch_minutes:g} must be less than timeout_minutes={self.timeout_minutes:g}, "
                 "for which the other ranks wait."
             )
-        if self.timeout_minutes > 1e6:  # two years
-            raise ValueError(f"timeout_minutes must be at most a million, not {self.timeout_minutes:g}.")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, not {self.num_workers}.")
         if self.compile and self.sharding == "fsdp":
             raise ValueError("compile=true goes with sharding=none: shards are gathered between the layers.")
 
@@ -433,13 +417,13 @@ class PreTrainingConfig:
     output_dir: str = "runs/pretrain"
     """Folder of the run: checkpoints, metrics and the final model."""
 
-    max_steps: int = 400_000
+    max_steps: Annotated[int, Range(1, 10**9)] = 400_000
     """Optimiser steps of the run (paper: base 400,000; large and xlarge 500,000)."""
 
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[int, Range(1, 10**9)] = 1000
     """Save after every so many steps, and after the last."""
 
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**63), 2**63, below=True)] = 0
     """Of the initialisation, order, crops, masks, mixing and dropout."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -460,10 +444,7 @@ class PreTrainingConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.checkpoint_every < 1:
-            raise ValueError(
-                f"max_steps={self.max_steps} and checkpoint_every={self.checkpoint_every} must be positive."
-            )
+        check_ranges(self)
         if not self.targets:
             raise ValueError("targets must name a teacher at least.")
         if wrong := [name for name in self.targets if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
@@ -495,8 +476,8 @@ class PreTrainingConfig:
 
 # Keys that may differ from the run that is resumed: they change neither what is learnt from nor the updates.
 FREE_ON_RESUME = ("output_dir", "max_steps", "checkpoint_every", "checkpointing", "logging", "execution")
-# Places that may differ too, of what a checkpoint tells from something else.
-MAY_MOVE = re.compile(r"data\.manifest|targets\.[^.]+\.store")
+# Places that may differ too, of what a checkpoint and samples.json tell from something else.
+MAY_MOVE = re.compile(r"data\.(manifest|store)|targets\.[^.]+\.store")
 
 
 def shipped_configs() -> list[str]:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -42,13 +41,9 @@ def build(kind: Any, value: Any, key: str = "") -> Any:
         }
     if kind is float and not isinstance(value, bool):
         try:  # PyYAML reads 1e-3 as a string
-            number = float(value)
+            return float(value)
         except (TypeError, ValueError, OverflowError):
             pass
-        else:
-            if not math.isfinite(number):  # no setting means anything with these, and comparisons let NaN pass
-                raise ValueError(f"{key}={value!r} must be a finite number.")
-            return number
     elif kind in (int, str, bool) and type(value) is kind:
         return value
     wanted = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)

@@ -29,6 +29,7 @@ from ..modeling_spear import SpearForPreTraining
 from .checkpoints import CheckpointFolder, save_errors, write_folder
 from .config import PreTrainingConfig
 from .corpus import load_corpus
+from .data_check import Sample, check_data, write_samples
 from .flops import FlopCounter, peak_flops
 from .launch import leave, make_accelerator
 from .loader import loaded_steps
@@ -81,8 +82,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         accelerator = make_accelerator(config, folder)
         stack.callback(leave, accelerator)
         stack.callback(folder.release)
-        if accelerator.is_main_process:
-            folder.check(config, resume)
+        moved = folder.check(config, resume) if accelerator.is_main_process else []
         accelerator.wait_for_everyone()  # nobody writes into the folder before it is checked
         if not accelerator.is_main_process:
             logging.getLogger("spear_hf").setLevel(logging.WARNING)
@@ -100,16 +100,24 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         stream = open_stream(config, corpus, stores, sampler, accelerator.is_local_main_process)
         state.begin(resume)
 
+        steps = open_steps(state, sampler)
+        if stream is not None:
+            stack.enter_context(stream).start(state.progress.step)
+        samples: list[Sample] = []
+        begins = state.progress.step == 0
+        if accelerator.is_main_process and config.execution.check_data and (moved or begins):
+            known = None if begins or not folder.samples.is_file() else folder.samples
+            samples = check_data(steps.dataset, stores, sampler.at_hand(state.progress.step), config.seed, known)
         if accelerator.is_main_process:
             folder.claim()
             folder.create(config)
             record_sources(folder, config, sources)
+            if samples:
+                write_samples(folder.samples, samples)
         records = stack.enter_context(open_records(accelerator, folder, state.progress.step))
-        if stream is not None:
-            stack.enter_context(stream).start(state.progress.step)
         accelerator.wait_for_everyone()  # the other ranks of a node read what the first one's process fetches
         validator = open_validator(state, sampler, folder)
-        run = Run(state, folder, sampler, stream, records, validator, probe)
+        run = Run(state, folder, sampler, steps, stream, records, validator, probe)
         interrupted_by = run.train(stack)
         final = None if interrupted_by else run.finish()
         return Outcome(state.progress.step, final, interrupted_by)
@@ -169,6 +177,7 @@ class Run:
     state: RunState
     folder: RunFolder
     sampler: GlobalBatches
+    steps: StepDataset
     stream: ShardStream | None
     records: Records
     validator: Validator | None
@@ -182,7 +191,6 @@ class Run:
         config, accelerator, progress = self.state.config, self.state.accelerator, self.state.progress
         stream, model = self.stream, self.state.model
         self._announce()
-        steps = open_steps(self.state, self.sampler)
         if progress.step < config.max_steps:
             self.sampler.batch(progress.step)  # plans the epoch before the loader's workers are forked, and share it
         bar = stack.enter_context(
@@ -199,7 +207,7 @@ class Run:
         flops = FlopCounter(self.state.bare_model.config)
         on_gpu = accelerator.device.type == "cuda"
         numbers = range(progress.step, config.max_steps)
-        loaded = loaded_steps(steps, numbers, config.execution.num_workers, pin_memory=on_gpu)
+        loaded = loaded_steps(self.steps, numbers, config.execution.num_workers, pin_memory=on_gpu)
         for batches in stack.enter_context(loaded):
             clock.data_arrived()
             record, must_stop = train_step(self.state, batches, self._sums(), flops, stop.received is not None)

@@ -19,9 +19,11 @@ from ..modeling_spear import SpearForPreTraining
 from ..mvq.quantizer import MultiCodebookQuantizer
 from ..mvq.shard_fetcher import Task
 from ..mvq.store import TokenStore
+from ..mvq.store_location import LocalFolder
 from .checkpoints import CheckpointFolder
 from .config import PreTrainingConfig, TargetConfig
 from .corpus import Corpus, load_corpus
+from .data_check import check_data
 from .flops import FlopCounter, peak_flops
 from .metrics import read_json_lines
 from .run_folder import RunFolder
@@ -185,8 +187,13 @@ def _check(
         utterances_of_target(name, target, corpus)
     build_mixer(config, corpus.training, corpus.training_lengths, corpus.windows)
     if len(stores) == len(tokens):
-        for utterances in (corpus.training, corpus.validation):
+        training, _ = (
             build_dataset(config, utterances, stores, architecture, SpearFeatureExtractor())
+            for utterances in (corpus.training, corpus.validation)
+        )
+        places = [store.location for store in (corpus.store, *stores.values()) if store is not None]
+        if config.execution.check_data and all(isinstance(place, LocalFolder) for place in places):  # fetches nothing
+            check_data(training, stores, np.arange(len(training)), config.seed, None)
 
 
 def _pace(config: PreTrainingConfig, step_flops: float, num_ranks: int) -> tuple[int, float, str]:

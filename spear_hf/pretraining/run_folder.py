@@ -4,6 +4,7 @@
 OUTPUT/
     config.yaml         every setting of the run
     sources.json        the token stores that it has begun with: those on the Hub at a commit
+    samples.json        checksums of a few utterances and their tokens; see data_check.py
     unigrams.json       how often each token occurs in training: what held-out audio is compared with
     metrics.jsonl       one object per step
     evaluation.jsonl    one object per validation
@@ -49,6 +50,7 @@ class RunFolder:
         self.path = Path(output_dir)
         self.config = self.path / "config.yaml"
         self.sources = self.path / "sources.json"
+        self.samples = self.path / "samples.json"
         self.unigrams = self.path / "unigrams.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
@@ -62,20 +64,23 @@ class RunFolder:
         self.lock = self.path / "lock"
         self._locked: BinaryIO | None = None
 
-    def check(self, config: PreTrainingConfig, resume: bool) -> None:
-        """ValueError where starting would overwrite something, or resuming would continue another training."""
+    def check(self, config: PreTrainingConfig, resume: bool) -> list[str]:
+        """ValueError where starting would overwrite something, or resuming would continue another training.
+
+        Keys of data that a run which is resumed has at another place.
+        """
         if not resume:
             if self._holds_something():
                 raise ValueError(
                     f"{self.path} is not empty: continue its run with --resume, or choose another folder with "
                     "--set output_dir=PATH."
                 )
-            return
+            return []
         if not self.config.is_file():
             if self._holds_something():
                 raise ValueError(f"{self.path} is not the folder of a run (it has no config.yaml): nothing to resume.")
             logger.warning("%s does not exist yet: the run starts from the beginning.", self.path)
-            return
+            return []
         self.claim()
         earlier = to_plain(build(PreTrainingConfig, self.read_config()))
         now = to_plain(config)
@@ -87,10 +92,11 @@ class RunFolder:
             raise ValueError(
                 f"The run in {self.path} was started with another configuration: {details}. Undo the change, or "
                 f"start a new run in another folder. Free to change are {', '.join(FREE_ON_RESUME)}, and where "
-                "data.manifest and targets.NAME.store are."
+                "data.manifest, data.store and targets.NAME.store are."
             )
         if altered := [key for key in changed if key != "output_dir"]:
             logger.warning("Resuming with changed settings: %s.", ", ".join(altered))
+        return moved
 
     def _holds_something(self) -> bool:
         """Of a run, or of somebody else: a start that came to nothing may have left the lock."""
@@ -147,7 +153,7 @@ class RunFolder:
         return values
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> Any:
     """A JSON file of a run's folder. ValueError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
