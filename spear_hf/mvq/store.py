@@ -119,7 +119,7 @@ class TokenStore:
         self._frames = _frames(table, teacher)
         self._samples = table["num_samples"].to_numpy()
         known = [name for name in MANIFEST_COLUMNS if name in table.column_names]
-        self._manifest = {name: _column(table[name]) for name in known}
+        self._manifest = {name: Column.of_strings(table[name]) for name in known}
         self._first_row = np.cumsum([0, *(shard["num_utterances"] for shard in shards)])
         self._hashes, self._order = hash_order(table, str(location))
         self._cache: OrderedDict[tuple[int, int, str], pa.Table] = OrderedDict()
@@ -517,11 +517,3 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.LargeStringArray:
 
 def _frames(table: pa.Table, teacher: str) -> np.ndarray:
     return table[f"{prefix(teacher)}num_frames"].cast(pa.int32()).to_numpy()
-
-
-def _column(strings: pa.ChunkedArray) -> Column:
-    encoded = strings.dictionary_encode().unify_dictionaries()
-    values = [None, *(encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else [])]
-    kind = np.int8 if len(values) < 2**7 else np.int32
-    places = [chunk.indices.fill_null(-1).to_numpy().astype(kind) + kind(1) for chunk in encoded.chunks]
-    return Column(values, np.concatenate([np.empty(0, kind), *places]))
