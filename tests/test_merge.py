@@ -148,7 +148,7 @@ def test_damaged_audio_is_found(stores, tmp_path):
 def test_same_bytes_again_and_after_an_interruption(stores, merged, tmp_path, monkeypatch):
     merge_stores(tmp_path / "again", stores, progress=False)
     assert contents(tmp_path / "again") == contents(merged)
-    real, calls = module.StoreWriter.write, []
+    real, calls = module.StoreWriter.write_columns, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -156,7 +156,7 @@ def test_same_bytes_again_and_after_an_interruption(stores, merged, tmp_path, mo
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(module.StoreWriter, "write", interrupted)
+    monkeypatch.setattr(module.StoreWriter, "write_columns", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge_stores(tmp_path / "resumed", stores, progress=False)
     merge_stores(tmp_path / "resumed", stores, progress=False)
