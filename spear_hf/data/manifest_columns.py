@@ -48,36 +48,40 @@ _LONGEST = 1 << 17  # bytes of a field in a table; `csv` refuses one of so many 
 
 
 class ManifestUtterances(UtteranceList):
-    """Those of a manifest. Held are the columns in which there is something, and of an utterance what it has there."""
+    """Those of a manifest, or some `rows` of it. Held are the columns in which there is something."""
 
-    def __init__(self, table: pa.Table, folder: Path) -> None:
+    def __init__(self, table: pa.Table, folder: Path, rows: np.ndarray | None = None) -> None:
         self.table = table
         self.folder = folder
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) if self.rows is None else len(self.rows)
 
     def __iter__(self) -> Iterator[Utterance]:
         for start in range(0, len(self), CHUNK):
-            rows = self.table.slice(start, CHUNK)
-            for values in zip(*(column.to_pylist() for column in rows.columns)):
-                yield self._utterance(dict(zip(rows.column_names, values)))
+            some = self.between(start, min(start + CHUNK, len(self)))
+            columns = {name: some._column(name).to_pylist() for name in self.table.column_names}
+            for values in zip(*columns.values()):
+                yield self._utterance(dict(zip(columns, values)))
 
     def at(self, place: int) -> Utterance:
-        return next(iter(ManifestUtterances(self.table.slice(place, 1), self.folder)))
+        return next(iter(self.between(place, place + 1)))
 
     def between(self, start: int, stop: int) -> "ManifestUtterances":
-        return ManifestUtterances(self.table.slice(start, stop - start), self.folder)
+        if self.rows is None:
+            return ManifestUtterances(self.table.slice(start, stop - start), self.folder)
+        return ManifestUtterances(self.table, self.folder, self.rows[start:stop])
 
     def take(self, places: np.ndarray) -> "ManifestUtterances":
-        return ManifestUtterances(self.table.take(pa.array(places)), self.folder)
+        return ManifestUtterances(self.table, self.folder, places if self.rows is None else self.rows[places])
 
     def with_domain(self, domain: str) -> "ManifestUtterances":
-        """The same, those without a domain having this one."""
-        known = self.domains.filled(domain)
+        """The same, those of the manifest without a domain having this one."""
+        known = ManifestUtterances(self.table, self.folder).domains.filled(domain)
         column = pa.DictionaryArray.from_arrays(pa.array(known.places), pa.array(known.values, pa.large_string()))
-        others = [name for name in self.table.column_names if name != "domain"]
-        return ManifestUtterances(self.table.select(others).append_column("domain", column), self.folder)
+        others = self.table.select([name for name in self.table.column_names if name != "domain"])
+        return ManifestUtterances(others.append_column("domain", column), self.folder, self.rows)
 
     @property
     def ids(self) -> Iterator[str]:
@@ -85,7 +89,7 @@ class ManifestUtterances(UtteranceList):
 
     def id_chunks(self) -> Iterator[pa.LargeStringArray]:
         for start in range(0, len(self), CHUNK):
-            yield pa.concat_arrays(self.table["id"].slice(start, CHUNK).chunks)
+            yield self.between(start, min(start + CHUNK, len(self)))._column("id")
 
     @property
     def domains(self) -> Column:
@@ -114,12 +118,17 @@ class ManifestUtterances(UtteranceList):
     def _counts(self, name: str) -> np.ndarray:
         if name not in self.table.column_names:
             return np.full(len(self), -1)
-        return np.concatenate([np.empty(0, np.int64), *(c.fill_null(-1).to_numpy() for c in self.table[name].chunks)])
+        return np.array(self._column(name).fill_null(-1))
 
     def _few(self, name: str) -> Column:
         if name not in self.table.column_names:
             return Column([None], np.broadcast_to(np.int8(0), len(self)))
-        return Column.of_strings(self.table[name])
+        return Column.of_strings(pa.chunked_array([self._column(name)]))
+
+    def _column(self, name: str) -> pa.Array:
+        column = self.table[name]
+        array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+        return array if self.rows is None else array.take(pa.array(self.rows))
 
     def _utterance(self, values: dict[str, Any]) -> Utterance:
         labels = values.pop("labels", None)
@@ -128,7 +137,7 @@ class ManifestUtterances(UtteranceList):
         return Utterance(**{**values, "path": self.folder / values["path"]})
 
 
-def read_utterances(
+def open_manifest(
     source: str | os.PathLike, split: str | Sequence[str] | None = None, domain: str | None = None
 ) -> UtteranceList:
     """What `read_manifest` reads, in columns; `domain` is that of the utterances that have none."""
@@ -153,16 +162,21 @@ def read_utterances(
 def _table(source: Path) -> pa.Table | None:
     """The columns of a manifest; None where something is wrong, or cannot be held by columns."""
     try:
-        return pa.concat_tables(_tables(source), promote_options="default").unify_dictionaries()
+        table = pa.concat_tables(_tables(source), promote_options="default").unify_dictionaries()
     except (ValueError, OverflowError):
         return None
+    paths_are_ids = table["path"].equals(table["id"])
+    for place, name in enumerate(table.column_names):  # one by one, so that only one is there twice
+        column = table["id"] if name == "path" and paths_are_ids else table[name].combine_chunks()
+        table = table.set_column(place, name, column)
+    return table
 
 
 def _may_repeat(ids: pa.ChunkedArray) -> bool:
     """Whether there are two of one hash: the same id, or once in ten thousand manifests of millions, not."""
     hashes = np.empty(len(ids), np.int64)
     for start in range(0, len(ids), CHUNK):
-        hashes[start : start + CHUNK] = [hash(id) for id in ids.slice(start, CHUNK).to_pylist()]
+        hashes[start : start + CHUNK] = list(map(hash, ids.slice(start, CHUNK).to_pylist()))
     hashes.sort()
     return bool((hashes[1:] == hashes[:-1]).any())
 

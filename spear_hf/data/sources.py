@@ -37,7 +37,7 @@ from .audio import SAMPLING_RATE, AudioError
 from .cutting import CutRule, cut_utterance, may_be_cut
 from .decoding import utterance_seconds
 from .manifest import AUDIO_SUFFIXES, DOMAINS, MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, find_files
-from .manifest_columns import read_utterances
+from .manifest_columns import open_manifest
 from .seeding import keyed_seeds
 from .utterances import listed
 
@@ -264,7 +264,7 @@ def open_source(
             if value is not None:
                 name = f"{name}_column" if name in ("audio", "id", "domain") else name
                 raise ValueError(f"{name}={value!r} is for datasets, and {spec} is a folder of audio or a manifest")
-        source = ListSource(read_utterances(spec, splits or None, domain), spec, piece_utterances, piece_hours)
+        source = ListSource(open_manifest(spec, splits or None, domain), spec, piece_utterances, piece_hours)
     else:
         # Imported where it is needed: importing `datasets` takes a second.
         from .dataset_sources import dataset_source
