@@ -68,6 +68,7 @@ class Utterance:
 COLUMNS = tuple(entry.name for entry in fields(Utterance) if entry.name != "content")  # of a manifest
 _TEXT_COLUMNS = frozenset(COLUMNS) - {"id", "path", "label", "num_samples", "start"}
 _COLUMNS = frozenset((*COLUMNS, "sampling_rate"))
+_MOST = 2**53  # from where on the floating-point numbers of tables are not exact
 ALIASES = {"file_name": "path", "text": "transcript"}
 
 
@@ -288,6 +289,8 @@ def row_values(row: dict[str, Any], place: str) -> dict[str, Any]:
         )
     if num_samples is not None and rate is not None and rate != SAMPLING_RATE:
         num_samples = -(-num_samples * SAMPLING_RATE // rate)  # rounded up, as the resampler does
+        if num_samples > _MOST:
+            raise ValueError(f"{place}: num_samples={row['num_samples']!r} at sampling_rate={rate} are too many")
     return {"num_samples": num_samples, "start": start, **values}
 
 
@@ -303,7 +306,7 @@ def _text(row: dict[str, Any], name: str, place: str) -> str | None:
 
 
 def _count(row: dict[str, Any], name: str, place: str, least: int = 1) -> int | None:
-    """A whole number from `least` to 2^53, from where on the floating-point numbers of tables are not exact."""
+    """A whole number from `least` to _MOST."""
     value = row.get(name)
     if value is None:
         return None
@@ -313,6 +316,6 @@ def _count(row: dict[str, Any], name: str, place: str, least: int = 1) -> int | 
             number = -1
     except (TypeError, ValueError, OverflowError):
         number = -1
-    if not least <= number <= 2**53:
+    if not least <= number <= _MOST:
         raise ValueError(f"{place}: {name}={value!r} must be a whole number, {least} or more")
     return number

@@ -289,8 +289,8 @@ def plan_pieces(
     """
     if piece_utterances < 1:
         raise ValueError(f"shard_utterances must be at least 1, not {piece_utterances}")
-    until = np.cumsum(np.maximum(lengths, 0))  # samples up to the end of each
     limit = math.ceil(piece_hours * 3600 * SAMPLING_RATE)
+    until = np.cumsum(np.clip(lengths, 0, limit))  # samples up to the end of each, where no more than these matter
     starts = [0]
     while (start := starts[-1]) < len(lengths):
         before = int(until[start - 1]) if start else 0
