@@ -66,7 +66,8 @@ class ManifestUtterances(UtteranceList):
                 yield self._utterance(dict(zip(columns, values)))
 
     def at(self, place: int) -> Utterance:
-        return next(iter(self.between(place, place + 1)))
+        row = place if self.rows is None else int(self.rows[place])
+        return self._utterance({name: self.table[name][row].as_py() for name in self.table.column_names})
 
     def between(self, start: int, stop: int) -> "ManifestUtterances":
         if self.rows is None:
