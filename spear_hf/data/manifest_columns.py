@@ -1,9 +1,8 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Manifests of millions of rows, as columns.
 
-A manifest is read in blocks of lines. Arrow reads those of plain rows; a block in which something is otherwise, if it
-be allowed, is read row by row, as manifest.py does it. What is wrong is told by manifest.py alone: so the utterances
-are those of `read_manifest`, and so are the errors.
+A manifest is read in blocks of lines. Arrow reads those of plain rows, others are read row by row, as manifest.py does
+it, and manifest.py alone tells what is wrong: so the utterances are those of `read_manifest`, and so are the errors.
 """
 
 import io
@@ -39,7 +38,7 @@ from .manifest import (
 from .utterances import CHUNK, Column, ListedUtterances, UtteranceList
 
 
-BLOCK = 1 << 25  # bytes, of whole lines
+BLOCK = 1 << 23  # bytes, of whole lines
 _COUNTS = {"num_samples": 1, "start": 0, "sampling_rate": 1}  # and the least of each
 _NAMES = (*COLUMNS, "sampling_rate", *ALIASES)
 _OWN = ("id", "path", "transcript", "sha256")  # of every utterance another, as a rule; of other columns a few values

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear_hf.data.ids import id_hashes
+from spear_hf.data.utterances import CHUNK
 
 
 FORMAT_VERSION = 2
@@ -112,10 +114,16 @@ def waveform_checksum(waveform: np.ndarray) -> int:
 def list_key(items: Iterable[tuple[str | int | None, ...]]) -> str:
     """Identifies a list of utterances by their ids, and what else is known of each: lengths, checksums."""
     digest = hashlib.sha256()
-    written = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes another each time
     for item in items:
-        digest.update(written(item).encode() + b"\n")
+        digest.update(f"[{', '.join(map(_to_json, item))}]\n".encode())
     return digest.hexdigest()[:32]
+
+
+def _to_json(value: str | int | None) -> str:
+    """`to_json` of these alone, in a fifth of the time."""
+    if isinstance(value, str):
+        return encode_basestring(value)
+    return "null" if value is None else str(value)
 
 
 def prefix(name: str) -> str:
@@ -378,7 +386,8 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
-    return id_hashes(id.as_py() for id in ids)
+    parts = (ids.slice(start, CHUNK).to_pylist() for start in range(0, len(ids), CHUNK))
+    return id_hashes(id for part in parts for id in part)
 
 
 def card(infos: Infos, with_audio: bool) -> str:
