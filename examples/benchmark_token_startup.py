@@ -2,7 +2,7 @@
 """What `spear-hf quantize`, `tokenize` and `merge-tokens` do on millions of utterances beside the work itself.
 
     python examples/benchmark_token_startup.py       # some minutes; writes model_cards/benchmarks/token_startup.csv
-    python examples/benchmark_token_startup.py --utterances 35000000 --parts jsonl,keys,subset
+    python examples/benchmark_token_startup.py --few 1000000 --utterances 35000000 --parts jsonl
 
 As in benchmark_startup.py, which says what the columns of the table are, every part is measured on `--few` utterances
 and on `--utterances`, each in a process of its own, and what grows between the two is given for a million and for the
