@@ -296,46 +296,8 @@ def key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["part"], row["label"], str(row["utterances"])
 
 
-def setting(arguments: argparse.Namespace) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    processor = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    options = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("label", "few", "utterances"))
-    options += " --index-only" if arguments.index_only else ""
-    options += f" --parts {arguments.parts}" if arguments.parts else ""
-    return {
-        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "pyarrow")},
-        "spear_hf": spear_hf.__version__,
-        "command": f"python examples/benchmark_startup.py {options}",
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--folder", type=Path, help="of the stores, which are written where they are not there")
-    parser.add_argument("--utterances", type=int, default=1_000_000)
-    parser.add_argument("--few", type=int, default=100_000)
-    parser.add_argument("--parts", help="by default all")
-    parser.add_argument("--index-only", action="store_true", help="see above")
-    parser.add_argument("--label", default="now")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.inside:
-        print(json.dumps(inside(Stores(arguments.folder))))
-        return
-    everything = INSIDE if arguments.index_only else (*INSIDE, *COMMANDS)
-    parts = arguments.parts.split(",") if arguments.parts else list(everything)
-    with tempfile.TemporaryDirectory() as temporary:
-        measurements = []
-        for count in (arguments.few, arguments.utterances):
-            stores = Stores((arguments.folder or Path(temporary)) / str(count))
-            if not stores.folder.exists():
-                (stores.write_index if arguments.index_only else stores.write)(count)
-            measurements.append(measure(stores, parts))
+def report(arguments: argparse.Namespace, parts: list[str], measurements: list[dict[str, Measurement]]) -> None:
+    """Of few and of many utterances, into the table `arguments.output`, in the place of rows of the same."""
     millions = (arguments.utterances - arguments.few) / 1e6
     rows = []
     for part in parts:
@@ -367,6 +329,49 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"written to {arguments.output}")
+
+
+def setting(arguments: argparse.Namespace) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    processor = names[0].split(":", 1)[1].strip() if names else platform.machine()
+    options = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("label", "few", "utterances"))
+    options += " --index-only" if getattr(arguments, "index_only", False) else ""
+    options += f" --parts {arguments.parts}" if arguments.parts else ""
+    return {
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("numpy", "pyarrow")},
+        "spear_hf": spear_hf.__version__,
+        "command": f"python examples/{Path(sys.argv[0]).name} {options}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--folder", type=Path, help="of the stores, which are written where they are not there")
+    parser.add_argument("--utterances", type=int, default=1_000_000)
+    parser.add_argument("--few", type=int, default=100_000)
+    parser.add_argument("--parts", help="by default all")
+    parser.add_argument("--index-only", action="store_true", help="see above")
+    parser.add_argument("--label", default="now")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        print(json.dumps(inside(Stores(arguments.folder))))
+        return
+    everything = INSIDE if arguments.index_only else (*INSIDE, *COMMANDS)
+    parts = arguments.parts.split(",") if arguments.parts else list(everything)
+    with tempfile.TemporaryDirectory() as temporary:
+        measurements = []
+        for count in (arguments.few, arguments.utterances):
+            stores = Stores((arguments.folder or Path(temporary)) / str(count))
+            if not stores.folder.exists():
+                (stores.write_index if arguments.index_only else stores.write)(count)
+            measurements.append(measure(stores, parts))
+    report(arguments, parts, measurements)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from spear_hf.data import manifest_columns
 from spear_hf.data.manifest import DOMAINS, Utterance, read_manifest
 
 
@@ -57,23 +58,28 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
-def test_damaged_manifests(tmp_path, suffix):
+def test_damaged_manifests(tmp_path, monkeypatch, suffix):
     whole = jsonl() if suffix == ".jsonl" else table({".csv": ",", ".tsv": "\t"}[suffix])
     manifest = tmp_path / f"m{suffix}"
     manifest.write_bytes(whole)
     assert [utterance.id for utterance in read_manifest(manifest)] == ["a", "b", "c"]
     rng = random.Random(suffix)
     read = refused = 0
-    for _ in range(300):
-        content = mutated(whole, rng)
+    for number in range(300):
+        # Without quotes a table is read by the block.
+        content = mutated(whole if suffix == ".jsonl" or number % 2 else whole.replace(b'"', b""), rng)
         manifest.write_bytes(content)
+        monkeypatch.setattr(manifest_columns, "BLOCK", rng.choice([100, 1000, 1 << 25]))
         try:
             utterances = read_manifest(manifest)
         except ValueError as error:
             refused += 1
             check_message(str(error), manifest)
+            with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+                manifest_columns.open_manifest(manifest)
             continue
         read += 1
+        assert list(manifest_columns.open_manifest(manifest)) == utterances
         for utterance in utterances:
             check(utterance)
     assert read >= 10
@@ -115,6 +121,11 @@ def check(utterance: Utterance) -> None:
             b'{"path": "a.wav", "start": 5, "num_samples": 1, "sampling_rate": 8000}',
             r"start=5 goes with num_samples, both in samples at 16000 Hz",
         ),
+        (
+            "m.jsonl",
+            b'{"path": "a.wav", "sampling_rate": 1, "num_samples": 9007199254740992}',
+            "num_samples=9007199254740992 at sampling_rate=1 are too many",
+        ),
         ("m.csv", b"path,path\na,b\n", r"m\.csv, line 1: a column is named twice"),
         ("m.csv", b'path,id\n"a.wav,b\n', r"m\.csv, line 2: unexpected end of data"),
         ("m.csv", b"path\n" + b"a" * 200000, r"m\.csv, line 2: field larger than field limit"),
@@ -122,5 +133,6 @@ def check(utterance: Utterance) -> None:
 )
 def test_what_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path / name)
+    for read in (read_manifest, manifest_columns.open_manifest):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / name)

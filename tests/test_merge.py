@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,9 @@ from spear_hf.data.sources import ListSource
 from spear_hf.mvq import merge as module
 from spear_hf.mvq.merge import merge_stores
 from spear_hf.mvq.quantizer import MultiCodebookQuantizer
-from spear_hf.mvq.store import TokenStore, waveform_checksum
+from spear_hf.mvq.store import TokenRow, TokenStore, list_key, waveform_checksum
+from spear_hf.mvq.store_format import open_shard, read_footer
+from spear_hf.mvq.store_writer import StoreWriter
 from spear_hf.mvq.teachers import load_teacher
 from spear_hf.mvq.tokenize_corpus import tokenize_corpus
 from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
@@ -148,7 +151,7 @@ def test_damaged_audio_is_found(stores, tmp_path):
 def test_same_bytes_again_and_after_an_interruption(stores, merged, tmp_path, monkeypatch):
     merge_stores(tmp_path / "again", stores, progress=False)
     assert contents(tmp_path / "again") == contents(merged)
-    real, calls = module.StoreWriter.write, []
+    real, calls = module.StoreWriter.write_columns, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -156,7 +159,7 @@ def test_same_bytes_again_and_after_an_interruption(stores, merged, tmp_path, mo
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(module.StoreWriter, "write", interrupted)
+    monkeypatch.setattr(module.StoreWriter, "write_columns", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge_stores(tmp_path / "resumed", stores, progress=False)
     merge_stores(tmp_path / "resumed", stores, progress=False)
@@ -232,6 +235,74 @@ def test_what_does_not_go_together_is_refused(tokenizers, stores, merged, corpus
     ):
         code, printed = run("merge-tokens", tmp_path / "both", *arguments)
         assert (code, message in printed) == (1, True)
+
+
+def by_rows(output, folders):
+    """The merged store as it was made with an object for each row."""
+    stores = {name: TokenStore.open(folder) for name, folder in folders.items()}
+    first, audio = next(iter(stores.values())), next(store for store in stores.values() if store.with_audio)
+    writer = StoreWriter(output, {name: store.info for name, store in stores.items()}, with_audio=True)
+    bad = {item.id: item for store in reversed(list(stores.values())) for item in store.quarantined}
+    ids, keys, start = first.ids, [], 0
+    for index, size in enumerate(first.shard_sizes):
+        kept = [id for id in ids[start : start + size] if all(id in store for store in stores.values())]
+        checksums = [int(audio.audio_checksums()[audio.rows_of([id])[0]]) for id in kept]
+        keys.append(list_key((id, first.num_samples(id), checksum) for id, checksum in zip(kept, checksums)))
+        domains, splits = (audio.column(name).take(audio.rows_of(kept)) for name in ("domain", "split"))
+        rows = {
+            name: [
+                TokenRow(id, store[id], store.num_samples(id), checksum, audio.audio_file(id), domain, split)
+                for id, checksum, domain, split in zip(kept, checksums, domains, splits)
+            ]
+            for name, store in stores.items()
+        }
+        writer.write(index, keys[-1], rows, list(bad.values()) if index == 0 else ())
+        start += size
+    writer.finish(len(keys), keys)
+    return output
+
+
+def test_same_bytes_as_by_rows(tokenizers, corpus, stores, tmp_path):
+    utterances = [replace(item, domain="audio", split="train") for item in read_manifest(corpus)]
+    others = {
+        "backwards": tokenize(tokenizers[0], utterances[::-1], tmp_path / "backwards", with_audio=True),
+        "some": tokenize(tokenizers[0], utterances[7:] + utterances[:3], tmp_path / "some"),
+    }
+    for number, (speech, audio) in enumerate(
+        [
+            (stores["speech"], stores["audio"]),
+            (stores["audio"], stores["speech"]),
+            (others["backwards"], stores["audio"]),
+            (stores["audio"], others["backwards"]),
+            (stores["audio"], others["some"]),
+            (others["some"], stores["audio"]),
+        ]
+    ):
+        named = {"speech": speech, "audio": audio}
+        merge_stores(tmp_path / f"{number}", named, intersect=True, progress=False)
+        assert contents(tmp_path / f"{number}") == contents(by_rows(tmp_path / f"{number} by rows", named))
+
+
+def test_much_that_is_bad_is_spread_over_the_shards(stores, merged, tmp_path, monkeypatch):
+    """A footer of hundreds of thousands could not be read."""
+    monkeypatch.setattr(module, "BAD_IN_A_SHARD", 1)
+    merge_stores(tmp_path / "both", stores, progress=False)
+    assert (tmp_path / "both/quarantine.jsonl").read_bytes() == (merged / "quarantine.jsonl").read_bytes()
+    paths = sorted((tmp_path / "both").glob("tokens-*"))
+    assert [len(read_footer(open_shard(path), path).quarantine) for path in paths] == [1, 1, 0]
+    spread, whole = (TokenStore.open(folder, teacher="speech") for folder in (tmp_path / "both", merged))
+    assert spread.quarantined == whole.quarantined
+
+
+def test_damaged_codes_are_not_merged(stores, tmp_path):
+    folder = shutil.copytree(stores["speech"], tmp_path / "speech")
+    store = TokenStore.open(folder)
+    shard = folder / "tokens-00001.parquet"
+    content, codes = shard.read_bytes(), store[store.ids[6]].tobytes()
+    place = content.index(codes) + 3
+    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(ValueError, match=f"tokens-00001.parquet: the codes of {store.ids[6]} are damaged; delete"):
+        merge_stores(tmp_path / "both", {"speech": folder, "audio": stores["audio"]}, progress=False)
 
 
 def vars_of(tokenizer):

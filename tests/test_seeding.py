@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from spear_hf.data.seeding import first_uniforms, keyed_generator, keyed_uniforms
+from spear_hf.data.seeding import first_uniforms, keyed_generator, keyed_seed, keyed_seeds, keyed_uniforms
 
 
 IDS = [
@@ -34,3 +34,9 @@ def test_the_seeds_of_numpy_are_taken_whole():
     seeds = np.array([0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**62 + 12345], dtype=np.uint64)
     expected = [np.random.Generator(np.random.PCG64(int(seed))).random() for seed in seeds]
     assert first_uniforms(seeds).tolist() == expected
+
+
+def test_many_seeds_at_a_time():
+    assert keyed_seeds((3, "subset"), iter(IDS)).tolist() == [keyed_seed(3, "subset", id) for id in IDS]
+    assert keyed_seeds((), IDS, ("é", 7)).tolist() == [keyed_seed(id, "é", 7) for id in IDS]
+    assert keyed_seeds((3,), []).dtype == np.uint64

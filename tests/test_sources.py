@@ -305,10 +305,11 @@ def test_subsets(corpora):
 def test_pieces_of_lists_follow_from_the_list():
     hour = 3600 * 16000
     utterances = [Utterance(id=name, path=Path(name), num_samples=10 * hour) for name in "abcdef"]
-    assert [len(piece) for piece in plan_pieces(utterances)] == [3, 3]
-    assert [len(piece) for piece in plan_pieces(utterances, 2)] == [2, 2, 2]
+    lengths = np.array([utterance.num_samples for utterance in utterances])
+    assert plan_pieces(lengths).tolist() == [0, 3, 6]
+    assert plan_pieces(lengths, 2).tolist() == [0, 2, 4, 6]
     with pytest.raises(ValueError, match="at least 1"):
-        plan_pieces(utterances, 0)
+        plan_pieces(lengths, 0)
     source = ListSource(utterances, piece_utterances=2)
     assert [piece.ids for piece in source] == [("a", "b"), ("c", "d"), ("e", "f")]
     assert source[2].key == ListSource(utterances[4:])[0].key, "a key is of the utterances"

@@ -219,6 +219,8 @@ def test_reasons_have_no_names_and_numbers():
     first = bad_reason("a/1.wav", "data/a/1.wav", "/x/data/a/1.wav cannot be decoded: there is no such file")
     assert first == "cannot be decoded: there is no such file"
     assert bad_reason("a", "b.wav", "a: 80 samples are too short (5 ms)") == "N samples are too short (N ms)"
+    assert bad_reason("a.b", "c/a.b", "c/a.b, said c/a.b: a.b is no a+b, a.bc") == "said is no a+b, a.bc"
+    assert bad_reason("a", "b", "\0a: \0") == "\0a: \0"
 
 
 def test_metrics_that_cannot_be_written_stop_nothing(made, tmp_path):

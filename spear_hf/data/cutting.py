@@ -106,14 +106,14 @@ def cut_utterance(utterance: Utterance, rule: CutRule) -> Iterator[Utterance]:
         yield utterance
 
 
-def may_be_cut(utterance: Utterance, rule: CutRule) -> bool:
-    """Whether what the list says of an utterance leaves it open that it is cut."""
-    return utterance.num_samples is None or utterance.num_samples > rule.limit
+def may_be_cut(lengths: np.ndarray, rule: CutRule) -> np.ndarray:
+    """Whether lengths that are listed, -1 where they are not, leave it open that an utterance is cut, bool."""
+    return (lengths < 0) | (lengths > rule.limit)
 
 
 def stretches(utterance: Utterance, rule: CutRule) -> Iterator[Stretch]:
     """The stretches of an utterance, none if it is not cut. AudioError where it cannot be read."""
-    if not may_be_cut(utterance, rule):
+    if utterance.num_samples is not None and utterance.num_samples <= rule.limit:
         return
     origin = start = utterance.start or 0
     end = None if utterance.start is None else origin + (utterance.num_samples or 0)

@@ -30,8 +30,8 @@ AUDIO_SUFFIXES = frozenset({
     ".wav", ".wave",
 })
 # fmt: on
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-MANIFEST_SUFFIXES = (".jsonl", *_DELIMITERS)
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MANIFEST_SUFFIXES = (".jsonl", *DELIMITERS)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Utterance:
 COLUMNS = tuple(entry.name for entry in fields(Utterance) if entry.name != "content")  # of a manifest
 _TEXT_COLUMNS = frozenset(COLUMNS) - {"id", "path", "label", "num_samples", "start"}
 _COLUMNS = frozenset((*COLUMNS, "sampling_rate"))
-_ALIASES = {"file_name": "path", "text": "transcript"}
+_MOST = 2**53  # from where on the floating-point numbers of tables are not exact
+ALIASES = {"file_name": "path", "text": "transcript"}
 
 
 def find_audio(folder: str | os.PathLike) -> list[Path]:
@@ -122,10 +123,21 @@ def read_manifest(source: str | os.PathLike, split: str | Sequence[str] | None =
         raise ValueError(f"{source} does not exist: name a folder of audio, or a manifest (.jsonl, .csv or .tsv)")
 
     with _collector_resting():
-        utterances = list(_unique(source))
+        utterances = [Utterance(**{**row, "path": source.parent / row["path"]}) for row in _unique_rows(source)]
     if not utterances:
         raise ValueError(f"{source} lists no utterance")
-    return utterances if split is None else _of_splits(utterances, split, source)
+    if split is None:
+        return utterances
+    wanted = checked_splits(split, {utterance.split for utterance in utterances}, source)
+    return [utterance for utterance in utterances if utterance.split in wanted]
+
+
+def check_manifest(source: Path) -> None:
+    """The ValueError of `read_manifest`, if there is one."""
+    with _collector_resting():
+        rows = sum(1 for _ in _unique_rows(source))
+    if not rows:
+        raise ValueError(f"{source} lists no utterance")
 
 
 @contextmanager
@@ -140,19 +152,19 @@ def _collector_resting() -> Iterator[None]:
             gc.enable()
 
 
-def _unique(source: Path) -> Iterator[Utterance]:
-    """The utterances of a manifest; ValueError where an id comes again."""
+def _unique_rows(source: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a manifest as `row_values` has them; ValueError where an id comes again."""
     lines: dict[str, int] = {}
-    folder = source.parent
     for line, row in rows_of_table(source):
-        utterance = _utterance(row, folder, f"{source}, line {line}")
-        if utterance.id in lines:
+        values = row_values(row, f"{source}, line {line}")
+        id = values["id"]
+        if id in lines:
             raise ValueError(
-                f"{source}, line {line}: the id {utterance.id!r} is already on line {lines[utterance.id]}; "
+                f"{source}, line {line}: the id {id!r} is already on line {lines[id]}; "
                 "ids must be unique (without an id column they are the paths)"
             )
-        lines[utterance.id] = line
-        yield utterance
+        lines[id] = line
+        yield values
 
 
 def _read_folder(folder: Path, split: str | Sequence[str] | None) -> list[Utterance]:
@@ -170,13 +182,14 @@ def _read_folder(folder: Path, split: str | Sequence[str] | None) -> list[Uttera
     return [Utterance(id=path.relative_to(folder).as_posix(), path=path) for path in paths]
 
 
-def _of_splits(utterances: list[Utterance], split: str | Sequence[str], source: Path) -> list[Utterance]:
+def checked_splits(split: str | Sequence[str], present: set[str | None], source: Path) -> tuple[str, ...]:
+    """The splits that are wanted; ValueError for one that no utterance has."""
     wanted = (split,) if isinstance(split, str) else tuple(split)
-    known = sorted({utterance.split for utterance in utterances if utterance.split is not None})
+    known = sorted(name for name in present if name is not None)
     for name in wanted:
         if name not in known:
             raise ValueError(f"split={name!r} is not in {source}, whose splits are: {', '.join(known) or 'none'}")
-    return [utterance for utterance in utterances if utterance.split in wanted]
+    return wanted
 
 
 def rows_of_table(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -185,14 +198,15 @@ def rows_of_table(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if suffix not in MANIFEST_SUFFIXES:
         raise ValueError(f"{source} is not a manifest: its suffix must be .jsonl, .csv or .tsv")
     # What is not UTF-8 is let through as surrogates, so that it is found line by line and can be named.
-    newline = "" if suffix in _DELIMITERS else None
+    newline = "" if suffix in DELIMITERS else None
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
-        if suffix == ".jsonl":
-            for line, text in enumerate(_checked_lines(file, source), start=1):
-                if text.strip():
-                    yield line, _json_row(text, f"{source}, line {line}")
-        else:
-            yield from _table_rows(file, source, _DELIMITERS[suffix])
+        yield from json_rows(file, source) if suffix == ".jsonl" else table_rows(file, source, DELIMITERS[suffix])
+
+
+def json_rows(file: Iterable[str], source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(_checked_lines(file, source), start=1):
+        if text.strip():
+            yield line, _json_row(text, f"{source}, line {line}")
 
 
 def _checked_lines(file: Iterable[str], source: Path) -> Iterator[str]:
@@ -213,8 +227,11 @@ def check_unicode(text: str, place: str, helps: str = "") -> None:
         ) from None
 
 
-def _table_rows(file: Iterable[str], source: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_checked_lines(file, source), delimiter=delimiter, strict=True)
+def table_rows(
+    file: Iterable[str], source: Path, delimiter: str, names: Sequence[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`names` are the columns where the first line does not name them."""
+    reader = csv.DictReader(_checked_lines(file, source), names, delimiter=delimiter, strict=True)
     try:
         while reader.fieldnames == []:  # lines without anything in them
             reader.fieldnames = None
@@ -241,12 +258,13 @@ def _json_row(text: str, place: str) -> dict[str, Any]:
     return row
 
 
-def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
-    if not row.keys().isdisjoint(_ALIASES):
-        for alias, name in _ALIASES.items():
+def row_values(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """The fields of an utterance that a row has, with the path as it is written; ValueError for what is wrong."""
+    if not row.keys().isdisjoint(ALIASES):
+        for alias, name in ALIASES.items():
             if alias in row and name in row:
                 raise ValueError(f"{place}: {alias} and {name} are the same column: leave one out")
-        row = {_ALIASES.get(name, name): value for name, value in row.items()}
+        row = {ALIASES.get(name, name): value for name, value in row.items()}
     if not row.keys() <= _COLUMNS:
         unknown = sorted(row.keys() - _COLUMNS)
         raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")
@@ -254,7 +272,7 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{place}: path={path!r}, but every utterance needs the path of its audio file")
     check_unicode(path, place)  # JSON may spell halves of characters, which no file system takes
-    values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": folder / path}
+    values: dict[str, Any] = {"id": _text(row, "id", place) or path, "path": path}
     for name, value in row.items():
         if value is not None and name in _TEXT_COLUMNS:
             values[name] = _text(row, name, place)
@@ -271,7 +289,9 @@ def _utterance(row: dict[str, Any], folder: Path, place: str) -> Utterance:
         )
     if num_samples is not None and rate is not None and rate != SAMPLING_RATE:
         num_samples = -(-num_samples * SAMPLING_RATE // rate)  # rounded up, as the resampler does
-    return Utterance(num_samples=num_samples, start=start, **values)
+        if num_samples > _MOST:
+            raise ValueError(f"{place}: num_samples={row['num_samples']!r} at sampling_rate={rate} are too many")
+    return {"num_samples": num_samples, "start": start, **values}
 
 
 def _text(row: dict[str, Any], name: str, place: str) -> str | None:
@@ -286,7 +306,7 @@ def _text(row: dict[str, Any], name: str, place: str) -> str | None:
 
 
 def _count(row: dict[str, Any], name: str, place: str, least: int = 1) -> int | None:
-    """A whole number from `least` to 2^53, from where on the floating-point numbers of tables are not exact."""
+    """A whole number from `least` to _MOST."""
     value = row.get(name)
     if value is None:
         return None
@@ -296,6 +316,6 @@ def _count(row: dict[str, Any], name: str, place: str, least: int = 1) -> int | 
             number = -1
     except (TypeError, ValueError, OverflowError):
         number = -1
-    if not least <= number <= 2**53:
+    if not least <= number <= _MOST:
         raise ValueError(f"{place}: {name}={value!r} must be a whole number, {least} or more")
     return number

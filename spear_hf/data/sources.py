@@ -23,26 +23,23 @@ Where the pieces begin and end follows from the data alone, never from who reads
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from .audio import SAMPLING_RATE, AudioError
 from .cutting import CutRule, cut_utterance, may_be_cut
 from .decoding import utterance_seconds
-from .manifest import (
-    AUDIO_SUFFIXES,
-    DOMAINS,
-    MANIFEST_NAME,
-    MANIFEST_SUFFIXES,
-    Utterance,
-    find_files,
-    read_manifest,
-)
-from .seeding import keyed_seed
+from .manifest import AUDIO_SUFFIXES, DOMAINS, MANIFEST_NAME, MANIFEST_SUFFIXES, Utterance, find_files
+from .manifest_columns import open_manifest
+from .seeding import keyed_seeds
+from .utterances import listed
 
 
 PIECE_UTTERANCES = 1000
@@ -77,7 +74,12 @@ class AudioSource(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Piece: ...
+    def __getitem__(self, index: int) -> Piece:
+        """A piece, whose key takes a look at all that is listed of it, or at its file: ask when its turn comes."""
+
+    def listed_lengths(self, index: int) -> np.ndarray | None:
+        """Samples of the utterances of a piece, -1 where they are not known; None where they are not listed."""
+        return None
 
     @abstractmethod
     def describe(self) -> str:
@@ -106,33 +108,47 @@ class ListSource(AudioSource):
     ) -> None:
         if not utterances:
             raise ValueError(f"{name} has no audio: the list of utterances is empty")
-        self.utterances = list(utterances)
+        self.utterances = listed(utterances)
         self.name = name
         self.piece_utterances = piece_utterances
         self.piece_hours = piece_hours
-        self._pieces = plan_pieces(self.utterances, piece_utterances, piece_hours)
+        self._lengths = self.utterances.listed_lengths
+        self._starts = plan_pieces(self._lengths, piece_utterances, piece_hours)
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Piece:
-        utterances = self._pieces[index]
-        places = [(item.id, item.start, item.num_samples if item.start is not None else None) for item in utterances]
-        ids = tuple(utterance.id for utterance in utterances)
-        return Piece(range(len(self))[index], fingerprint(places), ids, lambda: iter(utterances))
+        places = self._places(index)
+        utterances = self.utterances[places]
+        ids = tuple(utterances.ids)
+        starts, lengths = utterances.listed_starts.tolist(), self._lengths[places].tolist()
+        stretches = [
+            (id, start, length) if start >= 0 else (id, None, None) for id, start, length in zip(ids, starts, lengths)
+        ]
+        return Piece(range(len(self))[index], fingerprint(stretches), ids, lambda: iter(utterances))
+
+    def listed_lengths(self, index: int) -> np.ndarray:
+        return self._lengths[self._places(index)]
+
+    def _places(self, index: int) -> slice:
+        index = range(len(self))[index]
+        return slice(int(self._starts[index]), int(self._starts[index + 1]))
 
     def describe(self) -> str:
         return f"{len(self.utterances)} utterances of {self.name}"
 
     def subset(self, seed: int, max_hours: float) -> "ListSource":
         """Utterances drawn by the seed, up to the one with which the hours are reached."""
-        chosen, seconds = [], 0.0
-        for utterance in sorted(self.utterances, key=lambda utterance: keyed_seed(seed, "subset", utterance.id)):
+        drawn = np.argsort(keyed_seeds((seed, "subset"), self.utterances.ids), kind="stable")
+        chosen, seconds = 0, 0.0
+        for place, length in zip(drawn, self._lengths[drawn]):
             if seconds >= 3600 * max_hours:
                 break
-            chosen.append(utterance)
-            seconds += _seconds(utterance)
-        return ListSource(chosen, self.name, self.piece_utterances, self.piece_hours)
+            chosen += 1
+            seconds += length / SAMPLING_RATE if length >= 0 else _seconds(self.utterances[int(place)])
+        some = self.utterances.take(drawn[:chosen])
+        return ListSource(some, self.name, self.piece_utterances, self.piece_hours)
 
 
 class CutSource(AudioSource):
@@ -146,12 +162,15 @@ class CutSource(AudioSource):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Piece:
-        piece = self.source[index]
-        rule = self.rule
-        if piece.ids is not None and not any(may_be_cut(utterance, rule) for utterance in piece):
+        piece, rule = self.source[index], self.rule
+        if self.listed_lengths(index) is not None:
             return piece
         key = fingerprint([piece.key, asdict(rule)])
         return Piece(piece.index, key, None, lambda: (cut for item in piece for cut in cut_utterance(item, rule)))
+
+    def listed_lengths(self, index: int) -> np.ndarray | None:
+        lengths = self.source.listed_lengths(index)
+        return None if lengths is None or may_be_cut(lengths, self.rule).any() else lengths
 
     def describe(self) -> str:
         return f"{self.source.describe()}, those over {self.rule.max_seconds:g} s cut ({self.rule.at})"
@@ -245,10 +264,7 @@ def open_source(
             if value is not None:
                 name = f"{name}_column" if name in ("audio", "id", "domain") else name
                 raise ValueError(f"{name}={value!r} is for datasets, and {spec} is a folder of audio or a manifest")
-        utterances = read_manifest(spec, split=splits or None)
-        if domain is not None:
-            utterances = [replace(item, domain=item.domain or domain) for item in utterances]
-        source = ListSource(utterances, spec, piece_utterances, piece_hours)
+        source = ListSource(open_manifest(spec, splits or None, domain), spec, piece_utterances, piece_hours)
     else:
         # Imported where it is needed: importing `datasets` takes a second.
         from .dataset_sources import dataset_source
@@ -264,21 +280,23 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def plan_pieces(
-    utterances: Sequence[Utterance], piece_utterances: int = PIECE_UTTERANCES, piece_hours: float = PIECE_HOURS
-) -> list[list[Utterance]]:
-    """Consecutive pieces of the list, at most `piece_utterances` each, and `piece_hours` where lengths are known."""
+    lengths: np.ndarray, piece_utterances: int = PIECE_UTTERANCES, piece_hours: float = PIECE_HOURS
+) -> np.ndarray:
+    """Where consecutive pieces begin, and the last ends, int64 (pieces + 1,), of utterances of these lengths.
+
+    A piece has at most `piece_utterances`, and ends with the one with which `piece_hours` are reached. Lengths that
+    are not known (-1) count as nothing.
+    """
     if piece_utterances < 1:
         raise ValueError(f"shard_utterances must be at least 1, not {piece_utterances}")
-    limit = piece_hours * 3600 * SAMPLING_RATE
-    pieces: list[list[Utterance]] = []
-    samples = 0
-    for utterance in utterances:
-        if not pieces or len(pieces[-1]) >= piece_utterances or samples >= limit:
-            pieces.append([])
-            samples = 0
-        pieces[-1].append(utterance)
-        samples += utterance.num_samples or 0
-    return pieces
+    limit = math.ceil(piece_hours * 3600 * SAMPLING_RATE)
+    until = np.cumsum(np.clip(lengths, 0, limit))  # samples up to the end of each, where no more than these matter
+    starts = [0]
+    while (start := starts[-1]) < len(lengths):
+        before = int(until[start - 1]) if start else 0
+        last = max(start, int(np.searchsorted(until, before + limit)))
+        starts.append(min(last + 1, start + piece_utterances, len(lengths)))
+    return np.array(starts, np.int64)
 
 
 def fingerprint(value: object) -> str:

@@ -40,6 +40,15 @@ class Column(Sequence[str | None]):
         places = np.fromiter((known.setdefault(item, len(known)) for item in items), np.int32)
         return cls(list(known), places)
 
+    @classmethod
+    def of_strings(cls, strings: pa.ChunkedArray) -> "Column":
+        """Of a column of texts, with None first among the values."""
+        encoded = strings.dictionary_encode().unify_dictionaries()
+        values = [None, *(encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else [])]
+        kind = np.int8 if len(values) < 2**7 else np.int32
+        places = [chunk.indices.fill_null(-1).to_numpy().astype(kind) + kind(1) for chunk in encoded.chunks]
+        return cls(values, np.concatenate([np.empty(0, kind), *places]))
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -107,6 +116,16 @@ class UtteranceList(Sequence[Utterance]):
     def lengths(self) -> np.ndarray:
         """Samples at 16 kHz of each, int64."""
 
+    @property
+    def listed_lengths(self) -> np.ndarray:
+        """The same without a look at any file: -1 where the list does not say."""
+        return np.array([-1 if item.num_samples is None else item.num_samples for item in self], np.int64)
+
+    @property
+    def listed_starts(self) -> np.ndarray:
+        """Where each begins in its file, int64, -1 of a whole file."""
+        return np.array([-1 if item.start is None else item.start for item in self], np.int64)
+
     @overload
     def __getitem__(self, place: int) -> Utterance: ...
 
@@ -114,9 +133,14 @@ class UtteranceList(Sequence[Utterance]):
     def __getitem__(self, place: slice) -> "UtteranceList": ...
 
     def __getitem__(self, place: int | slice) -> "Utterance | UtteranceList":
-        if isinstance(place, slice):
-            return self.take(np.arange(len(self))[place])
-        return self.at(range(len(self))[place])
+        places = range(len(self))[place]
+        if isinstance(places, int):
+            return self.at(places)
+        return self.between(places.start, places.stop) if places.step == 1 else self.take(np.array(places, np.int64))
+
+    def between(self, start: int, stop: int) -> "UtteranceList":
+        """Those at `start` and up to before `stop`."""
+        return self.take(np.arange(start, stop))
 
     @abstractmethod
     def at(self, place: int) -> Utterance:

@@ -129,6 +129,7 @@ class ParquetWriter(EmbeddingWriter):
         self.writer = pq.ParquetWriter(file, self.schema, compression="zstd")
         self.rows: list[dict[str, Any]] = []
         self.waiting: list[np.ndarray] = []
+        self.waiting_values = 0
 
     def add(self, id: str, path: str, values: np.ndarray, frame_rate: float | None) -> None:
         num_frames = None if frame_rate is None else values.shape[-2]
@@ -136,7 +137,8 @@ class ParquetWriter(EmbeddingWriter):
             {"id": id, "path": path, "num_frames": num_frames, "frame_rate": frame_rate, "shape": list(values.shape)}
         )
         self.waiting.append(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
-        if sum(map(len, self.waiting)) >= self._GROUP_VALUES:
+        self.waiting_values += values.size
+        if self.waiting_values >= self._GROUP_VALUES:
             self._write_group()
 
     def _write_group(self) -> None:
@@ -151,7 +153,7 @@ class ParquetWriter(EmbeddingWriter):
         ]
         columns.append(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.float32())))
         self.writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
-        self.rows, self.waiting = [], []
+        self.rows, self.waiting, self.waiting_values = [], [], 0
 
     def finish(self, metadata: dict[str, Any]) -> None:
         self._write_group()

@@ -12,14 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
+from spear_hf.mvq.pipeline import Behind
 from spear_hf.mvq.store import QuarantinedAudio, TokenRow, TokenStore, list_key
-from spear_hf.mvq.store_format import FORMAT_VERSION, MANIFEST_COLUMNS, read_metadata
+from spear_hf.mvq.store_format import (
+    FORMAT_VERSION,
+    MANIFEST_COLUMNS,
+    audio_path,
+    checked_codes,
+    checksum_column,
+    prefix,
+    read_metadata,
+    shard_columns,
+)
 from spear_hf.mvq.store_writer import StoreWriter
 
 
 SHOWN = 10  # ids in a message
+BAD_IN_A_SHARD = 10_000  # 4 MB of a footer, which everyone reads who opens the shard; parquet takes 100 MB at the most
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,11 @@ def merge_stores(
 
     audio = next((name for name, store in opened.items() if store.with_audio), None)
     writer = StoreWriter(output, {name: store.info for name, store in opened.items()}, with_audio=audio is not None)
+    # They belong to no one shard of the result: the first holds all of them, if it can.
+    bad = _quarantine(opened, kept)
+    bad_each = max(BAD_IN_A_SHARD, -(-len(bad) // len(first.shard_sizes)))
     keys, start, total = [], 0, int(kept.sum())
-    with tqdm(total=total, unit="utt", desc="merge", disable=not progress) as bar:
+    with Behind(1) as writing, tqdm(total=total, unit="utt", desc="merge", disable=not progress) as bar:
         for index, size in enumerate(first.shard_sizes):
             places = start + np.flatnonzero(kept[start : start + size])
             start += size
@@ -61,16 +76,14 @@ def merge_stores(
             known = [None if checksum < 0 else int(checksum) for checksum in checksums[places]]
             keys.append(list_key(zip(ids, lengths, known)))
             if not writer.has_shard(index, keys[-1]):
-                joined = [{}] * len(ids) if audio is None else _with_audio(opened[audio], rows[audio][places])
-                parts = {
-                    name: [
-                        TokenRow(id, store.codes_at(row), length, checksum, **more)
-                        for id, row, length, checksum, more in zip(ids, rows[name][places], lengths, known, joined)
-                    ]
-                    for name, store in opened.items()
-                }
-                # They belong to no one shard of the result; the first holds all of them.
-                writer.write(index, keys[-1], parts, _quarantine(opened, kept) if index == 0 else ())
+                columns = shard_columns(writer.infos, dict.fromkeys(writer.infos, ()), writer.with_audio)
+                columns |= {"id": ids, "num_samples": lengths, "audio_checksum": known}
+                for name, store in opened.items() if ids else ():
+                    columns |= _codes(store, name, ids, rows[name][places])
+                if ids and audio is not None:
+                    columns |= _audio(opened[audio], ids, rows[audio][places])
+                some = bad[index * bad_each : (index + 1) * bad_each]
+                writing.submit(writer.write_columns, index, keys[-1], columns, some)
             bar.update(len(places))
     writer.finish(num_shards=len(keys), keys=keys)
     return MergeSummary(total, len(first) + len(extra) - total)
@@ -145,13 +158,23 @@ def _refuse_other_audio(
     return checksums
 
 
-def _with_audio(store: TokenStore, rows: np.ndarray) -> list[dict[str, Any]]:
-    """Of some rows the audio, and what the store with the audio knows of them."""
-    columns = {name: list(store.column(name).take(rows)) for name in MANIFEST_COLUMNS}
-    return [
-        {"audio": store.audio_at(row), **{name: values[place] for name, values in columns.items()}}
-        for place, row in enumerate(rows)
-    ]
+def _codes(store: TokenStore, name: str, ids: list[str], rows: np.ndarray) -> dict[str, Any]:
+    """The columns of a teacher."""
+    codes, checksums = store.codes_of_rows(rows)
+    if not all(codes) or np.frombuffer(b"".join(codes), np.uint8).max() >= store.codebook_size:
+        for id, code in zip(ids, codes):
+            row = TokenRow(id, np.frombuffer(code, np.uint8).reshape(-1, store.num_codebooks), 0)
+            checked_codes(row, store.info)  # says which one is wrong
+    frames = [len(code) // store.num_codebooks for code in codes]
+    return {f"{prefix(name)}num_frames": frames, f"{prefix(name)}codes": codes, checksum_column(name): checksums}
+
+
+def _audio(store: TokenStore, ids: list[str], rows: np.ndarray) -> dict[str, Any]:
+    """The audio, and what the store with the audio knows of it."""
+    content, paths = store.read_rows(rows, "audio")["audio"].combine_chunks().flatten()
+    named = [audio_path(id, Path(path).suffix) for id, path in zip(ids, paths.to_pylist())]
+    audio = pa.StructArray.from_arrays([content, pa.array(named, pa.string())], ["bytes", "path"])
+    return {"audio": audio, **{name: list(store.column(name).take(rows)) for name in MANIFEST_COLUMNS}}
 
 
 def _quarantine(opened: Mapping[str, TokenStore], kept: np.ndarray) -> list[QuarantinedAudio]:

@@ -119,7 +119,7 @@ class TokenStore:
         self._frames = _frames(table, teacher)
         self._samples = table["num_samples"].to_numpy()
         known = [name for name in MANIFEST_COLUMNS if name in table.column_names]
-        self._manifest = {name: _column(table[name]) for name in known}
+        self._manifest = {name: Column.of_strings(table[name]) for name in known}
         self._first_row = np.cumsum([0, *(shard["num_utterances"] for shard in shards)])
         self._hashes, self._order = hash_order(table, str(location))
         self._cache: OrderedDict[tuple[int, int, str], pa.Table] = OrderedDict()
@@ -199,13 +199,38 @@ class TokenStore:
 
     def codes_at(self, row: int) -> np.ndarray:
         """The tokens in a row, uint8 (frames, codebooks)."""
-        shard, table, place = self._place(row, f"{self._prefix}codes", self._checksum)
+        _, table, place = self._place(row, f"{self._prefix}codes", self._checksum)
         codes = table[0][place].as_py()
         frames = int(self._frames[row])
         if len(codes) != frames * self.num_codebooks or zlib.crc32(codes) != table[1][place].as_py():
-            where = f"{self._shard(shard)[0]}: the codes of {self.id_at(row)}"
-            raise ValueError(f"{where} are damaged; delete the shard and run tokenize again")
+            self._refuse_codes(row)
         return np.frombuffer(codes, dtype=np.uint8).reshape(frames, self.num_codebooks).copy()
+
+    def codes_of_rows(self, rows: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        """The tokens in some rows as they are stored, and their checksums, uint32."""
+        stored, sums = self.read_rows(rows, f"{self._prefix}codes", self._checksum).columns
+        codes = stored.to_pylist()
+        found = np.array([zlib.crc32(code) for code in codes], np.uint32)
+        sizes = np.array([len(code) for code in codes])
+        wrong = (found != sums.to_numpy()) | (sizes != self._frames[rows] * self.num_codebooks)
+        if wrong.any():
+            self._refuse_codes(int(rows[wrong.argmax()]))
+        return codes, found
+
+    def read_rows(self, rows: np.ndarray, *columns: str) -> pa.Table:
+        """Columns of some rows, in the order of these. Of every shard that they are in is read once what is needed."""
+        shards = self.shards_of_rows(rows)
+        parts, places = [], []
+        for shard in np.unique(shards).tolist():
+            places.append(np.flatnonzero(shards == shard))
+            path, file = self._shard(shard)
+            size = file.metadata.row_group(0).num_rows
+            groups, place = np.divmod(rows[places[-1]] - self._first_row[shard], size)
+            groups, number = np.unique(groups, return_inverse=True)
+            table = read_columns(file, path, list(columns), groups.tolist()).select(columns)
+            parts.append(table.take(pa.array(number * size + place)))
+        order = np.argsort(np.concatenate(places))
+        return pa.concat_tables(parts).take(pa.array(order)).combine_chunks()
 
     def waveform(self, id: str) -> np.ndarray:
         """The audio that the tokens were made from, float32 (samples,) at 16 kHz; of a store with audio only."""
@@ -417,10 +442,14 @@ class TokenStore:
         if key in self._cache:
             self._cache.move_to_end(key)
         else:
-            self._cache[key] = read_columns(file, path, list(columns), group).select(columns)
+            self._cache[key] = read_columns(file, path, list(columns), [group]).select(columns)
             if len(self._cache) > CACHED_ROW_GROUPS:
                 self._cache.popitem(last=False)
         return shard, self._cache[key], place
+
+    def _refuse_codes(self, row: int) -> None:
+        where = f"{self._shard(int(self.shards_of_rows(np.array(row))))[0]}: the codes of {self.id_at(row)}"
+        raise ValueError(f"{where} are damaged; delete the shard and run tokenize again")
 
     def _shard(self, shard: int) -> tuple[Path, pq.ParquetFile]:
         """An open shard that has been found to be of this store."""
@@ -517,11 +546,3 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.LargeStringArray:
 
 def _frames(table: pa.Table, teacher: str) -> np.ndarray:
     return table[f"{prefix(teacher)}num_frames"].cast(pa.int32()).to_numpy()
-
-
-def _column(strings: pa.ChunkedArray) -> Column:
-    encoded = strings.dictionary_encode().unify_dictionaries()
-    values = [None, *(encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else [])]
-    kind = np.int8 if len(values) < 2**7 else np.int32
-    places = [chunk.indices.fill_null(-1).to_numpy().astype(kind) + kind(1) for chunk in encoded.chunks]
-    return Column(values, np.concatenate([np.empty(0, kind), *places]))

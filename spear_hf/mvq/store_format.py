@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear_hf.data.ids import id_hashes
+from spear_hf.data.utterances import CHUNK
 
 
 FORMAT_VERSION = 2
@@ -113,8 +115,15 @@ def list_key(items: Iterable[tuple[str | int | None, ...]]) -> str:
     """Identifies a list of utterances by their ids, and what else is known of each: lengths, checksums."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(to_json(item).encode() + b"\n")
+        digest.update(f"[{', '.join(map(_to_json, item))}]\n".encode())
     return digest.hexdigest()[:32]
+
+
+def _to_json(value: str | int | None) -> str:
+    """`to_json` of these alone, in a fifth of the time."""
+    if isinstance(value, str):
+        return encode_basestring(value)
+    return "null" if value is None else str(value)
 
 
 def prefix(name: str) -> str:
@@ -165,29 +174,34 @@ def shard_schema(names: Iterable[str], with_audio: bool) -> pa.Schema:
     return pa.schema([pa.field(*column) for column in columns])
 
 
-def shard_content(
-    infos: Infos,
-    index: int,
-    key: str,
-    rows: Mapping[str, Sequence[TokenRow]],
-    quarantine: Sequence[QuarantinedAudio],
-    with_audio: bool,
-) -> memoryview:
-    """The bytes of a shard. `rows` has the same utterances for every teacher; equal arguments give equal bytes."""
+def shard_columns(infos: Infos, rows: Mapping[str, Sequence[TokenRow]], with_audio: bool) -> dict[str, Any]:
+    """The columns of a shard, lists. `rows` has the same utterances for every teacher."""
     first = next(iter(rows.values()))
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Any] = {
         "id": [row.id for row in first],
         "num_samples": [row.num_samples for row in first],
         "audio_checksum": [row.audio_checksum for row in first],
     }
     for name, info in infos.items():
-        codes = [_checked_codes(row, info) for row in rows[name]]
+        codes = [checked_codes(row, info) for row in rows[name]]
         columns[f"{prefix(name)}num_frames"] = [len(row.codes) for row in rows[name]]
         columns[f"{prefix(name)}codes"] = codes
         columns[checksum_column(name)] = [zlib.crc32(code) for code in codes]
     if with_audio:
         columns |= {name: [getattr(row, name) for row in first] for name in MANIFEST_COLUMNS}
         columns["audio"] = [_audio_cell(row) for row in first]
+    return columns
+
+
+def shard_content(
+    infos: Infos,
+    index: int,
+    key: str,
+    columns: Mapping[str, Any],
+    quarantine: Sequence[QuarantinedAudio],
+    with_audio: bool,
+) -> memoryview:
+    """The bytes of a shard, whose columns are lists or arrays; equal arguments give equal bytes."""
     schema = shard_schema(infos, with_audio)
     footer = {
         "format_version": FORMAT_VERSION,
@@ -247,14 +261,16 @@ def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
     )
 
 
-def read_columns(file: pq.ParquetFile, path: Path, columns: list[str], group: int | None = None) -> pa.Table:
+def read_columns(
+    file: pq.ParquetFile, path: Path, columns: list[str], groups: Sequence[int] | None = None
+) -> pa.Table:
     try:
-        return file.read(columns) if group is None else file.read_row_group(group, columns)
+        return file.read(columns) if groups is None else file.read_row_groups(groups, columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run tokenize again") from error
 
 
-def _checked_codes(row: TokenRow, info: StoreInfo) -> bytes:
+def checked_codes(row: TokenRow, info: StoreInfo) -> bytes:
     shape, kind = row.codes.shape, row.codes.dtype
     if kind != np.uint8 or len(shape) != 2 or shape[1] != info.num_codebooks or shape[0] == 0:
         raise ValueError(f"{row.id}: codes are {kind} {shape}, not uint8 (frames, {info.num_codebooks})")
@@ -267,7 +283,12 @@ def _audio_cell(row: TokenRow) -> dict[str, Any]:
     if row.audio is None:
         raise ValueError(f"{row.id}: its audio is missing, and the store is one with audio")
     content, suffix = row.audio
-    return {"bytes": content, "path": row.id if row.id.endswith(suffix) else row.id + suffix}
+    return {"bytes": content, "path": audio_path(row.id, suffix)}
+
+
+def audio_path(id: str, suffix: str) -> str:
+    """What a store calls the audio of an utterance."""
+    return id if id.endswith(suffix) else id + suffix
 
 
 def _datasets_features(schema: pa.Schema) -> dict[bytes, bytes]:
@@ -365,7 +386,8 @@ def hash_order(table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
-    return id_hashes(id.as_py() for id in ids)
+    parts = (ids.slice(start, CHUNK).to_pylist() for start in range(0, len(ids), CHUNK))
+    return id_hashes(id for part in parts for id in part)
 
 
 def card(infos: Infos, with_audio: bool) -> str:

@@ -44,6 +44,7 @@ from spear_hf.mvq.store_format import (
     read_infos,
     read_metadata,
     refuse_duplicates,
+    shard_columns,
     shard_content,
     shard_files,
     shard_index,
@@ -128,8 +129,18 @@ class StoreWriter:
         lists = [[row.id for row in part] for part in rows.values()]
         if list(rows) != list(self.infos) or any(ids != lists[0] for ids in lists):
             raise ValueError(f"shard {index}: the teachers {', '.join(self.infos)} need rows of the same utterances")
-        refuse_duplicates([*lists[0], *(item.id for item in quarantined)], f"shard {index}")
-        content = shard_content(self.infos, index, key, rows, quarantined, self.with_audio)
+        self.write_columns(index, key, shard_columns(self.infos, rows, self.with_audio), quarantined)
+
+    def write_columns(
+        self,
+        index: int,
+        key: str,
+        columns: Mapping[str, Any],
+        quarantined: Sequence[QuarantinedAudio] = (),
+    ) -> None:
+        """The same of columns as `shard_columns` has them."""
+        refuse_duplicates([*columns["id"], *(item.id for item in quarantined)], f"shard {index}")
+        content = shard_content(self.infos, index, key, columns, quarantined, self.with_audio)
         self._footers.pop(index, None)
         if shard_path(self.folder, index).exists() and self.footer(index).key == key:
             return
@@ -286,6 +297,7 @@ class TokenStoreWriter(StoreWriter):
         self.shard_utterances = shard_utterances
         self._pending: list[TokenRow | QuarantinedAudio] = []
         self._known: set[str] | None = None
+        self._next = 0  # no shard before this one is free
 
     def __enter__(self) -> "TokenStoreWriter":
         return self
@@ -345,8 +357,9 @@ class TokenStoreWriter(StoreWriter):
         if self._pending:
             rows = [item for item in self._pending if isinstance(item, TokenRow)]
             bad = [item for item in self._pending if isinstance(item, QuarantinedAudio)]
-            taken = set(self.shards)
-            self.write_shard(next(index for index in itertools.count() if index not in taken), rows, bad)
+            free = (n for n in itertools.count(self._next) if not shard_path(self.folder, n).exists())
+            self._next = next(free)
+            self.write_shard(self._next, rows, bad)
             self._pending = []
 
 

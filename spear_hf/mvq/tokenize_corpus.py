@@ -10,7 +10,7 @@ computes: a GPU has its next batch before the codes of the last one are fetched.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -107,26 +107,25 @@ def tokenize_corpus(
     ValueError if `output` holds other tokens or another list; StorageFullError if it is full.
     """
     source = corpus if isinstance(corpus, AudioSource) else ListSource(corpus)
-    pieces = list(source)
     ranks = ranks or Ranks()
     if share.index == 0 and ranks.is_main:  # enough to know it early
         source.check_ids()
     tokenizer.teacher.batch_seconds = batch_seconds
     writer = TokenStoreWriter(output, tokenizer.store_info(), with_audio=with_audio)
-    mine = share.of(pieces)
+    mine = share.of(range(len(source)))
     file = metrics and metrics / f"job-{share.index}-of-{share.count}.rank-{ranks.rank}.jsonl"
     run = _Run(tokenizer, writer, batch_seconds, MetricsFile(file or None))
     # Of several ranks, each sees only its own.
-    known = [len(piece.ids) for piece in mine if piece.ids is not None] if ranks.size == 1 else []
-    total = sum(known) if len(known) == len(mine) else None
+    total = _listed(source, mine) if ranks.size == 1 else None
     if ranks.size == 1 and share.count == 1:  # of many, each looks at few
         writer.read_footers()
-    counts = run.make(ranks.take(mine), total, progress and ranks.is_main)
+    # What a piece is takes a look at all its ids, or at its file: so each is asked for when its turn comes.
+    counts = run.make((source[index] for index in ranks.take(mine)), total, progress and ranks.is_main)
     everyone = [_Counts(**values) for values in ranks.gather(asdict(counts))]
-    missing = sorted({piece.index for piece in pieces} - set(writer.shards))
+    missing = set(range(len(source))) - set(writer.shards)
     if not missing and ranks.is_main:
-        writer.finish(num_shards=len(pieces), keys=[piece.key for piece in pieces])
-    there = [piece.index for piece in (pieces if not missing else mine)] if ranks.is_main else []
+        writer.finish(num_shards=len(source), keys=[piece.key for piece in source])
+    there = (mine if missing else range(len(source))) if ranks.is_main else []
     quarantined = {shard_path(writer.folder, index).name: writer.footer(index).quarantine for index in there}
     return TokenizeSummary(
         utterances=sum(c.utterances for c in everyone),
@@ -138,6 +137,16 @@ def tokenize_corpus(
         missing=len(missing),
         bad_shards=[name for name, items in quarantined.items() if items],
     )
+
+
+def _listed(source: AudioSource, indices: Iterable[int]) -> int | None:
+    """How many utterances are in these pieces, if all are listed."""
+    total = 0
+    for index in indices:
+        if (lengths := source.listed_lengths(index)) is None:
+            return None
+        total += len(lengths)
+    return total
 
 
 class _Run:

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.audio import SAMPLING_RATE
-from ..data.manifest import DOMAINS, read_manifest
+from ..data.manifest import DOMAINS
+from ..data.manifest_columns import open_manifest
 from ..data.seeding import keyed_generator, keyed_uniforms
-from ..data.utterances import CHUNK, UtteranceList, known_domains, listed
+from ..data.utterances import CHUNK, UtteranceList, known_domains
 from ..data.windows import draw_windows
 from ..mvq.store import TokenStore
 from .config import DataConfig
@@ -93,7 +94,7 @@ def read_utterances(config: DataConfig) -> tuple[UtteranceList, str, TokenStore 
             "store that has its audio (`spear-hf tokenize --with-audio`) with --set data.store=STORE."
         )
     source = manifest_source(config.manifest)
-    return listed(read_manifest(source)), str(source), None
+    return open_manifest(source), str(source), None
 
 
 def load_corpus(config: DataConfig, seed: int) -> Corpus:

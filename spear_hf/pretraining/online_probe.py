@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.manifest import Utterance, read_manifest
+from ..data.manifest import Utterance
+from ..data.manifest_columns import open_manifest
 from ..evaluation.probe import concatenated, linear_probe, pooled_features
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..modeling_spear import SpearModel
@@ -24,7 +25,7 @@ class OnlineProbe:
         self.seed = seed
         assert config.probe_manifest is not None  # LoggingConfig sees to it
         source = manifest_source(config.probe_manifest, key="logging.probe_manifest")
-        labelled = [row for row in read_manifest(source) if row.probe and isinstance(row.label, str)]
+        labelled = [row for row in open_manifest(source) if row.probe and isinstance(row.label, str)]
         known = sorted({row.probe for row in labelled if row.probe})
         self.tasks: dict[str, tuple[list[Utterance], list[Utterance]]] = {}
         for name in config.probes or known:

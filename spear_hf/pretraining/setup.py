@@ -12,7 +12,8 @@ from ..configuration_spear import SpearConfig
 from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler, GlobalBatches, visiting_rates
 from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape
-from ..data.manifest import Utterance, read_manifest
+from ..data.manifest import Utterance
+from ..data.manifest_columns import open_manifest
 from ..data.mixing import Mixer
 from ..data.seeding import keyed_seed
 from ..data.utterances import known_domains
@@ -156,6 +157,6 @@ def build_mixer(
         return None
     noise = None
     if mixing.noise_probability and mixing.noise_manifest is not None:
-        noise = read_manifest(mixing.noise_manifest)
+        noise = open_manifest(mixing.noise_manifest)
     lengths = cropped(utterances, lengths, config)
     return Mixer(mixing, utterances, lengths, noise, config.seed, CROP_GRID, windows)
