@@ -79,6 +79,11 @@ def stage(source: Path, staged: Path, with_code: bool) -> list[str]:
         _stage_file(source / name, staged / name)
     try:
         config = _read_config(staged, source)
+        if with_code and getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{source} is in int8, which the code on the Hub cannot read: its layers would get random weights. "
+                "Publish it without code, or the model that it was made from."
+            )
         _write_settings(staged, config, with_code)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{source} does not load, so it is not published: {error}") from error
