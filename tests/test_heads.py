@@ -144,6 +144,35 @@ def test_frame_classification_ignores_padding():
         model(**values | {"labels": values["labels"][:, :-1]})
 
 
+def test_unknown_labels_of_vectors_are_ignored():
+    """-100, as for class ids: binary cross-entropy would take it for a target, and argmax for the first class."""
+    values = inputs(SpearForAudioFrameClassification)
+    multi = {"problem_type": "multi_label_classification"}
+    for model_class, shape in ((SpearForSequenceClassification, (3, 3)), (SpearForAudioFrameClassification, None)):
+        model = tiny_model(model_class, **multi)
+        logits = model(**values).logits
+        labels = torch.randint(2, shape or logits.shape).float()
+        labels[0] = labels[..., 1] = -100.0
+        known = labels != -100
+        if shape is None:
+            lengths = model._get_feat_extract_output_lengths(values["attention_mask"].sum(-1))
+            known &= (torch.arange(logits.shape[1]) < lengths[:, None])[..., None]
+        expected = F.binary_cross_entropy_with_logits(logits[known], labels[known])
+        assert torch.allclose(model(**values, labels=labels).loss, expected)
+        assert model(**values, labels=torch.full_like(labels, -100.0)).loss == 0
+        labels[1, ..., 0] = 2.0
+        with pytest.raises(ValueError, match=r"\[-100.0, 2.0\].*must be in \[0, 1\], or -100"):
+            model(**values, labels=labels)
+    model = tiny_model(SpearForAudioFrameClassification)
+    ids = torch.randint(3, model(**values).logits.shape[:2])
+    one_hot = F.one_hot(ids, 3)
+    ids[:, ::2] = one_hot[:, ::2] = -100
+    assert torch.equal(model(**values, labels=one_hot).loss, model(**values, labels=ids).loss)
+    one_hot[0, 1] = 1
+    with pytest.raises(ValueError, match=r"several classes.*problem_type is None"):
+        model(**values, labels=one_hot)
+
+
 def test_xvector_loss_is_am_softmax():
     model = tiny_model(SpearForXVector)
     values = inputs(SpearForXVector, labels=True)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from spear_hf import SpearConfig, SpearModel
+from spear_hf import SpearConfig, SpearForCTC, SpearModel
 
 
 TOLERANCE = 1e-5
@@ -103,6 +103,23 @@ def test_what_padding_holds_does_not_matter(golden_folder, golden):
     noise = torch.where(mask[:, :, None].bool(), padded, torch.randn_like(padded) * 10)
     valid = model(noise, attention_mask=mask).attention_mask.bool()
     assert error(model(noise, attention_mask=mask).last_hidden_state[valid], expected[valid]) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64])
+def test_masks_of_any_type_count_alike(golden_folder, dtype):
+    """In half precision a sum of ones stops at 256 or 2048."""
+    model = SpearForCTC.from_pretrained(golden_folder, vocab_size=5, final_dropout=0.0)
+    features = torch.randn(1, 2300, 128)
+    mask = (torch.arange(2300) < 2205).long()[None]
+    expected = model(features, attention_mask=mask, labels=torch.ones(1, 3, dtype=torch.int64))
+    found = model(features, attention_mask=mask.to(dtype), labels=torch.ones(1, 3, dtype=torch.int64))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    states = model.spear(features, attention_mask=mask.to(dtype))
+    assert states.attention_mask.dtype == dtype
+    assert int(states.attention_mask.long().sum()) == (2205 - 7) // 2
+    assert torch.equal(model._get_feature_vector_attention_mask(1146, mask.to(dtype)), states.attention_mask.bool())
 
 
 def test_last_hidden_state_is_the_last_layer(golden_folder, golden):
@@ -243,6 +260,7 @@ def test_too_short_input_is_refused(golden_folder):
         (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(2, 8000)}, r"attention_mask.*\(2, 8000\).*\(2, 50\)"),
         (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(1, 50)}, r"attention_mask.*\(1, 50\).*\(2, 50\)"),
         (torch.zeros(2, 50, 128), {"mask_time_indices": torch.ones(2, 21)}, r"mask_time_indices.*\(2, 21\)"),
+        (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(2, 50).triu(3)}, r"0 before a 1 in row 0.*right"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(golden_folder, features, masks, words):
