@@ -3,6 +3,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset
-from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2Model, pipeline
+from transformers import AutoProcessor, Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2Model, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from spear_hf import (
@@ -24,6 +25,11 @@ from spear_hf import (
     SpearModel,
     SpearProcessor,
 )
+from spear_hf.evaluation.embedding import load_encoder
+from spear_hf.evaluation.representations import load_representation
+from spear_hf.finetuning.arguments import ModelArguments
+from spear_hf.finetuning.models import load_feature_extractor
+from spear_hf.mvq.teachers import load_teacher
 
 
 RATE, FRAME = 16000, 320
@@ -258,6 +264,23 @@ def test_published_folders_get_the_default_feature_extractor(golden_folder, tmp_
     assert pipeline("audio-feature-extraction", str(tmp_path / "saved")).feature_extractor.preemphasis == 0.25
 
 
+def test_damaged_settings_of_a_feature_extractor_are_not_replaced_by_the_default(golden_folder, tmp_path):
+    """By no one who loads one: its features may be others than the model was trained on."""
+    shutil.copytree(golden_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text('{"preemphasis": 0.5,')
+    config = SpearConfig.from_pretrained(tmp_path)
+    for load in (
+        lambda: pipeline("audio-feature-extraction", model=str(tmp_path), device="cpu"),
+        lambda: load_encoder(tmp_path),
+        lambda: load_feature_extractor(ModelArguments(model=str(tmp_path)), config),
+        lambda: load_teacher(str(tmp_path)),
+        lambda: load_representation(f"random:{tmp_path}"),
+        lambda: AutoProcessor.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(OSError, match=r"preprocessor_config.json"):
+            load()
+
+
 @pytest.mark.parametrize("settings", [{}, {"layer": "all"}, {"layer": "mean", "pool": "mean"}, {"pool": "mean+std"}])
 def test_embeddings_in_batches(embed, settings):
     waves = [tones(text) for text in ("abc", "a", "cb", "b|c", "ac")]
@@ -308,6 +331,12 @@ def test_embeddings_of_another_rate_are_resampled(embed):
     direct = embed(fast, pool="mean")
     mistaken = embed(slow, pool="mean")
     assert np.abs(resampled - direct).max() < 0.3 * np.abs(mistaken - direct).max()
+    for integers in (np.int16(slow * 2.0**14), torch.from_numpy(np.int32(slow * 2.0**30))):
+        floats = np.asarray(integers) / (2.0**15 if np.asarray(integers).itemsize == 2 else 2.0**31)
+        scaled, expected = (embed({"raw": raw, "sampling_rate": 8000}, pool="mean") for raw in (integers, floats))
+        assert np.abs(scaled - expected).max() < 1e-5
+    with pytest.raises(ValueError, match="samples of type int64"):
+        embed({"raw": np.int64(slow * 32767), "sampling_rate": 8000})
 
 
 @pytest.mark.parametrize(

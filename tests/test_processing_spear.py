@@ -65,6 +65,17 @@ def test_audio_and_text(processor):
         processor()
 
 
+def test_arguments_of_the_feature_extractor_reach_it(processor):
+    """`pad_short`, which the error of a short utterance names, was left out in silence."""
+    short = np.zeros(800, np.float32)
+    with pytest.raises(ValueError, match="pass pad_short=True"):
+        processor(short, sampling_rate=16000)
+    for wanted in ({"pad_short": True}, {"audio_kwargs": {"pad_short": True}}):
+        assert np.shape(processor(short, sampling_rate=16000, **wanted)["input_features"]) == (1, 9, 128)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        processor(np.zeros(8000, np.float32), sampling_rate=16000, device="nowhere")
+
+
 def test_pad_and_train(processor):
     """What a collator of a fine-tuning script for Wav2Vec2 does."""
     waves = [np.zeros(length, np.float32) for length in (8000, 6000)]
