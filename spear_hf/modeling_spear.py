@@ -816,6 +816,7 @@ class SpearPreTrainedModel(PreTrainedModel):
 )
 class SpearModel(SpearPreTrainedModel):
     def __init__(self, config: SpearConfig):
+        config.validate_architecture()  # again, as `from_pretrained` and users set values of a configuration that is made
         super().__init__(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.num_mel_bins))
         self.stem = SpearStem(config)
@@ -1103,6 +1104,11 @@ class SpearForCTC(SpearHeadModel):
 
     def __init__(self, config: SpearConfig):
         super().__init__(config)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(
+                f"`pad_token_id={config.pad_token_id}`, the blank, is not among the `vocab_size={config.vocab_size}` "
+                "classes: set both as the tokenizer has them."
+            )
         if "ForCTC" not in LOSS_MAPPING:  # older versions of transformers, such as 5.17
             self.loss_function = ctc_loss
         self.dropout = nn.Dropout(config.final_dropout)

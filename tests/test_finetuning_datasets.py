@@ -183,6 +183,8 @@ def test_model_of_a_checkpoint(tmp_path):
     assert set_labels(again, ["a", "b"]) == {"b": 0, "a": 1}
     assert set_labels(again, ["a", "z"]) == {"a": 0, "z": 1}
     assert set_labels(again, ["a"], classes=1) == {"a": 0, "z": 1}  # of several labels at a time, one is a task
+    again.label2id = None  # as in a configuration that was made with `id2label` alone
+    assert set_labels(again, ["z"], classes=1) == {"a": 0, "z": 1} == again.label2id
     with pytest.raises(ValueError, match="all training rows have the label 'a': 2 classes"):
         set_labels(again, ["a", "a"])
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForAudioClassification,
     AutoModelForAudioFrameClassification,
     AutoModelForAudioXVector,
@@ -95,6 +96,21 @@ def test_ctc_labels_out_of_range(bad):
 def test_ctc_needs_a_blank():
     with pytest.raises(ValueError, match="pad_token_id"):
         tiny_model(SpearForCTC, pad_token_id=None)(**inputs(SpearForCTC, labels=True))
+
+
+def test_a_blank_is_one_of_the_classes():
+    """Otherwise padding, which is to say blank, says the first class: text from nowhere."""
+    with pytest.raises(ValueError, match=r"`pad_token_id=12`, the blank, is not among the `vocab_size=12`"):
+        tiny_model(SpearForCTC, pad_token_id=12)
+
+
+def test_a_configuration_that_was_changed_is_checked_again(tmp_path):
+    """Layers set without their number had weights of too few hidden states, and were saved to be never loaded."""
+    tiny_config(use_weighted_layer_sum=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`num_hidden_layers=4` must be the sum .*set both in one that is there"):
+        SpearForCTC(AutoConfig.from_pretrained(tmp_path, num_layers_per_stack=[2, 2, 1]))
+    config = AutoConfig.from_pretrained(tmp_path, num_layers_per_stack=[2, 2, 1], num_hidden_layers=5)
+    assert SpearForCTC(config).layer_weights.shape == (6,)
 
 
 def test_sequence_classification_pools_valid_frames_only():

@@ -84,8 +84,9 @@ def set_labels(config: SpearConfig, labels: Sequence[str], classes: int = 2) -> 
         raise ValueError("the training rows have no labels: which column holds them? See --label_column.")
     if len(names) < classes:
         raise ValueError(f"all training rows have the label {names[0]!r}: {classes} classes are needed at least")
-    known = {name: int(index) for name, index in (config.label2id or {}).items()}
+    known = {name: int(index) for index, name in (config.id2label or {}).items()}  # what is written; never missing
     if set(names) <= set(known):
+        config.label2id = dict(known)
         return known
     config.id2label = dict(enumerate(names))
     new = {name: index for index, name in enumerate(names)}
