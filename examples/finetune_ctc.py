@@ -90,8 +90,7 @@ def transcribed(dataset: Dataset, arguments: TextArguments) -> Dataset:
 def labelled(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, extractor: SpearFeatureExtractor, config: SpearConfig
 ) -> Dataset:
-    """With token ids in the column `labels`. Warnings count tokens that the tokenizer does not know, and rows with more
-    tokens than the encoder has frames."""
+    """With token ids in the column `labels`. Warnings count unknown tokens, and rows of more tokens than frames."""
     labels = tokenizer(list(dataset["text"])).input_ids
     if unknown := sum(ids.count(tokenizer.unk_token_id) for ids in labels):
         logger.warning(

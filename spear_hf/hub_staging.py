@@ -57,6 +57,7 @@ VOCABULARIES = ("added_tokens.json", "merges.txt", "tokenizer.json", "tokenizer.
 _SETTINGS = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER, "special_tokens_map.json")
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS_ONE = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _PICKLED_WEIGHTS = re.compile(r"pytorch_model.*\.(bin|bin\.index\.json)")
 _PICKLED = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
@@ -109,6 +110,11 @@ def _select(source: Path) -> tuple[list[str], list[str]]:
     chosen = {name for name in files if (is_replaced(name) and name not in CODE_FILES) or name in (CARD, *_LICENSES)}
     if not any(_WEIGHTS.fullmatch(name) for name in chosen):
         raise FileNotFoundError(f"{source} has no weights (model.safetensors): save_pretrained the model there first.")
+    if {_WEIGHTS_ONE, _WEIGHTS_INDEX} <= chosen:
+        raise ValueError(
+            f"{source} has both {_WEIGHTS_ONE} and {_WEIGHTS_INDEX}, of two saves, and transformers loads the former: "
+            "remove the older one."
+        )
     if CARD in chosen:
         chosen |= _linked_files(source)
     left_out = [name for name in files if name not in chosen]

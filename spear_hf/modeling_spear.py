@@ -2,9 +2,11 @@
 """SPEAR: a Zipformer encoder for speech and audio (arXiv 2510.25955), and its heads."""
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +24,15 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    TransformersKwargs,
+    auto_docstring,
+    can_return_tuple,
+    logging,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -222,6 +232,18 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
         index = length - 1 + offsets[None, :] - offsets[:, None]
         return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
     return RelativeScores.apply(scores) if is_trained_by_compiler() else scores_by_key(scores)
+
+
+def remove_earlier_weights(folder: Path, variant: str | None = None) -> None:
+    """Of model.safetensors and the index of several files, the one that `save_pretrained` did not write just now."""
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if variant is not None:
+        names = [f"{base}.{variant}.{ending}" for base, ending in (name.rsplit(".", 1) for name in names)]
+    weights, index = (folder / name for name in names)
+    if weights.is_file() and index.is_file():
+        # It has removed the files of an index that it has not written.
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        (weights if all((folder / name).is_file() for name in files) else index).unlink()
 
 
 def compile_options(module: nn.Module) -> dict[str, bool]:
@@ -771,12 +793,24 @@ class SpearPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("key_mapping", PUBLISHED_NAMES)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        variant: str | None = None,
+        save_original_format: bool = False,
+        **kwargs,
+    ):
         """As in [`PreTrainedModel.save_pretrained`], but the names of this library are always written by default.
 
-        `save_original_format=True` writes the names of the checkpoint that the model was loaded from.
+        `save_original_format=True` writes the names of the checkpoint that the model was loaded from. Of one file of
+        weights and the index of several, the one of an earlier save is removed: transformers would load the one file.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        kwargs |= {"variant": variant, "save_original_format": save_original_format}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            remove_earlier_weights(Path(save_directory), variant)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Compile the stem, every layer and what is between the stacks where they are, for any batch and length.
@@ -816,7 +850,7 @@ class SpearPreTrainedModel(PreTrainedModel):
 )
 class SpearModel(SpearPreTrainedModel):
     def __init__(self, config: SpearConfig):
-        config.validate_architecture()  # again, as `from_pretrained` and users set values of a configuration that is made
+        config.validate_architecture()  # again: `from_pretrained` and users set values of one that is made
         super().__init__(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.num_mel_bins))
         self.stem = SpearStem(config)

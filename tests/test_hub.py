@@ -145,6 +145,9 @@ def edit_weights(folder: Path, change: Callable) -> None:
 NAME = "stem.conv1.weight"
 DAMAGES = {
     "holds pickles.*: pytorch_model.bin": lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
+    "has both model.safetensors and .*index": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        "{}", encoding="utf-8"
+    ),
     "has no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "has no config.json; did you mean .*/encoder": lambda folder: (
         (folder / "encoder").mkdir() or (folder / "config.json").rename(folder / "encoder" / "config.json")

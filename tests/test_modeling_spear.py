@@ -152,6 +152,19 @@ def test_save_load_save_is_byte_stable(golden_folder, tmp_path):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.parametrize("variant", [None, "fp32"])
+def test_the_last_save_is_what_loads(golden_folder, tmp_path, variant):
+    """One file of weights, then several, then one again, in the same folder: transformers reads an old one file first."""
+    model = load(golden_folder)
+    for value, size in ((1.0, "1GB"), (2.0, "1MB"), (3.0, "1GB")):
+        with torch.no_grad():
+            model.masked_spec_embed.fill_(value)
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+        assert len(list(tmp_path.glob("model.safetensors*"))) == 1 or variant
+        assert SpearModel.from_pretrained(tmp_path, variant=variant).masked_spec_embed[0] == value
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_published_names_can_be_written_back(golden_folder, tmp_path):
     load(golden_folder).save_pretrained(tmp_path, save_original_format=True)
     published = load_file(golden_folder / "model.safetensors")
