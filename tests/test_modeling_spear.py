@@ -154,7 +154,7 @@ def test_save_load_save_is_byte_stable(golden_folder, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp32"])
 def test_the_last_save_is_what_loads(golden_folder, tmp_path, variant):
-    """One file of weights, then several, then one again, in the same folder: transformers reads an old one file first."""
+    """One file of weights, then several, then one again: of both, transformers reads the one file, new or old."""
     model = load(golden_folder)
     for value, size in ((1.0, "1GB"), (2.0, "1MB"), (3.0, "1GB")):
         with torch.no_grad():
