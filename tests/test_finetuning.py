@@ -510,6 +510,7 @@ def test_arguments(tmp_path, capsys):
     assert parse().do_train
     assert parse().do_eval
     assert not parse("--do_eval").do_train
+    assert parse("--eval_strategy", "epoch").do_train  # which transformers takes for --do_eval
     assert parse("--freeze_encoder_steps", "3").ddp_find_unused_parameters is True
 
     folder = tmp_path / "run"
@@ -519,14 +520,15 @@ def test_arguments(tmp_path, capsys):
         (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--resume_from_checkpoint", str(tmp_path / "nowhere")], "is no folder"),
         (["--learnin_rate", "1"], "learnin_rate"),
+        (["--do_predict"], "do_predict=True"),
     ):
         with pytest.raises((SystemExit, ValueError)) as caught:
             parse("--output_dir", str(folder), *given)
         assert message in capsys.readouterr().err + str(caught.value)
-    for number in (3, 12, 20):
+    for number in (3, 12, 20, 30):
         (folder / f"checkpoint-{number}").mkdir(parents=True)
-    for number in (3, 12):  # the last one was not finished
-        (folder / f"checkpoint-{number}" / "trainer_state.json").touch()
+    for number, state in ((3, "{}"), (12, "{}"), (20, '{"epoch": 1')):  # the last one was not finished
+        (folder / f"checkpoint-{number}" / "trainer_state.json").write_text(state, encoding="utf-8")
     with pytest.raises(SystemExit):
         parse("--output_dir", str(folder))
     assert "--resume_from_checkpoint last goes on" in capsys.readouterr().err
