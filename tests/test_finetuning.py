@@ -510,6 +510,8 @@ def test_arguments(tmp_path, capsys):
     assert parse().do_train
     assert parse().do_eval
     assert not parse("--do_eval").do_train
+    assert parse("--metric_for_best_model", "eval_wer").greater_is_better is False  # or the worst model is kept
+    assert parse("--metric_for_best_model", "accuracy").greater_is_better is True
     assert parse("--eval_strategy", "epoch").do_train  # which transformers takes for --do_eval
     assert parse("--freeze_encoder_steps", "3").ddp_find_unused_parameters is True
 

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 
 LAST = "last"
+ERROR_RATES = ("wer", "cer", "eer")  # metrics of which less is better
 # Values of SpearConfig for --smoke: small enough for one CPU core, deep enough to have every kind of module.
 SMOKE_MODEL = """{"hidden_size": 64, "intermediate_size": 128, "stem_channels": [4, 8, 16], "num_attention_heads": 2,
 "query_head_dim": 16, "num_layers_per_stack": [1, 1, 1], "downsampling_factors": [1, 2, 1],
@@ -106,11 +107,11 @@ class FineTuningArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.do_predict:
-            raise ValueError(
-                "do_predict=True: these scripts do not predict; --do_eval evaluates, and saves the metrics"
-            )
+            raise ValueError("do_predict=True: these scripts do not predict; --do_eval measures and saves metrics")
         if not (self.do_train or self.do_eval):  # before `eval_strategy` sets `do_eval`
             self.do_train = self.do_eval = True
+        if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") in ERROR_RATES:
+            self.greater_is_better = False  # transformers takes all but losses for scores
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take the audio away; leave it out")
