@@ -401,6 +401,20 @@ def test_freeze_then_thaw(rows, tmp_path):
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+def test_a_compiled_encoder_is_thawed():
+    """Graphs that were made while parameters had no gradients are not made anew by torch when they have."""
+    model = torch.nn.Module()
+    model.base_model, model.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+    compiled = torch.compile(lambda x: model.head(model.base_model(x)).sum(), backend="aot_eager")
+    callback, state = FreezeThenThaw(1), type("State", (), {"global_step": 0, "max_steps": 2})
+    callback.on_train_begin(None, state, None, model=model)
+    for step in range(2):
+        state.global_step = step
+        callback.on_step_begin(None, state, None)
+        compiled(torch.ones(3, 4)).backward()
+        assert (model.base_model.weight.grad is not None) is (step == 1)
+
+
 def test_frozen_for_good(rows, tmp_path):
     recorder = Recorder()
     trainer = build_trainer(tmp_path, rows, recorder, freeze_encoder_steps=-1, max_steps=3)
