@@ -28,6 +28,7 @@ class SpearAudioKwargs(AudioKwargs, total=False):
 
 class SpearProcessorKwargs(ProcessingKwargs, total=False):
     audio_kwargs: SpearAudioKwargs  # type: ignore[misc]
+    _defaults = {}  # type: ignore[misc]  # noqa: RUF012  # without which transformers 5.17 fails
 
 
 class SpearProcessor(ProcessorMixin):
@@ -109,7 +110,8 @@ def feature_extractor_of(path: str | os.PathLike, config: SpearConfig | None = N
         return AutoFeatureExtractor.from_pretrained(path, **kwargs)
     if config is None:
         config = SpearConfig.from_pretrained(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
-    return SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    default = SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    return SpearFeatureExtractor.from_dict(default.to_dict(), **kwargs)
 
 
 def _has_any(path, names: tuple[str, ...], kwargs: dict) -> bool:

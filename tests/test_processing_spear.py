@@ -47,6 +47,7 @@ def test_a_published_checkpoint_has_the_published_feature_extractor(golden_folde
     loaded = AutoProcessor.from_pretrained(golden_folder)
     assert type(loaded) is SpearFeatureExtractor
     assert loaded.to_dict() == SpearFeatureExtractor().to_dict()
+    assert AutoProcessor.from_pretrained(golden_folder, pad_short=True).pad_short
     settings = json.loads((golden_folder / "config.json").read_text())
     shutil.copytree(golden_folder, tmp_path / "narrow")
     (tmp_path / "narrow" / "config.json").write_text(json.dumps(settings | {"num_mel_bins": 80}))
