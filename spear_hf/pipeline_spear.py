@@ -98,17 +98,21 @@ class AudioEmbeddingPipeline(Pipeline):
         from .data.audio import load_audio, resample  # the only module that touches soundfile and torchaudio
 
         target = cast(SpearFeatureExtractor, self.feature_extractor).sampling_rate
-        rate = target
+        rate: Any = target
         if isinstance(audio, Mapping):
             audio = audio.get("audio", audio)
         if isinstance(audio, Mapping):
             samples = next((audio[key] for key in ("raw", "array") if audio.get(key) is not None), None)
             if samples is None:
                 audio = audio.get("bytes") or audio.get("path")
-            elif audio.get("sampling_rate") is None:
-                raise ValueError('audio given as samples in a dictionary needs its rate in Hz as "sampling_rate"')
             else:
-                audio, rate = samples, int(audio["sampling_rate"])
+                rate = audio.get("sampling_rate")
+                if not isinstance(rate, (int, float, np.number)) or rate <= 0 or rate != int(rate):
+                    raise ValueError(
+                        f"audio given as samples in a dictionary needs its rate in whole Hz, not {rate!r}, as "
+                        '"sampling_rate"'
+                    )
+                audio, rate = samples, int(rate)
         if isinstance(audio, (str, os.PathLike)):
             return load_audio(audio, target)
         if isinstance(audio, (bytes, bytearray)):
@@ -121,11 +125,13 @@ class AudioEmbeddingPipeline(Pipeline):
         if len(shape) != 1:
             raise ValueError(f"audio of shape {shape} is not mono: average its channels; for a batch, pass a list")
         samples = mono_samples(audio)
-        return samples if rate == target else resample(scaled_to_one(samples).cpu().numpy(), rate, target)
+        if rate == target or len(samples) == 0:  # which the feature extractor refuses
+            return samples
+        return resample(scaled_to_one(samples).cpu().numpy(), rate, target)
 
     def _forward(self, input_tensors: Any, layer: Any = -1, **forward_parameters: Any) -> ModelOutput:
         """States `(batch, layers, frames, dim)`; counts of valid frames and whether layers are kept, `(batch,)`."""
-        outputs = self.model(**input_tensors, output_hidden_states=layer != -1)
+        outputs = self.model(**input_tensors, output_hidden_states=layer != -1, return_dict=True)
         if layer == -1:
             states, counts = outputs.last_hidden_state[:, None], outputs.attention_mask.sum(dim=1)
         else:

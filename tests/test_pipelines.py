@@ -25,7 +25,7 @@ from spear_hf import (
     SpearModel,
     SpearProcessor,
 )
-from spear_hf.evaluation.embedding import load_encoder
+from spear_hf.evaluation.embedding import embed_waveforms, load_encoder
 from spear_hf.evaluation.representations import load_representation
 from spear_hf.finetuning.arguments import ModelArguments
 from spear_hf.finetuning.models import load_feature_extractor
@@ -252,6 +252,16 @@ def test_embeddings_at_25_hz(golden_ds2_folder):
             assert every.shape[1] == frames
 
 
+def test_embeddings_of_a_model_that_returns_tuples(embed, monkeypatch):
+    wave = tones("ab").astype(np.float32)
+    expected = embed(wave, layer="all")
+    monkeypatch.setattr(embed.model.config, "return_dict", False)
+    assert close(embed(wave, layer="all"), expected)
+    for window in (None, 1e3, 0.5):
+        found, _ = embed_waveforms([wave], embed.model, embed.feature_extractor, "all", "none", window)
+        assert close(found[0], expected) or window == 0.5
+
+
 def test_published_folders_get_the_default_feature_extractor(golden_folder, tmp_path):
     assert not (golden_folder / "preprocessor_config.json").exists()
     default = pipeline("audio-feature-extraction", model=str(golden_folder), device="cpu")
@@ -358,7 +368,10 @@ def test_wrong_settings_of_embeddings(embed, settings, words):
 def test_audio_that_cannot_be_embedded(embed, tmp_path):
     for audio, words in (
         (np.zeros((2, 8000), np.float32), "not mono"),
-        ({"raw": np.zeros(8000)}, "needs its rate"),
+        ({"raw": np.zeros(8000)}, "needs its rate.*not None"),
+        ({"raw": np.zeros(8000), "sampling_rate": 0}, "needs its rate.*not 0"),
+        ({"raw": np.zeros(8000), "sampling_rate": "8k"}, "needs its rate.*not '8k'"),
+        ({"raw": np.zeros(0), "sampling_rate": 8000}, "is empty"),
         ({"sampling_rate": RATE}, 'needs "raw"'),
         (b"RIFF, but not really", "cannot be decoded"),
         (tmp_path / "none.wav", "no such file"),

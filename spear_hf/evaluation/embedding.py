@@ -342,7 +342,7 @@ def embed_waveforms(
         )
         states = outputs.hidden_states or (outputs.last_hidden_state,)  # (batch, frames, dim)
     else:
-        outputs = encoder(**inputs, output_hidden_states=layer != "last")
+        outputs = encoder(**inputs, output_hidden_states=layer != "last", return_dict=True)
         states = (outputs.last_hidden_state,) if layer == "last" else _of_layers(outputs.hidden_states, layer)
 
     rate: float | None = None
