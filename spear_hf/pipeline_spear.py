@@ -127,7 +127,7 @@ class AudioEmbeddingPipeline(Pipeline):
         samples = mono_samples(audio)
         if rate == target or len(samples) == 0:  # which the feature extractor refuses
             return samples
-        return resample(scaled_to_one(samples).cpu().numpy(), rate, target)
+        return resample(scaled_to_one(samples).detach().cpu().numpy(), rate, target)
 
     def _forward(self, input_tensors: Any, layer: Any = -1, **forward_parameters: Any) -> ModelOutput:
         """States `(batch, layers, frames, dim)`; counts of valid frames and whether layers are kept, `(batch,)`."""
