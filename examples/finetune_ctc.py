@@ -90,8 +90,13 @@ def transcribed(dataset: Dataset, arguments: TextArguments) -> Dataset:
 def labelled(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, extractor: SpearFeatureExtractor, config: SpearConfig
 ) -> Dataset:
-    """With token ids in the column `labels`. A warning counts rows with more tokens than the encoder has frames."""
+    """With token ids in the column `labels`. Warnings count unknown tokens, and rows of more tokens than frames."""
     labels = tokenizer(list(dataset["text"])).input_ids
+    if unknown := sum(ids.count(tokenizer.unk_token_id) for ids in labels):
+        logger.warning(
+            f"{unknown} of {sum(map(len, labels))} tokens are unknown to the tokenizer and become "
+            f"{tokenizer.unk_token}: is it of another language, or of capital letters?"
+        )
     grid = FrameGrid(config.output_downsampling_factor)
     frames = [grid.frames(extractor.num_frames(length)) for length in dataset["length"]]
     if short := sum(len(ids) > available for ids, available in zip(labels, frames)):

@@ -7,11 +7,16 @@ elsewhere. What is computed is the same.
 
 import functools
 import importlib
+import re
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight
+
+
+# Of the operations below: each copy of this file on the Hub has its own, as a second one of a name ends the first.
+NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def is_trained_by_compiler() -> bool:
@@ -45,7 +50,7 @@ def scores_by_key(scores: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
 
 
-@torch.library.custom_op("spear_hf::scores_by_offset", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scores_by_offset", mutates_args=())
 def scores_by_offset(scores: torch.Tensor) -> torch.Tensor:
     """The gradient of `scores_by_key`: (..., length, length) -> (..., length, 2 * length), zeros elsewhere."""
     if scores.is_cuda and kernels() is not None:
@@ -60,7 +65,7 @@ def _(scores: torch.Tensor) -> torch.Tensor:
     return scores.new_empty(*scores.shape[:-1], 2 * scores.shape[-1])
 
 
-@torch.library.custom_op("spear_hf::depthwise_weight_gradient", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::depthwise_weight_gradient", mutates_args=())
 def depthwise_weight_gradient(grad: torch.Tensor, x: torch.Tensor, taps: int) -> torch.Tensor:
     """Of a depthwise convolution that keeps the length: gradient and features (batch, channels, frames), an odd number
     of taps -> (channels, 1, taps), in float32 at least."""

@@ -215,7 +215,8 @@ class SpearConfig(PreTrainedConfig):
         if self.num_hidden_layers != sum(self.num_layers_per_stack):
             raise ValueError(
                 f"`num_hidden_layers={self.num_hidden_layers}` must be the sum of "
-                f"`num_layers_per_stack={self.num_layers_per_stack}`; leave it out to have it computed."
+                f"`num_layers_per_stack={self.num_layers_per_stack}`; leave it out of a new configuration to have it "
+                "computed, and set both in one that is there."
             )
         for name in ("hidden_size", "intermediate_size"):
             if (value := getattr(self, name)) < 4 or value % 4:

@@ -234,7 +234,7 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
 
     def _waveforms(self, raw_speech: Any, pad_short: bool) -> list[torch.Tensor]:
         """The utterances as 1-D tensors of supported types and lengths (values are checked later, all at once)."""
-        waveforms = [_mono(item, index) for index, item in enumerate(_split_batch(raw_speech))]
+        waveforms = [mono_samples(item, index) for index, item in enumerate(_split_batch(raw_speech))]
         if not waveforms:
             raise ValueError("raw_speech is an empty batch: pass at least one utterance")
         for index, waveform in enumerate(waveforms):
@@ -404,8 +404,8 @@ def _split_batch(raw_speech: Any) -> list[Any]:
     return list(raw_speech)
 
 
-def _mono(item: Any, index: int) -> torch.Tensor:
-    """One utterance as a 1-D tensor of floats, int16 or int32."""
+def mono_samples(item: Any, index: int = 0) -> torch.Tensor:
+    """One utterance as a 1-D tensor of floats, int16 or int32; ValueError for anything else."""
     if not isinstance(item, torch.Tensor):
         try:
             array = np.asarray(item)
@@ -435,6 +435,11 @@ def _mono(item: Any, index: int) -> torch.Tensor:
             f"utterance {index} of the batch has samples of type {name}: pass floats in [-1, 1], int16 or int32"
         )
     return item
+
+
+def scaled_to_one(samples: torch.Tensor) -> torch.Tensor:
+    """Of `mono_samples`, in float32, with integers scaled to [-1, 1)."""
+    return samples.to(torch.float32) * _INTEGER_SCALES.get(samples.dtype, 1.0)
 
 
 __all__ = ["SpearFeatureExtractor"]

@@ -57,6 +57,7 @@ VOCABULARIES = ("added_tokens.json", "merges.txt", "tokenizer.json", "tokenizer.
 _SETTINGS = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER, "special_tokens_map.json")
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS_ONE = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _PICKLED_WEIGHTS = re.compile(r"pytorch_model.*\.(bin|bin\.index\.json)")
 _PICKLED = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
@@ -79,6 +80,11 @@ def stage(source: Path, staged: Path, with_code: bool) -> list[str]:
         _stage_file(source / name, staged / name)
     try:
         config = _read_config(staged, source)
+        if with_code and getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{source} is in int8, which the code on the Hub cannot read: its layers would get random weights. "
+                "Publish it without code, or the model that it was made from."
+            )
         _write_settings(staged, config, with_code)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{source} does not load, so it is not published: {error}") from error
@@ -104,6 +110,11 @@ def _select(source: Path) -> tuple[list[str], list[str]]:
     chosen = {name for name in files if (is_replaced(name) and name not in CODE_FILES) or name in (CARD, *_LICENSES)}
     if not any(_WEIGHTS.fullmatch(name) for name in chosen):
         raise FileNotFoundError(f"{source} has no weights (model.safetensors): save_pretrained the model there first.")
+    if {_WEIGHTS_ONE, _WEIGHTS_INDEX} <= chosen:
+        raise ValueError(
+            f"{source} has both {_WEIGHTS_ONE} and {_WEIGHTS_INDEX}, of two saves, and transformers loads the former: "
+            "remove the older one."
+        )
     if CARD in chosen:
         chosen |= _linked_files(source)
     left_out = [name for name in files if name not in chosen]

@@ -2,9 +2,11 @@
 """SPEAR: a Zipformer encoder for speech and audio (arXiv 2510.25955), and its heads."""
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +24,15 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    TransformersKwargs,
+    auto_docstring,
+    can_return_tuple,
+    logging,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -181,6 +191,11 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     return F.glu(x, dim=-1)
 
 
+def valid_lengths(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Frames of each utterance, int64 `(batch,)`, of a mask `(batch, frames)` of any type."""
+    return attention_mask.sum(dim=-1, dtype=torch.int64)  # half precision would round what is over 256, or over 2048
+
+
 def with_init_scale(module: nn.Module, scale: float | None = None) -> nn.Module:
     """Mark a linear or convolution for PyTorch's default initialisation, with weights and biases shrunk by `scale`."""
     module.init_scale = scale
@@ -217,6 +232,18 @@ def relative_scores(scores: torch.Tensor) -> torch.Tensor:
         index = length - 1 + offsets[None, :] - offsets[:, None]
         return scores.gather(-1, index.expand(*scores.shape[:-2], length, length))
     return RelativeScores.apply(scores) if is_trained_by_compiler() else scores_by_key(scores)
+
+
+def remove_earlier_weights(folder: Path, variant: str | None = None) -> None:
+    """Of model.safetensors and the index of several files, the one that `save_pretrained` did not write just now."""
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if variant is not None:
+        names = [f"{base}.{variant}.{ending}" for base, ending in (name.rsplit(".", 1) for name in names)]
+    weights, index = (folder / name for name in names)
+    if weights.is_file() and index.is_file():
+        # It has removed the files of an index that it has not written.
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        (weights if all((folder / name).is_file() for name in files) else index).unlink()
 
 
 def compile_options(module: nn.Module) -> dict[str, bool]:
@@ -766,12 +793,24 @@ class SpearPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("key_mapping", PUBLISHED_NAMES)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        variant: str | None = None,
+        save_original_format: bool = False,
+        **kwargs,
+    ):
         """As in [`PreTrainedModel.save_pretrained`], but the names of this library are always written by default.
 
-        `save_original_format=True` writes the names of the checkpoint that the model was loaded from.
+        `save_original_format=True` writes the names of the checkpoint that the model was loaded from. Of one file of
+        weights and the index of several, the one of an earlier save is removed: transformers would load the one file.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        kwargs |= {"variant": variant, "save_original_format": save_original_format}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            remove_earlier_weights(Path(save_directory), variant)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Compile the stem, every layer and what is between the stacks where they are, for any batch and length.
@@ -800,7 +839,7 @@ class SpearPreTrainedModel(PreTrainedModel):
         self, feature_vector_length: int, attention_mask: torch.Tensor
     ) -> torch.Tensor:
         """Mask of the encoder's frames, bool `(batch, feature_vector_length)`, of the mask of the filter bank."""
-        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(dim=-1))
+        lengths = self._get_feat_extract_output_lengths(valid_lengths(attention_mask))
         return torch.arange(feature_vector_length, device=attention_mask.device) < lengths[:, None]
 
 
@@ -811,6 +850,7 @@ class SpearPreTrainedModel(PreTrainedModel):
 )
 class SpearModel(SpearPreTrainedModel):
     def __init__(self, config: SpearConfig):
+        config.validate_architecture()  # again: `from_pretrained` and users set values of one that is made
         super().__init__(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.num_mel_bins))
         self.stem = SpearStem(config)
@@ -888,6 +928,15 @@ class SpearModel(SpearPreTrainedModel):
                     f"`{name}` has shape {tuple(mask.shape)}, but that of the frames of `input_features` is needed: "
                     f"{tuple(input_features.shape[:2])}."
                 )
+        mask = masks["attention_mask"]
+        # To look is to wait for a GPU, but costs nothing on a CPU.
+        if mask is not None and are_blocks_possible(input_features):
+            begins_again = (mask[:, 1:] > mask[:, :-1]).any(dim=-1)  # (batch,)
+            if begins_again.any():
+                raise ValueError(
+                    f"`attention_mask` has a 0 before a 1 in row {int(begins_again.nonzero()[0])}: utterances must be "
+                    "padded on the right."
+                )
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -928,7 +977,7 @@ class SpearModel(SpearPreTrainedModel):
         frames = (input_features.shape[1] - 7) // 2
         valid_mask = None
         if attention_mask is not None:
-            lengths = (attention_mask.sum(dim=-1) - 7) // 2
+            lengths = (valid_lengths(attention_mask) - 7) // 2
             valid_mask = torch.arange(frames, device=input_features.device) < lengths[:, None]  # (batch, frames)
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
@@ -1013,7 +1062,7 @@ class SpearHeadModel(SpearPreTrainedModel):
             if self.spear.output_downsample is not None:
                 valid_mask = None
                 if attention_mask is not None:
-                    lengths = (attention_mask.sum(dim=-1) - 7) // 2
+                    lengths = (valid_lengths(attention_mask) - 7) // 2
                     valid_mask = torch.arange(hidden_states.shape[1], device=lengths.device) < lengths[:, None]
                 hidden_states = self.spear.output_downsample(hidden_states, valid_mask)
             if not requested:
@@ -1032,6 +1081,23 @@ class SpearHeadModel(SpearPreTrainedModel):
                 f"labels lie in [{labels.min()}, {labels.max()}], but the model has {num_classes} classes: they must "
                 f"be in [0, {num_classes - 1}], or -100 to be ignored."
             )
+
+
+def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean binary cross-entropy `()` of labels `(..., num_labels)` that are not -100 and, where given, `counted`
+    `(...)`."""
+    known = labels != -100
+    # A compiled graph cannot branch on values.
+    if not torch.compiler.is_compiling() and (known & ((labels < 0) | (labels > 1))).any():
+        raise ValueError(
+            f"labels lie in [{labels.min()}, {labels.max()}], but those of problem_type 'multi_label_classification' "
+            "must be in [0, 1], or -100 to be ignored."
+        )
+    targets = labels.to(torch.float32).masked_fill(~known, 0.0)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    if counted is not None:
+        known = known & counted.unsqueeze(-1)
+    return losses.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)
 
 
 def masked_mean(hidden_states: torch.Tensor, valid_mask: torch.Tensor) -> torch.Tensor:
@@ -1072,6 +1138,11 @@ class SpearForCTC(SpearHeadModel):
 
     def __init__(self, config: SpearConfig):
         super().__init__(config)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+            raise ValueError(
+                f"`pad_token_id={config.pad_token_id}`, the blank, is not among the `vocab_size={config.vocab_size}` "
+                "classes: set both as the tokenizer has them."
+            )
         if "ForCTC" not in LOSS_MAPPING:  # older versions of transformers, such as 5.17
             self.loss_function = ctc_loss
         self.dropout = nn.Dropout(config.final_dropout)
@@ -1147,9 +1218,9 @@ class SpearForSequenceClassification(SpearHeadModel):
         input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
             Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-            What they mean follows `config.problem_type`: class ids (-100 is ignored), multi-hot vectors (binary
-            cross-entropy), or targets of a regression. If it is not set: a regression where there is one label, else
-            class ids where the labels are integers of one dimension, else multi-hot vectors.
+            What they mean follows `config.problem_type`: class ids, multi-hot vectors (binary cross-entropy), or
+            targets of a regression. Of ids and vectors, -100 is ignored. If it is not set: a regression where there is
+            one label, else class ids where the labels are integers of one dimension, else multi-hot vectors.
         """
         hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
         pooled = masked_mean(self.projector(hidden_states), valid_mask)
@@ -1179,10 +1250,10 @@ class SpearForSequenceClassification(SpearHeadModel):
                 f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)} for "
                 f"problem_type {problem!r}."
             )
-        labels = labels.reshape(logits.shape).to(logits.dtype)
+        labels = labels.reshape(logits.shape)
         if problem == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels)
-        return F.mse_loss(logits, labels)
+            return multi_label_loss(logits, labels)
+        return F.mse_loss(logits, labels.to(logits.dtype))
 
 
 @auto_docstring(
@@ -1212,9 +1283,9 @@ class SpearForAudioFrameClassification(SpearHeadModel):
         input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`):
             Log-mel filter bank at 100 Hz as [`SpearFeatureExtractor`] makes it.
         labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Class ids of the frames, -100 being ignored, or vectors per frame, `(batch_size, sequence_length,
-            num_labels)`: one-hot, or multi-hot (binary cross-entropy) with `config.problem_type =
-            "multi_label_classification"`. Padded frames never count.
+            Class ids of the frames, or vectors per frame, `(batch_size, sequence_length, num_labels)`: one-hot, or
+            multi-hot (binary cross-entropy) with `config.problem_type = "multi_label_classification"`. -100 is
+            ignored, and padded frames never count.
         """
         hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
         logits = self.classifier(self.dropout(hidden_states))
@@ -1226,22 +1297,28 @@ class SpearForAudioFrameClassification(SpearHeadModel):
                     f"label or one vector of {self.config.num_labels} per frame is needed."
                 )
             if labels.dim() == 3 and self.config.problem_type == "multi_label_classification":
-                losses = F.binary_cross_entropy_with_logits(
-                    logits.float(), labels.to(torch.float32), reduction="none"
-                ).mean(dim=-1)
-                counted = valid_mask
+                loss = multi_label_loss(logits, labels, valid_mask)
             else:
                 if labels.dim() == 3:
-                    labels = labels.argmax(dim=-1)
+                    labels = self._one_hot_to_ids(labels)
                 self._check_class_labels(labels, self.config.num_labels)
                 counted = valid_mask & (labels != -100)
                 losses = F.cross_entropy(
                     logits.float().transpose(1, 2), labels.long(), ignore_index=-100, reduction="none"
                 )
-            loss = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+                loss = losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _one_hot_to_ids(self, labels: torch.Tensor) -> torch.Tensor:
+        """`(batch, frames, num_labels)` to `(batch, frames)`, with -100 for frames that hold any."""
+        if not torch.compiler.is_compiling() and ((labels == 1).sum(dim=-1) > 1).any():
+            raise ValueError(
+                "labels of a frame name several classes, but problem_type is "
+                f"{self.config.problem_type!r}: set `config.problem_type = 'multi_label_classification'`."
+            )
+        return labels.argmax(dim=-1).masked_fill((labels == -100).any(dim=-1), -100)
 
 
 class SpearAMSoftmaxLoss(nn.Module):

@@ -4,7 +4,6 @@
 import io
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -13,8 +12,10 @@ from transformers import AutoFeatureExtractor, AutoModel, Pipeline, PreTrainedMo
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
-from .feature_extraction_spear import SpearFeatureExtractor
+from .configuration_spear import SpearConfig
+from .feature_extraction_spear import SpearFeatureExtractor, mono_samples, scaled_to_one
 from .modeling_spear import SpearPreTrainedModel
+from .processing_spear import feature_extractor_of
 
 
 TASK = "audio-feature-extraction"
@@ -97,17 +98,21 @@ class AudioEmbeddingPipeline(Pipeline):
         from .data.audio import load_audio, resample  # the only module that touches soundfile and torchaudio
 
         target = cast(SpearFeatureExtractor, self.feature_extractor).sampling_rate
-        rate = target
+        rate: Any = target
         if isinstance(audio, Mapping):
             audio = audio.get("audio", audio)
         if isinstance(audio, Mapping):
             samples = next((audio[key] for key in ("raw", "array") if audio.get(key) is not None), None)
             if samples is None:
                 audio = audio.get("bytes") or audio.get("path")
-            elif audio.get("sampling_rate") is None:
-                raise ValueError('audio given as samples in a dictionary needs its rate in Hz as "sampling_rate"')
             else:
-                audio, rate = samples, int(audio["sampling_rate"])
+                rate = audio.get("sampling_rate")
+                if not isinstance(rate, (int, float, np.number)) or rate <= 0 or rate != int(rate):
+                    raise ValueError(
+                        f"audio given as samples in a dictionary needs its rate in whole Hz, not {rate!r}, as "
+                        '"sampling_rate"'
+                    )
+                audio, rate = samples, int(rate)
         if isinstance(audio, (str, os.PathLike)):
             return load_audio(audio, target)
         if isinstance(audio, (bytes, bytearray)):
@@ -116,16 +121,17 @@ class AudioEmbeddingPipeline(Pipeline):
             raise ValueError(
                 'a dictionary of audio needs "raw" or "array" with "sampling_rate", or "bytes", or "path"'
             )
-        samples = audio.detach().cpu().numpy() if isinstance(audio, torch.Tensor) else np.asarray(audio)
-        if samples.ndim != 1:
-            raise ValueError(
-                f"audio of shape {samples.shape} is not mono: average its channels; for a batch, pass a list"
-            )
-        return samples if rate == target else resample(samples.astype(np.float32), rate, target)
+        shape = tuple(np.shape(audio))
+        if len(shape) != 1:
+            raise ValueError(f"audio of shape {shape} is not mono: average its channels; for a batch, pass a list")
+        samples = mono_samples(audio)
+        if rate == target or len(samples) == 0:  # which the feature extractor refuses
+            return samples
+        return resample(scaled_to_one(samples).detach().cpu().numpy(), rate, target)
 
     def _forward(self, input_tensors: Any, layer: Any = -1, **forward_parameters: Any) -> ModelOutput:
         """States `(batch, layers, frames, dim)`; counts of valid frames and whether layers are kept, `(batch,)`."""
-        outputs = self.model(**input_tensors, output_hidden_states=layer != -1)
+        outputs = self.model(**input_tensors, output_hidden_states=layer != -1, return_dict=True)
         if layer == -1:
             states, counts = outputs.last_hidden_state[:, None], outputs.attention_mask.sum(dim=1)
         else:
@@ -150,12 +156,10 @@ def _load_feature_extractor(source: str | os.PathLike | None, model: SpearPreTra
     """Of the folder or Hub id given, else of the model's, else the default."""
     if source is not None:
         return AutoFeatureExtractor.from_pretrained(source)
-    if model.name_or_path:
-        with suppress(OSError):
-            return AutoFeatureExtractor.from_pretrained(
-                model.name_or_path, revision=getattr(model.config, "_commit_hash", None)
-            )
-    return SpearFeatureExtractor(feature_size=model.config.num_mel_bins)
+    if not model.name_or_path:
+        return SpearFeatureExtractor(feature_size=model.config.num_mel_bins)
+    commit = getattr(model.config, "_commit_hash", None)
+    return feature_extractor_of(model.name_or_path, cast(SpearConfig, model.config), revision=commit)
 
 
 def register_pipeline() -> None:

@@ -1,10 +1,11 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Processor for CTC: the feature extractor for the audio, a tokenizer for the transcripts."""
 
+import os
 from typing import Any
 
 from transformers import AutoFeatureExtractor
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import AudioInput, PreTokenizedInput, TextInput
 from transformers.utils import cached_file
 
@@ -16,6 +17,18 @@ from .feature_extraction_spear import SpearFeatureExtractor
 TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "tokenizer.json", "tokenizer.model")
 FEATURE_EXTRACTOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class SpearAudioKwargs(AudioKwargs, total=False):
+    """Arguments of the feature extractor's call; a processor leaves out what is not named."""
+
+    device: Any  # transformers 5.17 does not name it
+    pad_short: bool | None
+
+
+class SpearProcessorKwargs(ProcessingKwargs, total=False):
+    audio_kwargs: SpearAudioKwargs  # type: ignore[misc]
+    _defaults = {}  # type: ignore[misc]  # noqa: RUF012  # without which transformers 5.17 fails
 
 
 class SpearProcessor(ProcessorMixin):
@@ -48,16 +61,13 @@ class SpearProcessor(ProcessorMixin):
                 f"{path} has no tokenizer, which {cls.__name__} needs: load the feature extractor alone with "
                 "AutoFeatureExtractor, or save the processor that the model was fine-tuned with beside it."
             )
-        if _has_any(path, FEATURE_EXTRACTOR_FILES, kwargs):
-            return AutoFeatureExtractor.from_pretrained(path, *args, **kwargs)
-        config = SpearConfig.from_pretrained(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
-        return SpearFeatureExtractor(feature_size=config.num_mel_bins)
+        return feature_extractor_of(path, **kwargs)
 
     def __call__(
         self,
         audio: AudioInput | None = None,
         text: str | list[str] | TextInput | PreTokenizedInput | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
+        **kwargs: Unpack[SpearProcessorKwargs],
     ):
         """Features of the audio, ids of the text, or both, with the ids under `labels`.
 
@@ -66,7 +76,7 @@ class SpearProcessor(ProcessorMixin):
         """
         if audio is None and text is None:
             raise ValueError("Neither `audio` nor `text` was given: pass at least one of them.")
-        kinds: Any = ProcessingKwargs  # transformers 5.17 must be told
+        kinds: Any = SpearProcessorKwargs
         merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         encoded = None if text is None else self.tokenizer(text, **merged["text_kwargs"])
         if audio is None:
@@ -89,6 +99,19 @@ class SpearProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.feature_extractor.model_input_names, "labels"]
+
+
+def feature_extractor_of(path: str | os.PathLike, config: SpearConfig | None = None, **kwargs: Any) -> Any:
+    """That of a SPEAR model in a folder or on the Hub; the published models come without, and have the default.
+
+    OSError, as of `AutoFeatureExtractor`, for one that is there and damaged: the default would give wrong features.
+    """
+    if _has_any(path, FEATURE_EXTRACTOR_FILES, kwargs):
+        return AutoFeatureExtractor.from_pretrained(path, **kwargs)
+    if config is None:
+        config = SpearConfig.from_pretrained(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+    default = SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    return SpearFeatureExtractor.from_dict(default.to_dict(), **kwargs)
 
 
 def _has_any(path, names: tuple[str, ...], kwargs: dict) -> bool:

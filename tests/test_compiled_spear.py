@@ -1,9 +1,13 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What compiled layers compute in their own way, against the plain way."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
+from spear_hf import compiled_spear
 from spear_hf.compiled_spear import DepthwiseConv2d, RelativeScores, depthwise_weight_gradient, scores_by_offset
 from spear_hf.modeling_spear import SpearDepthwiseConv, SpearDepthwiseConv2d, relative_scores
 
@@ -70,6 +74,26 @@ def test_operations_are_what_they_say_to_the_compiler():
     torch.library.opcheck(scores_by_offset, (torch.randn(2, 3, 5, 5),))
     torch.library.opcheck(depthwise_weight_gradient, (*torch.randn(2, 2, 4, 9).mT.mT.unbind(), 3))
     torch.library.opcheck(depthwise_weight_gradient, (*torch.randn(2, 2, 9, 4).bfloat16().mT.unbind(), 3))
+
+
+def test_copies_of_the_file_have_operations_of_their_own(monkeypatch):
+    """Models with code on the Hub bring a copy each. Of two operations of a name, torch frees the first; what then
+    happened to the model that came first was a matter of luck.
+    """
+    copies = [compiled_spear]
+    for name in ("of_one_model", "of_another"):
+        spec = importlib.util.spec_from_file_location(name, compiled_spear.__file__)
+        copies.append(importlib.util.module_from_spec(spec))
+        monkeypatch.setitem(sys.modules, name, copies[-1])
+        spec.loader.exec_module(copies[-1])
+    for name in ("scores_by_offset", "depthwise_weight_gradient"):
+        assert len({repr(getattr(copy, name)) for copy in copies}) == len(copies)
+    scores = torch.randn(2, 5, 10)
+    expected = gradients(compiled_spear.scores_by_key, scores)
+    for copy in copies:
+        compiled = torch.compile(copy.RelativeScores.apply, backend="aot_eager")
+        for one, other in zip(expected, gradients(compiled, scores)):
+            assert torch.equal(one, other)
 
 
 def test_kernels_compute_what_plain_operations_do():

@@ -150,12 +150,14 @@ def test_ctc_learns_utterances_by_heart(tmp_path, config):
 
 
 def test_ctc_on_a_folder_and_from_a_checkpoint(tmp_path, ctc_smoke, caplog):
-    for index, text in enumerate(["one", "Two!", "the number", "a long text for a short time"]):
+    for index, text in enumerate(["one", "Two!", "the ∏ number π", "a long text for a short time"]):
         write_wav(tmp_path / "speech" / f"{index}.wav", 4000, seed=index).with_suffix(".txt").write_text(text)
     folder = tmp_path / "run"
     command = ["--model", str(ctc_smoke[0]), "--dataset", str(tmp_path / "speech"), "--eval_share", "0.25"]
     assert script("ctc").main([*command, "--output_dir", str(folder), *ONE_STEP]) == 0
     assert metrics_of(folder)["eval_samples"] == 1
+    assert "1 of " in caplog.text
+    assert "tokens are unknown to the tokenizer and become <unk>" in caplog.text
     # It goes on with the vocabulary and the sizes of its checkpoint.
     vocabularies = [AutoProcessor.from_pretrained(path).tokenizer.get_vocab() for path in (ctc_smoke[0], folder)]
     assert vocabularies[0] == vocabularies[1]

@@ -401,6 +401,20 @@ def test_freeze_then_thaw(rows, tmp_path):
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+def test_a_compiled_encoder_is_thawed():
+    """Graphs that were made while parameters had no gradients are not made anew by torch when they have."""
+    model = torch.nn.Module()
+    model.base_model, model.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+    compiled = torch.compile(lambda x: model.head(model.base_model(x)).sum(), backend="aot_eager")
+    callback, state = FreezeThenThaw(1), type("State", (), {"global_step": 0, "max_steps": 2})
+    callback.on_train_begin(None, state, None, model=model)
+    for step in range(2):
+        state.global_step = step
+        callback.on_step_begin(None, state, None)
+        compiled(torch.ones(3, 4)).backward()
+        assert (model.base_model.weight.grad is not None) is (step == 1)
+
+
 def test_frozen_for_good(rows, tmp_path):
     recorder = Recorder()
     trainer = build_trainer(tmp_path, rows, recorder, freeze_encoder_steps=-1, max_steps=3)
@@ -510,6 +524,9 @@ def test_arguments(tmp_path, capsys):
     assert parse().do_train
     assert parse().do_eval
     assert not parse("--do_eval").do_train
+    assert parse("--metric_for_best_model", "eval_wer").greater_is_better is False  # or the worst model is kept
+    assert parse("--metric_for_best_model", "accuracy").greater_is_better is True
+    assert parse("--eval_strategy", "epoch").do_train  # which transformers takes for --do_eval
     assert parse("--freeze_encoder_steps", "3").ddp_find_unused_parameters is True
 
     folder = tmp_path / "run"
@@ -519,14 +536,15 @@ def test_arguments(tmp_path, capsys):
         (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--resume_from_checkpoint", str(tmp_path / "nowhere")], "is no folder"),
         (["--learnin_rate", "1"], "learnin_rate"),
+        (["--do_predict"], "do_predict=True"),
     ):
         with pytest.raises((SystemExit, ValueError)) as caught:
             parse("--output_dir", str(folder), *given)
         assert message in capsys.readouterr().err + str(caught.value)
-    for number in (3, 12, 20):
+    for number in (3, 12, 20, 30):
         (folder / f"checkpoint-{number}").mkdir(parents=True)
-    for number in (3, 12):  # the last one was not finished
-        (folder / f"checkpoint-{number}" / "trainer_state.json").touch()
+    for number, state in ((3, "{}"), (12, "{}"), (20, '{"epoch": 1')):  # the last one was not finished
+        (folder / f"checkpoint-{number}" / "trainer_state.json").write_text(state, encoding="utf-8")
     with pytest.raises(SystemExit):
         parse("--output_dir", str(folder))
     assert "--resume_from_checkpoint last goes on" in capsys.readouterr().err

@@ -6,6 +6,8 @@ import wave
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForAudioClassification
 
 from spear_hf import SpearConfig, SpearModel
@@ -181,8 +183,27 @@ def test_model_of_a_checkpoint(tmp_path):
     assert set_labels(again, ["a", "b"]) == {"b": 0, "a": 1}
     assert set_labels(again, ["a", "z"]) == {"a": 0, "z": 1}
     assert set_labels(again, ["a"], classes=1) == {"a": 0, "z": 1}  # of several labels at a time, one is a task
+    again.label2id = None  # as in a configuration that was made with `id2label` alone
+    assert set_labels(again, ["z"], classes=1) == {"a": 0, "z": 1} == again.label2id
     with pytest.raises(ValueError, match="all training rows have the label 'a': 2 classes"):
         set_labels(again, ["a", "a"])
+
+
+def test_an_encoder_is_whole_and_in_full_precision(tmp_path):
+    """Updates of 1e-4 of a weight are lost in bfloat16; a random part of an encoder is worth a warning to no one."""
+    SpearModel(SpearConfig(**SIZES)).bfloat16().save_pretrained(tmp_path)
+    arguments = ModelArguments(model=str(tmp_path))
+    model = load_model(AutoModelForAudioClassification, arguments, load_config(arguments))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    arguments.model_config = '{"intermediate_size": 32}'
+    with pytest.raises(ValueError, match=r"9 weights of the encoder are not in .* sizes of it alone"):
+        load_model(AutoModelForAudioClassification, arguments, load_config(arguments))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["stem.conv1.bias"], weights["masked_spec_embed"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    arguments.model_config = None
+    with pytest.raises(ValueError, match=r"1 weights of the encoder .* such as spear\.stem\.conv1\.bias"):
+        load_model(AutoModelForAudioClassification, arguments, load_config(arguments))
 
 
 def test_wrong_models(tmp_path):

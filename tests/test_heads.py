@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModelForAudioClassification,
     AutoModelForAudioFrameClassification,
     AutoModelForAudioXVector,
@@ -97,6 +98,21 @@ def test_ctc_needs_a_blank():
         tiny_model(SpearForCTC, pad_token_id=None)(**inputs(SpearForCTC, labels=True))
 
 
+def test_a_blank_is_one_of_the_classes():
+    """Otherwise padding, which is to say blank, says the first class: text from nowhere."""
+    with pytest.raises(ValueError, match=r"`pad_token_id=12`, the blank, is not among the `vocab_size=12`"):
+        tiny_model(SpearForCTC, pad_token_id=12)
+
+
+def test_a_configuration_that_was_changed_is_checked_again(tmp_path):
+    """Layers set without their number had weights of too few hidden states, and were saved to be never loaded."""
+    tiny_config(use_weighted_layer_sum=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`num_hidden_layers=4` must be the sum .*set both in one that is there"):
+        SpearForCTC(AutoConfig.from_pretrained(tmp_path, num_layers_per_stack=[2, 2, 1]))
+    config = AutoConfig.from_pretrained(tmp_path, num_layers_per_stack=[2, 2, 1], num_hidden_layers=5)
+    assert SpearForCTC(config).layer_weights.shape == (6,)
+
+
 def test_sequence_classification_pools_valid_frames_only():
     model = tiny_model(SpearForSequenceClassification)
     values = inputs()
@@ -142,6 +158,35 @@ def test_frame_classification_ignores_padding():
     assert torch.allclose(model(**values | {"labels": one_hot}).loss, expected)
     with pytest.raises(ValueError, match="do not fit"):
         model(**values | {"labels": values["labels"][:, :-1]})
+
+
+def test_unknown_labels_of_vectors_are_ignored():
+    """-100, as for class ids: binary cross-entropy would take it for a target, and argmax for the first class."""
+    values = inputs(SpearForAudioFrameClassification)
+    multi = {"problem_type": "multi_label_classification"}
+    for model_class, shape in ((SpearForSequenceClassification, (3, 3)), (SpearForAudioFrameClassification, None)):
+        model = tiny_model(model_class, **multi)
+        logits = model(**values).logits
+        labels = torch.randint(2, shape or logits.shape).float()
+        labels[0] = labels[..., 1] = -100.0
+        known = labels != -100
+        if shape is None:
+            lengths = model._get_feat_extract_output_lengths(values["attention_mask"].sum(-1))
+            known &= (torch.arange(logits.shape[1]) < lengths[:, None])[..., None]
+        expected = F.binary_cross_entropy_with_logits(logits[known], labels[known])
+        assert torch.allclose(model(**values, labels=labels).loss, expected)
+        assert model(**values, labels=torch.full_like(labels, -100.0)).loss == 0
+        labels[1, ..., 0] = 2.0
+        with pytest.raises(ValueError, match=r"\[-100.0, 2.0\].*must be in \[0, 1\], or -100"):
+            model(**values, labels=labels)
+    model = tiny_model(SpearForAudioFrameClassification)
+    ids = torch.randint(3, model(**values).logits.shape[:2])
+    one_hot = F.one_hot(ids, 3)
+    ids[:, ::2] = one_hot[:, ::2] = -100
+    assert torch.equal(model(**values, labels=one_hot).loss, model(**values, labels=ids).loss)
+    one_hot[0, 1] = 1
+    with pytest.raises(ValueError, match=r"several classes.*problem_type is None"):
+        model(**values, labels=one_hot)
 
 
 def test_xvector_loss_is_am_softmax():

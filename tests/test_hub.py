@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2CTCTokenizer
 
-from spear_hf import SpearConfig, SpearFeatureExtractor, SpearForCTC, SpearModel, SpearProcessor
+from spear_hf import (
+    SpearConfig,
+    SpearFeatureExtractor,
+    SpearForCTC,
+    SpearModel,
+    SpearProcessor,
+    quantize_linear_layers,
+)
 from spear_hf.hub import publish
 from spear_hf.hub_card import write_card, write_run_card
 from spear_hf.hub_checks import check_card
@@ -138,6 +145,9 @@ def edit_weights(folder: Path, change: Callable) -> None:
 NAME = "stem.conv1.weight"
 DAMAGES = {
     "holds pickles.*: pytorch_model.bin": lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
+    "has both model.safetensors and .*index": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        "{}", encoding="utf-8"
+    ),
     "has no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "has no config.json; did you mean .*/encoder": lambda folder: (
         (folder / "encoder").mkdir() or (folder / "config.json").rename(folder / "encoder" / "config.json")
@@ -173,6 +183,14 @@ def test_what_is_refused(message, folders, tmp_path):
     DAMAGES[message](folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         publish(folder, ENCODER, dry_run=True)
+
+
+def test_code_on_the_hub_does_not_read_int8(folders, tmp_path):
+    """Where this package is not installed its linear layers would be random, with a warning at most."""
+    quantize_linear_layers(SpearModel.from_pretrained(folders["second"])).save_pretrained(tmp_path)
+    assert "blockwise_spear.py" not in publish(tmp_path, ENCODER, dry_run=True).files
+    with pytest.raises(ValueError, match="is in int8, which the code on the Hub cannot read"):
+        publish(tmp_path, ENCODER, with_code=True, dry_run=True)
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "owner/na me"])

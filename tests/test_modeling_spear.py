@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from spear_hf import SpearConfig, SpearModel
+from spear_hf import SpearConfig, SpearForCTC, SpearModel
 
 
 TOLERANCE = 1e-5
@@ -105,6 +105,23 @@ def test_what_padding_holds_does_not_matter(golden_folder, golden):
     assert error(model(noise, attention_mask=mask).last_hidden_state[valid], expected[valid]) <= TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64])
+def test_masks_of_any_type_count_alike(golden_folder, dtype):
+    """In half precision a sum of ones stops at 256 or 2048."""
+    model = SpearForCTC.from_pretrained(golden_folder, vocab_size=5, final_dropout=0.0)
+    features = torch.randn(1, 2300, 128)
+    mask = (torch.arange(2300) < 2205).long()[None]
+    expected = model(features, attention_mask=mask, labels=torch.ones(1, 3, dtype=torch.int64))
+    found = model(features, attention_mask=mask.to(dtype), labels=torch.ones(1, 3, dtype=torch.int64))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    states = model.spear(features, attention_mask=mask.to(dtype))
+    assert states.attention_mask.dtype == dtype
+    assert int(states.attention_mask.long().sum()) == (2205 - 7) // 2
+    assert torch.equal(model._get_feature_vector_attention_mask(1146, mask.to(dtype)), states.attention_mask.bool())
+
+
 def test_last_hidden_state_is_the_last_layer(golden_folder, golden):
     output = load(golden_folder)(golden["2.input_features"][None], output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
@@ -133,6 +150,19 @@ def test_save_load_save_is_byte_stable(golden_folder, tmp_path):
     assert not any(name.startswith("model.") for name in names)
     _, info = SpearModel.from_pretrained(tmp_path / "two", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("variant", [None, "fp32"])
+def test_the_last_save_is_what_loads(golden_folder, tmp_path, variant):
+    """One file of weights, then several, then one again: of both, transformers reads the one file, new or old."""
+    model = load(golden_folder)
+    for value, size in ((1.0, "1GB"), (2.0, "1MB"), (3.0, "1GB")):
+        with torch.no_grad():
+            model.masked_spec_embed.fill_(value)
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+        assert len(list(tmp_path.glob("model.safetensors*"))) == 1 or variant
+        assert SpearModel.from_pretrained(tmp_path, variant=variant).masked_spec_embed[0] == value
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_published_names_can_be_written_back(golden_folder, tmp_path):
@@ -243,6 +273,7 @@ def test_too_short_input_is_refused(golden_folder):
         (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(2, 8000)}, r"attention_mask.*\(2, 8000\).*\(2, 50\)"),
         (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(1, 50)}, r"attention_mask.*\(1, 50\).*\(2, 50\)"),
         (torch.zeros(2, 50, 128), {"mask_time_indices": torch.ones(2, 21)}, r"mask_time_indices.*\(2, 21\)"),
+        (torch.zeros(2, 50, 128), {"attention_mask": torch.ones(2, 50).triu(3)}, r"0 before a 1 in row 0.*right"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(golden_folder, features, masks, words):

@@ -3,6 +3,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset
-from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2Model, pipeline
+from transformers import AutoProcessor, Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2Model, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from spear_hf import (
@@ -24,6 +25,11 @@ from spear_hf import (
     SpearModel,
     SpearProcessor,
 )
+from spear_hf.evaluation.embedding import embed_waveforms, load_encoder
+from spear_hf.evaluation.representations import load_representation
+from spear_hf.finetuning.arguments import ModelArguments
+from spear_hf.finetuning.models import load_feature_extractor
+from spear_hf.mvq.teachers import load_teacher
 
 
 RATE, FRAME = 16000, 320
@@ -246,6 +252,16 @@ def test_embeddings_at_25_hz(golden_ds2_folder):
             assert every.shape[1] == frames
 
 
+def test_embeddings_of_a_model_that_returns_tuples(embed, monkeypatch):
+    wave = tones("ab").astype(np.float32)
+    expected = embed(wave, layer="all")
+    monkeypatch.setattr(embed.model.config, "return_dict", False)
+    assert close(embed(wave, layer="all"), expected)
+    for window in (None, 1e3, 0.5):
+        found, _ = embed_waveforms([wave], embed.model, embed.feature_extractor, "all", "none", window)
+        assert close(found[0], expected) or window == 0.5
+
+
 def test_published_folders_get_the_default_feature_extractor(golden_folder, tmp_path):
     assert not (golden_folder / "preprocessor_config.json").exists()
     default = pipeline("audio-feature-extraction", model=str(golden_folder), device="cpu")
@@ -256,6 +272,23 @@ def test_published_folders_get_the_default_feature_extractor(golden_folder, tmp_
     default.save_pretrained(tmp_path / "saved")
     SpearFeatureExtractor(preemphasis=0.25).save_pretrained(tmp_path / "saved")
     assert pipeline("audio-feature-extraction", str(tmp_path / "saved")).feature_extractor.preemphasis == 0.25
+
+
+def test_damaged_settings_of_a_feature_extractor_are_not_replaced_by_the_default(golden_folder, tmp_path):
+    """By no one who loads one: its features may be others than the model was trained on."""
+    shutil.copytree(golden_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text('{"preemphasis": 0.5,')
+    config = SpearConfig.from_pretrained(tmp_path)
+    for load in (
+        lambda: pipeline("audio-feature-extraction", model=str(tmp_path), device="cpu"),
+        lambda: load_encoder(tmp_path),
+        lambda: load_feature_extractor(ModelArguments(model=str(tmp_path)), config),
+        lambda: load_teacher(str(tmp_path)),
+        lambda: load_representation(f"random:{tmp_path}"),
+        lambda: AutoProcessor.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(OSError, match=r"preprocessor_config.json"):
+            load()
 
 
 @pytest.mark.parametrize("settings", [{}, {"layer": "all"}, {"layer": "mean", "pool": "mean"}, {"pool": "mean+std"}])
@@ -308,6 +341,12 @@ def test_embeddings_of_another_rate_are_resampled(embed):
     direct = embed(fast, pool="mean")
     mistaken = embed(slow, pool="mean")
     assert np.abs(resampled - direct).max() < 0.3 * np.abs(mistaken - direct).max()
+    for integers in (np.int16(slow * 2.0**14), torch.from_numpy(np.int32(slow * 2.0**30))):
+        floats = np.asarray(integers) / (2.0**15 if np.asarray(integers).itemsize == 2 else 2.0**31)
+        scaled, expected = (embed({"raw": raw, "sampling_rate": 8000}, pool="mean") for raw in (integers, floats))
+        assert np.abs(scaled - expected).max() < 1e-5
+    with pytest.raises(ValueError, match="samples of type int64"):
+        embed({"raw": np.int64(slow * 32767), "sampling_rate": 8000})
 
 
 @pytest.mark.parametrize(
@@ -329,7 +368,10 @@ def test_wrong_settings_of_embeddings(embed, settings, words):
 def test_audio_that_cannot_be_embedded(embed, tmp_path):
     for audio, words in (
         (np.zeros((2, 8000), np.float32), "not mono"),
-        ({"raw": np.zeros(8000)}, "needs its rate"),
+        ({"raw": np.zeros(8000)}, "needs its rate.*not None"),
+        ({"raw": np.zeros(8000), "sampling_rate": 0}, "needs its rate.*not 0"),
+        ({"raw": np.zeros(8000), "sampling_rate": "8k"}, "needs its rate.*not '8k'"),
+        ({"raw": np.zeros(0), "sampling_rate": 8000}, "is empty"),
         ({"sampling_rate": RATE}, 'needs "raw"'),
         (b"RIFF, but not really", "cannot be decoded"),
         (tmp_path / "none.wav", "no such file"),

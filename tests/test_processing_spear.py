@@ -47,6 +47,7 @@ def test_a_published_checkpoint_has_the_published_feature_extractor(golden_folde
     loaded = AutoProcessor.from_pretrained(golden_folder)
     assert type(loaded) is SpearFeatureExtractor
     assert loaded.to_dict() == SpearFeatureExtractor().to_dict()
+    assert AutoProcessor.from_pretrained(golden_folder, pad_short=True).pad_short
     settings = json.loads((golden_folder / "config.json").read_text())
     shutil.copytree(golden_folder, tmp_path / "narrow")
     (tmp_path / "narrow" / "config.json").write_text(json.dumps(settings | {"num_mel_bins": 80}))
@@ -63,6 +64,17 @@ def test_audio_and_text(processor):
     assert set(processor.model_input_names) == {"input_features", "attention_mask", "labels"}
     with pytest.raises(ValueError, match="Neither"):
         processor()
+
+
+def test_arguments_of_the_feature_extractor_reach_it(processor):
+    """`pad_short`, which the error of a short utterance names, was left out in silence."""
+    short = np.zeros(800, np.float32)
+    with pytest.raises(ValueError, match="pass pad_short=True"):
+        processor(short, sampling_rate=16000)
+    for wanted in ({"pad_short": True}, {"audio_kwargs": {"pad_short": True}}):
+        assert np.shape(processor(short, sampling_rate=16000, **wanted)["input_features"]) == (1, 9, 128)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        processor(np.zeros(8000, np.float32), sampling_rate=16000, device="nowhere")
 
 
 def test_pad_and_train(processor):

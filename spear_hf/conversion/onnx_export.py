@@ -109,7 +109,8 @@ class Exported(nn.Module):
         self.hidden_states = hidden_states
 
     def forward(self, input_features: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        outputs = self.model(input_features, attention_mask=attention_mask, output_hidden_states=self.hidden_states)
+        options = {"output_hidden_states": self.hidden_states, "return_dict": True}
+        outputs = self.model(input_features, attention_mask=attention_mask, **options)
         names = ("last_hidden_state", "logits", "embeddings")
         result = {name: outputs[name] for name in names if outputs.get(name) is not None}
         frames = next(iter(result.values()))

@@ -76,6 +76,8 @@ def read_folder(folder: Path, label: str) -> Source:
     if config.get("model_type") != "spear":
         raise ConversionError(f"{label}: config.json has model_type {config.get('model_type')!r}, not 'spear'.")
     tensors: dict[str, Tensor] = {}
+    if (folder / INDEX).is_file() and (folder / WEIGHTS).is_file():
+        raise ConversionError(f"{label} has both {WEIGHTS} and {INDEX}, of two saves: remove the older one.")
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map", {})
         for name in sorted(set(weight_map.values())):

@@ -25,6 +25,7 @@ from ..feature_extraction_spear import SpearFeatureExtractor
 from ..loading_errors import loading
 from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.atomic_files import write_atomically
+from ..processing_spear import feature_extractor_of
 from .embedding_files import FORMAT_VERSION, check_output, check_room, embedding_writer
 from .windows import encode_in_windows
 
@@ -70,13 +71,9 @@ def load_encoder(
     with loading(model):
         encoder = AutoModel.from_pretrained(model, dtype=DTYPES[dtype])
     encoder = encoder.to(place).eval()
-    try:
-        feature_extractor = AutoFeatureExtractor.from_pretrained(model)
-    except OSError:
-        if encoder.config.model_type != "spear":
-            raise
-        feature_extractor = SpearFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-    return encoder, feature_extractor
+    if encoder.config.model_type == "spear":
+        return encoder, feature_extractor_of(model, encoder.config)
+    return encoder, AutoFeatureExtractor.from_pretrained(model)
 
 
 def embed_files(
@@ -345,7 +342,7 @@ def embed_waveforms(
         )
         states = outputs.hidden_states or (outputs.last_hidden_state,)  # (batch, frames, dim)
     else:
-        outputs = encoder(**inputs, output_hidden_states=layer != "last")
+        outputs = encoder(**inputs, output_hidden_states=layer != "last", return_dict=True)
         states = (outputs.last_hidden_state,) if layer == "last" else _of_layers(outputs.hidden_states, layer)
 
     rate: float | None = None

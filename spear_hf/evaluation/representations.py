@@ -33,6 +33,7 @@ from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.mfcc import FEATURE_SIZE as MFCC_SIZE
 from ..mvq.mfcc import FRAME_LENGTH, FRAME_RATE, KaldiMfcc
 from ..mvq.teachers import Teacher, is_factory, load_teacher
+from ..processing_spear import feature_extractor_of
 from .embedding import embed_waveforms, load_encoder
 from .options import split_options
 from .segments import FILTER_BANK_CENTRE, FILTER_BANK_STEP
@@ -257,18 +258,16 @@ def _random_encoder(
     """A model of the configuration of a folder or Hub id, or of values of SpearConfig in a .json file."""
     from transformers import AutoFeatureExtractor
 
-    extractor: Any = None
+    extractor: Any
     if Path(source).suffix == ".json":
         config: Any = SpearConfig(**json.loads(Path(source).read_text(encoding="utf-8")))
+        extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
     else:
         config = AutoConfig.from_pretrained(source)
-        try:
+        if config.model_type == "spear":
+            extractor = feature_extractor_of(source, config)
+        else:
             extractor = AutoFeatureExtractor.from_pretrained(source)
-        except OSError:
-            if config.model_type != "spear":
-                raise
-    if extractor is None:
-        extractor = SpearFeatureExtractor(feature_size=config.num_mel_bins)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SpearModel(config) if config.model_type == "spear" else AutoModel.from_config(config)

@@ -70,7 +70,8 @@ def encode_in_windows(
         stop = min(start + window, frames)
         first, last = max(start - context, 0), min(stop + context, frames)
         # Frame i sees the frames 2 i ... 2 i + 8 of the filter bank.
-        outputs = encoder(input_features[:, 2 * first : 2 * last + 7], output_hidden_states=output_hidden_states)
+        features = input_features[:, 2 * first : 2 * last + 7]
+        outputs = encoder(features, output_hidden_states=output_hidden_states, return_dict=True)
         states = keep(outputs.hidden_states) if output_hidden_states else ()
         if last_hidden_state is None:
             last_hidden_state = _empty(outputs.last_hidden_state, -(-frames // ratio))

@@ -5,6 +5,8 @@ The training arguments are those of transformers, with two more for the encoder.
 """
 
 import argparse
+import contextlib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 
 LAST = "last"
+ERROR_RATES = ("wer", "cer", "eer")  # metrics of which less is better
 # Values of SpearConfig for --smoke: small enough for one CPU core, deep enough to have every kind of module.
 SMOKE_MODEL = """{"hidden_size": 64, "intermediate_size": 128, "stem_channels": [4, 8, 16], "num_attention_heads": 2,
 "query_head_dim": 16, "num_layers_per_stack": [1, 1, 1], "downsampling_factors": [1, 2, 1],
@@ -103,6 +106,12 @@ class FineTuningArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.do_predict:
+            raise ValueError("do_predict=True: these scripts do not predict; --do_eval measures and saves metrics")
+        if not (self.do_train or self.do_eval):  # before `eval_strategy` sets `do_eval`
+            self.do_train = self.do_eval = True
+        if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") in ERROR_RATES:
+            self.greater_is_better = False  # transformers takes all but losses for scores
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take the audio away; leave it out")
@@ -116,8 +125,6 @@ class FineTuningArguments(TrainingArguments):
             )
         if self.freeze_encoder_steps and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # while frozen, the encoder has no gradients to wait for
-        if not (self.do_train or self.do_eval or self.do_predict):
-            self.do_train = self.do_eval = True
 
 
 def parse_arguments(
@@ -166,4 +173,8 @@ def _resolve_checkpoint(training: FineTuningArguments) -> None:
 def _last_checkpoint(folder: Path) -> str | None:
     """The one of the latest step that is complete: the Trainer writes its state last."""
     states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdecimal()]
-    return str(max(states, key=lambda path: int(path.parent.name[11:])).parent) if states else None
+    for path in sorted(states, key=lambda path: int(path.parent.name[11:]), reverse=True):
+        with contextlib.suppress(ValueError):  # of a state that was cut off
+            json.loads(path.read_text(encoding="utf-8"))
+            return str(path.parent)
+    return None

@@ -7,11 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration_spear import SpearConfig
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..loading_errors import loading
+from ..processing_spear import feature_extractor_of
 from .arguments import ModelArguments
 
 
@@ -38,21 +40,37 @@ def load_config(arguments: ModelArguments) -> SpearConfig:
 
 
 def load_model(auto_class: Any, arguments: ModelArguments, config: SpearConfig) -> PreTrainedModel:
-    """With the head of `auto_class`; weights that the checkpoint has not, or in other sizes, are random."""
+    """With the head of `auto_class`, in float32; weights of the head that the checkpoint has not are random.
+
+    ValueError where weights of the encoder are not there, or of other sizes: nobody wants those to be random.
+    """
     if arguments.model is None:
         return auto_class.from_config(config)
     with loading(arguments.model):
-        return auto_class.from_pretrained(arguments.model, config=config, ignore_mismatched_sizes=True)
+        model, report = auto_class.from_pretrained(
+            arguments.model,
+            config=config,
+            dtype=torch.float32,  # by default that of the file: half precision loses the small steps of fine-tuning
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    encoder = f"{model.base_model_prefix}."
+    absent = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    # The embedding of masked frames is for pre-training.
+    lost = sorted(name for name in absent if name.startswith(encoder) and not name.endswith("masked_spec_embed"))
+    if lost:
+        raise ValueError(
+            f"{len(lost)} weights of the encoder are not in {arguments.model} as its configuration asks, such as "
+            f"{lost[0]}: take a whole checkpoint, and sizes of it alone in --model_config"
+        )
+    return model
 
 
 def load_feature_extractor(arguments: ModelArguments, config: SpearConfig) -> SpearFeatureExtractor:
     """Of `--model`; published folders have none and, as random weights do, get the default."""
-    if arguments.model is not None:
-        try:
-            return AutoFeatureExtractor.from_pretrained(arguments.model)
-        except OSError:
-            pass
-    return SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    if arguments.model is None:
+        return SpearFeatureExtractor(feature_size=config.num_mel_bins)
+    return feature_extractor_of(arguments.model, config)
 
 
 def set_labels(config: SpearConfig, labels: Sequence[str], classes: int = 2) -> dict[str, int]:
@@ -66,8 +84,9 @@ def set_labels(config: SpearConfig, labels: Sequence[str], classes: int = 2) -> 
         raise ValueError("the training rows have no labels: which column holds them? See --label_column.")
     if len(names) < classes:
         raise ValueError(f"all training rows have the label {names[0]!r}: {classes} classes are needed at least")
-    known = {name: int(index) for name, index in (config.label2id or {}).items()}
+    known = {name: int(index) for index, name in (config.id2label or {}).items()}  # what is written; never missing
     if set(names) <= set(known):
+        config.label2id = dict(known)
         return known
     config.id2label = dict(enumerate(names))
     new = {name: index for index, name in enumerate(names)}

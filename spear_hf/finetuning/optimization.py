@@ -75,4 +75,6 @@ class FreezeThenThaw(TrainerCallback):
     def _thaw(self) -> None:
         for parameter in self.frozen:
             parameter.requires_grad = True
+        if self.frozen:
+            torch.compiler.reset()  # graphs of the frozen encoder would go on, which torch does not notice
         self.frozen = []

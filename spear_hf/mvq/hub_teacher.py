@@ -67,7 +67,7 @@ class HubTeacher(Teacher):
 
             fuse_wavlm_attention(self.model)
             fuse_wavlm_convolutions(self.model)
-        self.extractor = _load_extractor(source, revision, config.model_type)
+        self.extractor = _load_extractor(source, revision, config)
         rate = getattr(self.extractor, "sampling_rate", SAMPLING_RATE)
         if rate != SAMPLING_RATE:
             raise ValueError(f"{spec} takes {rate} Hz; teachers take {SAMPLING_RATE} Hz: wrap it in a module:factory")
@@ -367,14 +367,14 @@ def _load_encoder(source: str, revision: str | None) -> tuple[Any, PreTrainedMod
     return config, model.eval().requires_grad_(False)
 
 
-def _load_extractor(source: str, revision: str | None, model_type: str) -> Any:
+def _load_extractor(source: str, revision: str | None, config: Any) -> Any:
+    if config.model_type == "spear":
+        from ..processing_spear import feature_extractor_of
+
+        return feature_extractor_of(source, config, revision=revision)
     try:
         return AutoFeatureExtractor.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        if model_type == "spear":
-            from spear_hf.feature_extraction_spear import SpearFeatureExtractor
-
-            return SpearFeatureExtractor()  # published checkpoints come without a preprocessor_config.json
         raise ValueError(
             f"teacher {source!r} has no feature extractor (preprocessor_config.json): {error}; if it is an audio "
             "model, save the extractor of the model it was made from next to it"
