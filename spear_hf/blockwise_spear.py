@@ -65,7 +65,7 @@ def is_watched(*modules: nn.Module) -> bool:
         return True
     for module in modules:
         hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-        if "forward" in vars(module) or any(
+        if "forward" in module.__dict__ or any(
             getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks
         ):
             return True

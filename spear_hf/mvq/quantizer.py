@@ -476,7 +476,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if getattr(matmul, setting, False):
                 setattr(matmul, setting, False)
                 stack.callback(setattr, matmul, setting, True)
-        for backend in (matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+        of_cpu = torch.backends.mkldnn
+        for backend in (matmul, of_cpu.matmul) if hasattr(of_cpu, "matmul") else (matmul,):  # torch 2.7 has no such
             setting = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
             value = getattr(backend, setting, False)
             if value in (True, "tf32", "bf16"):
