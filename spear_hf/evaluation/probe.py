@@ -294,6 +294,7 @@ def _fit_predict(
         with warnings.catch_warnings():
             # With hardly any penalty separable classes never converge; the accuracy has long settled by then.
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", "The number of unique classes")  # of few clips, which are classes yet
             classifier.fit(train_x, train_y)
         predictions.append(classifier.predict(test_x))
     return predictions
