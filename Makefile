@@ -7,7 +7,7 @@ OUTCOMES ?= runs/gpu.jsonl
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow test-gpu test-oldest lint format clean
+.PHONY: help setup demo test test-slow test-gpu test-oldest test-newest lint format clean
 
 help:
 	@echo "make setup      create .venv and install spear_hf with its tested dependencies"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow  the tests marked slow"
 	@echo "make test-gpu   the tests that need a GPU, with PYTHON and its packages; OUTCOMES: $(OUTCOMES)"
 	@echo "make test-oldest the fast tests with the oldest transformers that is supported"
+	@echo "make test-newest the fast tests with the newest packages, as pip install . brings them"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 
@@ -45,6 +46,11 @@ test-oldest: setup
 	$(BIN)/python -m pip install --quiet --upgrade --target .oldest transformers==5.17.0
 	PYTHONPATH=.oldest:. $(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-newest:
+	$(PYTHON) -m venv --clear .newest
+	.newest/bin/python -m pip install --quiet -e ".[dev,onnx]"
+	.newest/bin/python -m pytest -n 2 --dist loadfile
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +61,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .oldest runs build *.egg-info
+	rm -rf $(VENV) .oldest .newest runs build *.egg-info
