@@ -215,7 +215,8 @@ class Run:
             record["epoch"] = progress.step / self.sampler.batches_per_epoch
             record.update(clock.lap(record["batch_seconds"] * SAMPLING_RATE, record.pop("flops")))
             record["memory_mb"] = round(memory_mb(accelerator.device), 1)
-            record["batch"] = self.sampler.digest(progress.step - 1)
+            if accelerator.is_main_process:  # elsewhere it would plan each epoch for this alone
+                record["batch"] = self.sampler.digest(progress.step - 1)
             self.records.write("training", record)
             if stream is not None:
                 stream.advance(progress.step)
