@@ -47,9 +47,9 @@ NUMBERS = {"length", "frames", "in_frames", "samples", "blocks", "table_head", "
 ALIGNED = ("table_head", "table_row", "origin")
 
 
-def resources(kernel, constants, capability=90, **options) -> dict[str, int]:
+def resources(kernel, constants, capability=90, kinds=None, **options) -> dict[str, int]:
     """Registers, bytes of the stack and shared bytes of a kernel compiled for a GPU, which is not needed."""
-    kinds = {"eps": "fp32", "scale": "fp32", "lengths": "*i32"}
+    kinds = kinds or {"eps": "fp32", "scale": "fp32", "lengths": "*i32"}
     signature = {name: kinds.get(name, "i32" if name in NUMBERS else "*bf16") for name in kernel.arg_names}
     signature |= {name: "*fp32" for name in signature if name.startswith(("gate", "norm")) or name == "bias"}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from ..data.audio import SAMPLING_RATE
 from ..data.collation import MicroBatch, needs_target
+from ..devices import to_device
 from ..modeling_spear import SpearForPreTraining, SpearForPreTrainingOutput
 from ..mvq.atomic_files import explained
 
@@ -125,12 +126,6 @@ class StepSums:
 def exact(device: torch.device) -> torch.dtype:
     """For sums: float32 has 24 bits, too few for the samples of a step. MPS has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A small tensor; the host does not wait until it is there, nor for what the device does before."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def codebooks_of(model: SpearForPreTraining) -> dict[str, int]:

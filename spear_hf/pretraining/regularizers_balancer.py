@@ -11,8 +11,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..compiled_spear import widened_type
+from .regularizers_kernels import columns_of, kernels_for
 from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
 
 
@@ -37,25 +39,38 @@ def balanced_part(
 
 
 def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> torch.Tensor:
-    """`grad` + |`grad`| * `balancing_line`. Computed in float32, returned in the dtype of `grad`."""
-    offset, slope = balancing_line(x, limits, dim)
+    """`grad` + |`grad`| * the push. Computed in float32, returned in the dtype of `grad`."""
+    offset, slope = along(dim, x, balancing_line(x, limits, dim))
     push = torch.addcmul(offset, x, slope)
     return push.mul_(grad.abs()).add_(grad).to(grad.dtype)
 
 
-def balancing_line(x: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offset and slope, float32 at least, with the axes of `x`: offset + slope * `x` is 0.04 * the loss's gradient
-    with respect to `x`, of root mean square 1 in every channel that has one.
+def along(dim: int, x: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
+    """(2, channels), with as many axes after it as `x` has after `dim`."""
+    return line.view(2, -1, *[1] * (x.ndim - 1 - dim % x.ndim))
+
+
+def balancing_line(
+    x: torch.Tensor, limits: BalancerLimits, dim: int = -1, part: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Offset and slope, (2, channels), float32 at least: offset + slope * `x` is 0.04 * the loss's gradient with
+    respect to `x`, of root mean square 1 in every channel that has one. Zeros for channels outside of `part`.
 
     Statistics run over all axes but `dim`, padded frames included, as in the published recipe: batches of bucketed
     lengths have few of them, and since the change is proportional to the incoming gradient, padded frames get none.
     """
+    size = x.shape[dim]
+    start, length = (0, size) if part is None else part
+    x = x.narrow(dim, start, length)
     axes = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
+    kernels = kernels_for(x)
+    if kernels is not None:
+        return kernels.balancing_line(_sums(kernels, x, dim, axes), x.numel() // length, limits, start, size)
     # Sums in float32 without a copy of the features in it.
     dtype = widened_type(x)
-    mean = x.mean(axes, keepdim=True, dtype=dtype)
-    rms = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=dtype)
-    rms = (rms / math.sqrt(x.numel() // x.shape[dim])).clamp(min=1e-10)
+    mean = x.mean(axes, dtype=dtype)
+    rms = torch.linalg.vector_norm(x, dim=axes, dtype=dtype)
+    rms = (rms / math.sqrt(x.numel() // length)).clamp(min=1e-10)
     deviation = (rms.square() - mean.square()).clamp(min=1e-20).sqrt()
     ratio = mean / deviation
     # 1 beyond the upper limit, -1 beyond the lower one, in few launches.
@@ -69,7 +84,17 @@ def balancing_line(x: torch.Tensor, limits: BalancerLimits, dim: int = -1) -> tu
     slope = by_rms / quotient - by_mean * ratio  # of z, whose mean is 0 and mean square 1
     scale = BALANCER_GRADIENT_SCALE / torch.hypot(center, slope).clamp(min=1e-20)
     slope = slope / deviation
-    return (center - slope * mean) * scale, slope * scale
+    line = torch.stack([(center - slope * mean) * scale, slope * scale])
+    return F.pad(line, (start, size - start - length)) if length < size else line
+
+
+def _sums(kernels: Any, x: torch.Tensor, dim: int, axes: list[int]) -> torch.Tensor:
+    """Of the values and of their squares, by channel: (2, channels), in float32."""
+    columns = columns_of(x, dim)
+    if columns is not None:
+        return kernels.column_sums(columns)
+    norms = torch.linalg.vector_norm(x, dim=axes, dtype=torch.float32)
+    return torch.stack([x.sum(axes, dtype=torch.float32), norms.square()])
 
 
 class _Balance(torch.autograd.Function):

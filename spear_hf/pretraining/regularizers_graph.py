@@ -13,18 +13,19 @@ before the backward pass of the first one. Gradient checkpointing may: it calls 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..compiled_spear import widened_type
+from ..devices import to_device
 from ..modeling_spear import SpearLayer, SpearModel, SpearStack
 from .regularizers import Regularizers, Transform, first_argument
-from .regularizers_balancer import balancing_line
+from .regularizers_balancer import along, balancing_line
 from .regularizers_config import RegularizersConfig
 from .regularizers_schedules import (
     BYPASS_LIMIT_PROBABILITY,
@@ -34,13 +35,13 @@ from .regularizers_schedules import (
     WHITENS,
 )
 from .regularizers_skips import Draws
-from .regularizers_whiten import whiten_gradient_
+from .regularizers_whiten import autocasts_to_bfloat16, whiten_gradient_
 
 
 # Of features: offset and slope of Balancer's push by channel, and None for none.
 Balancing = Callable[[torch.Tensor], torch.Tensor | None]
-# Of features and their gradient, which it changes, or not.
-Whitening = Callable[[torch.Tensor, torch.Tensor], None]
+# Of features and their gradient, which it changes, or not; and of whether it may compute in bfloat16.
+Whitening = Callable[[torch.Tensor, torch.Tensor, bool], None]
 
 
 class GraphDraws(Draws):
@@ -82,7 +83,7 @@ class GraphDraws(Draws):
 
     def draw(self, batch: int, device: torch.device) -> None:
         super().draw(batch, device)
-        self._numbers = torch.tensor([source() for source in self._sources], dtype=torch.float32).to(device)
+        self._numbers = to_device([source() for source in self._sources], torch.float32, device)
 
     def number(self, place: int) -> torch.Tensor:
         """The number of the latest draw, shape ()."""
@@ -94,7 +95,8 @@ class GraphDraws(Draws):
 
     def whitened(self, features: torch.Tensor, place: int) -> torch.Tensor:
         """`features`, whose gradient will be whitened."""
-        return _Whitened.apply(features, self.handle, place, self.number(self._one))
+        one = self.number(self._one)
+        return _Whitened.apply(features, self.handle, place, one, autocasts_to_bfloat16(features))
 
     @classmethod
     def balancing(cls, handle: int, place: int) -> Balancing:
@@ -105,6 +107,26 @@ class GraphDraws(Draws):
         return cls._known[handle]._whitenings[place]
 
 
+class Zeros:
+    """Zeros for those who ask, made for many at a time: to most Balancers, which do not act, a launch is all they cost.
+
+    Everybody gets memory of their own.
+    """
+
+    MADE_AT_ONCE, ALIGNMENT = 1 << 16, 64
+    _left: ClassVar[dict[tuple[torch.device, torch.dtype], torch.Tensor]] = {}
+
+    @classmethod
+    def take(cls, features: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Of this shape, on the device of `features`, float32 at least."""
+        kind, size = (features.device, widened_type(features)), math.prod(shape)
+        left = cls._left.get(kind)
+        if left is None or len(left) < size:
+            left = torch.zeros(max(size, cls.MADE_AT_ONCE), dtype=kind[1], device=kind[0])
+        cls._left[kind] = left[-(-size // cls.ALIGNMENT) * cls.ALIGNMENT :]
+        return left[:size].view(shape)
+
+
 # `handle`, on the CPU, is that of the draws.
 
 
@@ -112,7 +134,7 @@ class GraphDraws(Draws):
 def balancing(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
     """Offset and slope of Balancer's push on the gradient of `features`, as the draws say: (2, channels)."""
     found = GraphDraws.balancing(int(handle), place)(features)
-    return features.new_zeros(2, features.shape[dim], dtype=widened_type(features)) if found is None else found
+    return Zeros.take(features, 2, features.shape[dim]) if found is None else found
 
 
 @balancing.register_fake
@@ -121,13 +143,15 @@ def _(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> tor
 
 
 @torch.library.custom_op("spear_hf::whiten_gradient", mutates_args=("grad",))
-def whiten_gradient(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
+def whiten_gradient(
+    grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int, in_bfloat16: bool
+) -> None:
     """Changes `grad`, that of `features`, as the draws say."""
-    GraphDraws.whitening(int(handle), place)(features, grad)
+    GraphDraws.whitening(int(handle), place)(features, grad, in_bfloat16)
 
 
 @whiten_gradient.register_fake
-def _(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int) -> None:
+def _(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int, in_bfloat16: bool) -> None:
     pass
 
 
@@ -141,26 +165,27 @@ class _Balanced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (features, handle), (grad,) = ctx.saved_tensors, grads
-        line = balancing(features, handle, ctx.place, ctx.dim)
-        offset, slope = line.view(2, -1, *[1] * (features.ndim - 1 - ctx.dim))
+        offset, slope = along(ctx.dim, features, balancing(features, handle, ctx.place, ctx.dim))
         return (grad + grad.abs() * (offset + slope * features)).to(grad.dtype), None, None, None
 
 
 class _Whitened(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int, one: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, features: torch.Tensor, handle: torch.Tensor, place: int, one: torch.Tensor, in_bfloat16: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(features, handle, one)
-        ctx.place = place
+        ctx.place, ctx.in_bfloat16 = place, in_bfloat16
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         features, handle, one = ctx.saved_tensors
         # A copy, which others that got the same gradient need. inductor does without one where it sees that it is one,
         # and reads the changed gradient for what was computed of it before (torch 2.11).
         grad = grads[0] * one.to(grads[0].dtype)
-        whiten_gradient(grad, features, handle, ctx.place)
-        return grad, None, None, None
+        whiten_gradient(grad, features, handle, ctx.place, ctx.in_bfloat16)
+        return grad, None, None, None, None
 
 
 class TurnOutwardGradient(torch.autograd.Function):
@@ -280,12 +305,8 @@ class GraphRegularizers(Regularizers):
 
         def line(features: torch.Tensor) -> torch.Tensor | None:
             limits = self.balancers[kind]
-            if not draws.happens(decision, limits.probability):
-                return None
-            size = features.shape[dim]
-            start, length = (0, size) if part is None else part
-            offset, slope = balancing_line(features.narrow(dim, start, length), limits, dim)
-            return F.pad(torch.stack([offset.flatten(), slope.flatten()]), (start, size - start - length))
+            acts = draws.happens(decision, limits.probability)
+            return balancing_line(features, limits, dim, part) if acts else None
 
         place = draws.new_balancing(line)
         return lambda features: draws.balanced(features, place, dim)
@@ -304,10 +325,11 @@ class GraphRegularizers(Regularizers):
         assert isinstance(draws, GraphDraws)
         decision, index, scale = draws.new_decision(), self.whiten_state.add(name), WHITENS[kind].gradient_scale
 
-        def whiten(features: torch.Tensor, grad: torch.Tensor) -> None:
-            if draws.happens(decision, WHITEN_PROBABILITIES[self.whiten_state.exceeded[index]]):
+        def whiten(features: torch.Tensor, grad: torch.Tensor, in_bfloat16: bool) -> None:
+            state = self.whiten_state
+            if draws.happens(decision, WHITEN_PROBABILITIES[state.exceeded[index]]):
                 limit = self.whiten_limits[kind]
-                whiten_gradient_(grad, features, limit, scale, self.whiten_state, index, groups, dim, part)
+                whiten_gradient_(grad, features, limit, scale, state, index, groups, dim, part, in_bfloat16)
 
         place = draws.new_whitening(whiten)
         return lambda features: draws.whitened(features, place)

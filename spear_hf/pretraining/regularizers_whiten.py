@@ -13,6 +13,7 @@ import torch
 from transformers.utils import is_torch_greater_or_equal
 
 from ..compiled_spear import widened_type
+from .regularizers_kernels import kernels_for
 
 
 class WhitenState:
@@ -37,9 +38,14 @@ class WhitenState:
 
     def vote(self, index: int, exceeded: torch.Tensor) -> None:
         """Called in a backward pass with a bool of shape () on the device of the features."""
-        if self._votes.device != exceeded.device:
-            self._votes = self._votes.to(exceeded.device)
-        self._votes[index] = torch.maximum(self._votes[index], 1.0 + exceeded)
+        votes = self.votes_on(exceeded.device)
+        votes[index] = torch.maximum(votes[index], 1.0 + exceeded)
+
+    def votes_on(self, device: torch.device) -> torch.Tensor:
+        """Those of this step so far, (places,), to be changed there: the largest vote of a place counts."""
+        if self._votes.device != device:
+            self._votes = self._votes.to(device)
+        return self._votes
 
     def collect(self, device: torch.device) -> torch.Tensor:
         """The votes of all ranks since the last time: (places,). A place beyond its limit on any rank is beyond it."""
@@ -68,23 +74,18 @@ def whiten(
 ) -> torch.Tensor:
     """`x`, whose gradient will be changed. Channels lie along `dim`; `part` is the range (start, length) of them."""
     start, length = (0, x.shape[dim]) if part is None else part
-    return _Whiten.apply(x, limit, gradient_scale, state, index, groups, dim, start, length)
+    in_bfloat16 = autocasts_to_bfloat16(x)
+    return _Whiten.apply(x, limit, gradient_scale, state, index, groups, dim, start, length, in_bfloat16)
 
 
 def whitening_penalty(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The metric of `(frames, channels)`, shape (), and its gradient up to a positive factor.
+    """The metric of `(frames, channels)`, shape (), and its gradient up to a positive factor; in float32 at least.
 
-    Statistics run over all frames, padded ones included, as in the published recipe. In float32 at least, but the
-    gradient is in bfloat16 for features that are on a GPU.
+    Statistics run over all frames, padded ones included, as in the published recipe.
     """
-    frames, channels = x.shape
-    mean = x.mean(dim=0, dtype=widened_type(x))
-    in_half = _in_half_precision(x)
-    if in_half:
-        covariance = _products(x).addr_(mean, mean, alpha=-frames)
-    else:
-        x = x - mean
-        covariance = x.T @ x
+    channels = x.shape[1]
+    x = x - x.mean(dim=0, dtype=widened_type(x))
+    covariance = x.T @ x
     if groups > 1:
         same = torch.eye(groups, device=x.device, dtype=covariance.dtype)[:, None, :, None]
         covariance = (covariance.view(groups, channels // groups, groups, -1) * same).view(channels, channels)
@@ -92,18 +93,13 @@ def whitening_penalty(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch
     covariance /= diagonal.mean().clamp(min=1e-20)
     metric = covariance.square().sum() / channels
     diagonal -= metric  # in place: a view of the covariance
-    if in_half:
-        return metric, torch.addmm((mean @ covariance).neg().to(x.dtype), x, covariance.to(x.dtype))
     return metric, x @ covariance
 
 
-def _products(x: torch.Tensor) -> torch.Tensor:
-    return torch.mm(x.T, x, out_dtype=torch.float32)
-
-
-def _in_half_precision(x: torch.Tensor) -> bool:
-    """Whether products are of the numbers as they are. The range of float16 is too small for them."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and is_torch_greater_or_equal("2.8")
+def autocasts_to_bfloat16(x: torch.Tensor) -> bool:
+    """Whether layers that are given `x` now compute in bfloat16."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
 
 
 def whiten_gradient_(
@@ -116,20 +112,64 @@ def whiten_gradient_(
     groups: int,
     dim: int,
     part: tuple[int, int] | None,
+    in_bfloat16: bool = False,
 ) -> None:
-    """What the backward pass of `whiten` does to `grad`, in place; it votes."""
+    """What the backward pass of `whiten` does to `grad`, in place; it votes.
+
+    `in_bfloat16`: products may be of numbers in it, whatever the features are, as those of the layers around are.
+    """
     start, length = (0, x.shape[dim]) if part is None else part
     place = grad.narrow(dim, start, length).movedim(dim, -1)  # (..., channels)
     features = x.narrow(dim, start, length).movedim(dim, -1).flatten(0, -2)
+    kernels = _kernels_for(features, in_bfloat16)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        metric, penalty = whitening_penalty(features, groups)
-        # No branch on the metric, which would make the host wait for the device.
-        exceeded = metric > limit
-        norms = torch.linalg.vector_norm(place, dtype=widened_type(place))
-        norms = norms / (torch.linalg.vector_norm(penalty, dtype=widened_type(penalty)) + 1e-20)
-        scale = torch.where(exceeded, gradient_scale * norms, 0.0)
+        if kernels is not None:
+            penalty, scale = _scaled_penalty(
+                kernels, features, place, limit, gradient_scale, state.votes_on(x.device), index, groups
+            )
+        else:
+            metric, penalty = whitening_penalty(features, groups)
+            # No branch on the metric, which would make the host wait for the device.
+            exceeded = metric > limit
+            norms = torch.linalg.vector_norm(place, dtype=widened_type(place))
+            norms = norms / (torch.linalg.vector_norm(penalty, dtype=widened_type(penalty)) + 1e-20)
+            scale = torch.where(exceeded, gradient_scale * norms, 0.0)
+            state.vote(index, exceeded)
         place.addcmul_(penalty.view(place.shape), scale)
-    state.vote(index, exceeded)
+
+
+def _kernels_for(x: torch.Tensor, in_bfloat16: bool) -> Any | None:
+    """Those for products of bfloat16 with sums in float32, where `x` allows for that. Float16 has too small a range."""
+    is_half = x.dtype == torch.bfloat16 or (in_bfloat16 and x.dtype == torch.float32)
+    return kernels_for(x) if is_half and is_torch_greater_or_equal("2.8") else None
+
+
+def _scaled_penalty(
+    kernels: Any,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    limit: float,
+    gradient_scale: float,
+    votes: torch.Tensor,
+    index: int,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the metric of `x`, (frames, channels), up to a factor, in bfloat16; what it is multiplied by."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    sums = kernels.column_sums(x)
+    if x.dtype == torch.bfloat16:
+        metric, matrix, bias = kernels.whitening_matrix(_products(x), sums, len(x), groups)
+        penalty = torch.addmm(bias, x, matrix)
+    else:  # centred before it is rounded
+        x = torch.sub(x, sums[0] / len(x), out=torch.empty_like(x, dtype=torch.bfloat16))
+        metric, matrix, _ = kernels.whitening_matrix(_products(x), None, len(x), groups)
+        penalty = x @ matrix
+    norms = (torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in (grad, penalty))
+    return penalty, kernels.whitening_scale(metric, *norms, limit, gradient_scale, votes, index)
+
+
+def _products(x: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x.T, x, out_dtype=torch.float32)
 
 
 class _Whiten(torch.autograd.Function):
@@ -145,15 +185,15 @@ class _Whiten(torch.autograd.Function):
         dim: int,
         start: int,
         length: int,
+        in_bfloat16: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.limit, ctx.gradient_scale, ctx.state, ctx.index, ctx.groups = limit, gradient_scale, state, index, groups
-        ctx.part = (dim, start, length)
+        ctx.place = limit, gradient_scale, state, index, groups, dim, (start, length), in_bfloat16
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), (grad,), (dim, *part) = ctx.saved_tensors, grads, ctx.part
+        (x,), (grad,) = ctx.saved_tensors, grads
         grad = grad.clone()
-        whiten_gradient_(grad, x, ctx.limit, ctx.gradient_scale, ctx.state, ctx.index, ctx.groups, dim, tuple(part))
-        return grad, *[None] * 8
+        whiten_gradient_(grad, x, *ctx.place)
+        return grad, *[None] * 9

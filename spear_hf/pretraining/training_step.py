@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from ..data.audio import SAMPLING_RATE
 from ..data.collation import MicroBatch
 from ..data.seeding import keyed_seed
+from ..devices import to_device
 from .flops import FlopCounter
-from .metrics import StepSums, ratio, to_device
+from .metrics import StepSums, ratio
 from .optimization import clip_gradients, clipping_factor, set_learning_rate
 from .regularizers_schedules import adjusted_batches
 from .run_state import RunState

@@ -1,0 +1,92 @@
+# Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
+"""Runs the kernels of regularizers_triton.py through Triton's interpreter, and prints errors as JSON, by case.
+
+    TRITON_INTERPRET=1 python -m tests.regularizer_kernels_on_cpu
+
+A process of its own, as the variable counts when Triton is imported.
+"""
+
+import json
+
+import torch
+
+from spear_hf.pretraining import regularizers_balancer, regularizers_triton, regularizers_whiten
+from spear_hf.pretraining.regularizers_balancer import balancing_line
+from spear_hf.pretraining.regularizers_whiten import WhitenState, whiten_gradient_
+
+from .test_regularizers_gradients import BALANCED_CASES, channels_of_every_kind, coloured, slow_whitened_gradient
+from .wavlm_kernels_on_cpu import scalars_of_recent_numpy
+
+
+def with_kernels(works: bool) -> None:
+    kernels = regularizers_triton if works else None
+    for module in (regularizers_balancer, regularizers_whiten):
+        module.kernels_for = lambda x: kernels
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def sums_error(frames: int, width: int) -> float:
+    x = torch.randn(frames, width + 5).half()[:, 2 : 2 + width] + 1.0
+    expected = torch.stack([x.double().sum(dim=0), x.double().square().sum(dim=0)])
+    return relative(regularizers_triton.column_sums(x), expected)
+
+
+def line_error(case: int, dim: int) -> float:
+    """Features with channels last in memory, or not, and all or a part of them."""
+    x = channels_of_every_kind(torch.Generator().manual_seed(0)).view(4, 60, 12)
+    x = x if dim == 2 else x.mT.contiguous()
+    lines = []
+    for works in (False, True):
+        with_kernels(works)
+        lines.append([balancing_line(x, BALANCED_CASES[case], dim, part) for part in (None, (3, 7))])
+    for line in lines[1]:
+        assert line.shape == (2, 12)
+    assert not lines[1][1][:, :3].any()
+    assert not lines[1][1][:, 10:].any()
+    # Of a dead channel and of constant ones the slope is that of rounding errors.
+    return max(relative(found[:, :9], expected[:, :9]) for found, expected in zip(lines[1], lines[0]))
+
+
+def whiten_error(dtype: torch.dtype, groups: int, channels: int, dim: int) -> float:
+    """Of the change, against float64, for features far from centred; with the votes of both kinds of place."""
+    generator = torch.Generator().manual_seed(3)
+    x = coloured(generator, frames=2000, channels=channels).to(dtype) * 3.0
+    grad = torch.randn(x.shape, generator=generator).to(dtype)
+    expected = slow_whitened_gradient(x.double(), grad.double(), 1.0, 0.5, groups)
+    state = WhitenState()
+    places = [state.add(name) for name in ("beyond", "within")]
+    changed, kept = (grad.view(4, 500, -1).clone() for _ in range(2))
+    features = x.view(4, 500, -1)
+    if dim == 1:
+        features, changed, kept = (tensor.mT.contiguous() for tensor in (features, changed, kept))
+    for place, found, limit in zip(places, (changed, kept), (1.0, 1e3)):
+        whiten_gradient_(found, features, limit, 0.5, state, place, groups, dim, None, in_bfloat16=True)
+    if dim == 1:
+        changed, kept = changed.mT, kept.mT
+    assert torch.equal(kept.reshape(2000, -1), grad)
+    assert state.collect(torch.device("cpu")).tolist() == [2.0, 1.0]
+    found = changed.reshape(2000, -1).double()
+    return float((found - expected).norm() / (expected - grad.double()).norm())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    scalars_of_recent_numpy()
+    regularizers_whiten._products = lambda x: x.float().T @ x.float()
+    regularizers_triton.FRAMES = 128
+    exact = {f"sums {case}": sums_error(*case) for case in ((1, 3), (128, 64), (300, 70), (129, 128))}
+    for case in range(len(BALANCED_CASES)):
+        exact |= {f"line {case} {dim}": line_error(case, dim) for dim in (1, 2)}
+    with_kernels(True)
+    rounded = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in ((1, 24, 2), (2, 24, 2), (2, 24, 1), (4, 36, 2)):
+            rounded[f"whiten {dtype} {case}"] = whiten_error(dtype, *case)
+    print(json.dumps({"exact": exact, "rounded": rounded}))
+
+
+if __name__ == "__main__":
+    main()
