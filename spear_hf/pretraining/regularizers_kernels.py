@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ def kernels_for(x: torch.Tensor) -> Any | None:
 def columns_of(x: torch.Tensor, dim: int) -> torch.Tensor | None:
     """The view (frames, channels) of `x` with channels, along `dim`, next to each other; None where there is none."""
     columns = x.movedim(dim, -1)
-    try:
-        columns = columns.view(-1, columns.shape[-1])
-    except RuntimeError:
-        return None
-    return columns if columns.stride(1) == 1 else None
+    outer = list(zip(columns.shape, columns.stride()))[:-1]
+    are_rows = all(stride == size * inner for (_, stride), (size, inner) in pairwise(outer))
+    return columns.flatten(0, -2) if are_rows and columns.stride(-1) == 1 else None
 
 
 @functools.cache
