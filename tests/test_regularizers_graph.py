@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from spear_hf.pretraining.regularizers import install_regularizers
 from spear_hf.pretraining.regularizers_config import RegularizersConfig
-from spear_hf.pretraining.regularizers_graph import time_shared_dropout
+from spear_hf.pretraining.regularizers_graph import GraphDraws, time_shared_dropout
 from spear_hf.pretraining.regularizers_skips import Draws
 
 from .test_regularizers import NAMES, make_inputs, make_model, only, step
@@ -126,3 +126,17 @@ def test_off_in_eval_and_removed_without_a_trace():
     regularizers.remove()
     assert torch.equal(step(model.train())[1], step(make_model())[1])
     assert set(vars(model.spear.stacks[0].layers[0].bypass)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_are_what_they_say_to_the_compiler(dtype):
+    """Shapes, strides, types and what is changed, for which a compiled graph asks; whether they act or not."""
+    model = make_model()
+    install_regularizers(model, ALL, in_graph=True)
+    step(model)
+    draws = [draws for draws in GraphDraws._known.values() if len(draws._whitenings) == 11][-1]
+    grad, features = torch.randn(2, 4, 5, 32, dtype=dtype).unbind()
+    for number in (0.0, 1.0):
+        draws._decided = [number] * len(draws._decided)
+        torch.library.opcheck(torch.ops.spear_hf.balancing.default, (features, draws.handle, 13, 2))
+        torch.library.opcheck(torch.ops.spear_hf.whiten_gradient.default, (grad, features, draws.handle, 10, True))

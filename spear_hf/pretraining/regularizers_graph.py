@@ -13,7 +13,6 @@ before the backward pass of the first one. Gradient checkpointing may: it calls 
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -108,41 +107,41 @@ class GraphDraws(Draws):
 
 
 class Zeros:
-    """Zeros for those who ask, made for many at a time: to most Balancers, which do not act, a launch is all they cost.
+    """Tensors of zeros, made several at a time: a launch for each is all that a Balancer costs that does not act."""
 
-    Everybody gets memory of their own.
-    """
-
-    MADE_AT_ONCE, ALIGNMENT = 1 << 16, 64
-    _left: ClassVar[dict[tuple[torch.device, torch.dtype], torch.Tensor]] = {}
+    MADE_AT_ONCE = 16
+    _left: ClassVar[dict[tuple[int, torch.device, torch.dtype], list[torch.Tensor]]] = {}
 
     @classmethod
-    def take(cls, features: torch.Tensor, *shape: int) -> torch.Tensor:
-        """Of this shape, on the device of `features`, float32 at least."""
-        kind, size = (features.device, widened_type(features)), math.prod(shape)
-        left = cls._left.get(kind)
-        if left is None or len(left) < size:
-            left = torch.zeros(max(size, cls.MADE_AT_ONCE), dtype=kind[1], device=kind[0])
-        cls._left[kind] = left[-(-size // cls.ALIGNMENT) * cls.ALIGNMENT :]
-        return left[:size].view(shape)
+    def take(cls, features: torch.Tensor, size: int) -> torch.Tensor:
+        """(2, size), on the device of `features`, float32 at least; the taker's own."""
+        kind = size, features.device, widened_type(features)
+        left = cls._left.setdefault(kind, [])
+        if not left:
+            left += [torch.empty(2, size, dtype=kind[2], device=kind[1]) for _ in range(cls.MADE_AT_ONCE)]
+            torch._foreach_zero_(left)
+        return left.pop()
+
+
+# A step calls 300 of these, most of which do nothing: by torch.library.custom_op a call would take 20 us, not 5.
+_library = torch.library.Library("spear_hf", "FRAGMENT")
+_library.define("balancing(Tensor features, Tensor handle, int place, int dim) -> Tensor")
+_library.define("whiten_gradient(Tensor(a!) grad, Tensor features, Tensor handle, int place, bool in_bfloat16) -> ()")
 
 
 # `handle`, on the CPU, is that of the draws.
 
 
-@torch.library.custom_op("spear_hf::balancing", mutates_args=())
 def balancing(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
     """Offset and slope of Balancer's push on the gradient of `features`, as the draws say: (2, channels)."""
     found = GraphDraws.balancing(int(handle), place)(features)
-    return Zeros.take(features, 2, features.shape[dim]) if found is None else found
+    return Zeros.take(features, features.shape[dim]) if found is None else found
 
 
-@balancing.register_fake
-def _(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
+def fake_balancing(features: torch.Tensor, handle: torch.Tensor, place: int, dim: int) -> torch.Tensor:
     return features.new_empty(2, features.shape[dim], dtype=widened_type(features))
 
 
-@torch.library.custom_op("spear_hf::whiten_gradient", mutates_args=("grad",))
 def whiten_gradient(
     grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int, in_bfloat16: bool
 ) -> None:
@@ -150,9 +149,12 @@ def whiten_gradient(
     GraphDraws.whitening(int(handle), place)(features, grad, in_bfloat16)
 
 
-@whiten_gradient.register_fake
-def _(grad: torch.Tensor, features: torch.Tensor, handle: torch.Tensor, place: int, in_bfloat16: bool) -> None:
-    pass
+for _name, _function, _fake in (
+    ("balancing", balancing, fake_balancing),
+    ("whiten_gradient", whiten_gradient, lambda *args: None),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spear_hf::{_name}", _fake, lib=_library)
 
 
 class _Balanced(torch.autograd.Function):
@@ -165,7 +167,7 @@ class _Balanced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (features, handle), (grad,) = ctx.saved_tensors, grads
-        offset, slope = along(ctx.dim, features, balancing(features, handle, ctx.place, ctx.dim))
+        offset, slope = along(ctx.dim, features, torch.ops.spear_hf.balancing(features, handle, ctx.place, ctx.dim))
         return (grad + grad.abs() * (offset + slope * features)).to(grad.dtype), None, None, None
 
 
@@ -184,7 +186,7 @@ class _Whitened(torch.autograd.Function):
         # A copy, which others that got the same gradient need. inductor does without one where it sees that it is one,
         # and reads the changed gradient for what was computed of it before (torch 2.11).
         grad = grads[0] * one.to(grads[0].dtype)
-        whiten_gradient(grad, features, handle, ctx.place, ctx.in_bfloat16)
+        torch.ops.spear_hf.whiten_gradient(grad, features, handle, ctx.place, ctx.in_bfloat16)
         return grad, None, None, None, None
 
 
