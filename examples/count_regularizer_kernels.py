@@ -4,12 +4,12 @@
     python examples/count_regularizer_kernels.py --output model_cards/benchmarks/regularizer_kernels.csv
 
 The step is pre-training in bfloat16 autocast of `--batch` utterances of 10 s by compiled layers. What their graphs do
-is not counted (examples/count_gpu_kernels.py), but what happens outside of them: every place is called once on tensors
-that have the shapes, types and order of what the model computes there, but no memory, and every operation and every
-kernel in Triton is a launch that reads its arguments and writes its results once. `launches` and what follows are means
-of a step: each place by the share of steps in which it acts. Whiten's places all count as beyond their limits, as
-nearly all were in experiments/pretraining.md. `milliseconds` is what the sum takes if nothing overlaps: a calculation
-for comparing, with the rates that the options give, no measurement.
+is not counted here (examples/count_gpu_kernels.py does), but what happens outside of them: every place is called once,
+on tensors without memory that have the shapes, types and order of what the model computes there, and every operation
+and every kernel in Triton is a launch that reads its arguments and writes its results once. `launches` and the rest
+are means of a step: each place by the share of steps in which it acts. Whiten's places all count as beyond their
+limits, as nearly all were in experiments/pretraining.md. `milliseconds` is what the sum takes if nothing overlaps, at
+the rates that the options give: a calculation for comparing, no measurement.
 """
 
 import argparse

@@ -18,7 +18,7 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def to_device(values: Sequence[Any] | float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A small tensor; the host does not wait until it is there, nor for what the device does before."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

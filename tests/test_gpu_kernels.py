@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `examples/count_gpu_kernels.py` counts: a guard of how much a compiled step moves through memory."""
+"""What is counted of a step without a GPU: guards of how much it moves through memory, and in how many launches."""
 
 import csv
 import subprocess
@@ -10,16 +10,19 @@ import pytest
 
 
 pytest.importorskip("triton", reason="inductor plans kernels for GPUs with Triton, which is not installed")
-SCRIPT = Path(__file__).parents[1] / "examples" / "count_gpu_kernels.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def counted(script, output):
+    subprocess.run([sys.executable, EXAMPLES / script, "--output", output], check=True)
+    with output.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_compiled_step_moves_less_than_half_of_the_bytes(tmp_path):
-    output = tmp_path / "kernels.csv"
-    subprocess.run([sys.executable, SCRIPT, "--output", output], check=True)
-    with output.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = counted("count_gpu_kernels.py", tmp_path / "kernels.csv")
     parts = {mode: {row["part"]: row for row in rows if row["mode"] == mode} for mode in ("eager", "compiled")}
     assert parts["eager"].keys() == parts["compiled"].keys()
     for name, eager in parts["eager"].items():
@@ -30,3 +33,15 @@ def test_a_compiled_step_moves_less_than_half_of_the_bytes(tmp_path):
         # Of averaged frames and the stem some are small: sums in two stages, so that all of the device takes part.
         few = 0.6 if name.startswith(("layer", "combination")) else 0.7
         assert 0 < int(compiled["kernels"]) < few * int(eager["kernels"]), name
+
+
+def test_balancer_and_whiten_act_in_few_launches_and_in_half_precision(tmp_path):
+    rows = counted("count_regularizer_kernels.py", tmp_path / "kernels.csv")
+    totals = {row["regularizer"]: row for row in rows if row["kind"] == "all"}
+    assert {name: row["places"] for name, row in totals.items()} == {"balancer": "173", "whiten": "134"}
+    for row in rows:
+        launches, launch_limit = float(row["launches"]), {"balancer": 5, "whiten": 12}[row["regularizer"]]
+        assert 0 < launches <= launch_limit * float(row["acting"]), row["kind"]
+        assert float(row["gigabytes"]) > 0
+        assert float(row["teraflop_float32"]) == 0.0
+    assert float(totals["whiten"]["teraflop_bfloat16"]) > 0

@@ -1,5 +1,5 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
-"""Kernels of Balancer and Whiten: through Triton's interpreter here, compiled for a GPU, and on one where there is one."""
+"""Kernels of Balancer and Whiten: through Triton's interpreter, compiled for a GPU, and on one where there is one."""
 
 import pytest
 import torch

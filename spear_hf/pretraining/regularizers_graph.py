@@ -222,7 +222,11 @@ class GraphRegularizers(Regularizers):
     def set_step(self, batches: float, normalizer: float | torch.Tensor = 1.0) -> None:
         super().set_step(batches, normalizer)
         device = next(self._encoder.parameters()).device
-        self._penalty = torch.as_tensor(self.score_penalty, dtype=torch.float32, device=device)
+        penalty = self.score_penalty
+        if isinstance(penalty, torch.Tensor):
+            self._penalty = penalty.to(device, torch.float32)
+        else:
+            self._penalty = to_device(penalty, torch.float32, device)
 
     def _new_draws(self) -> GraphDraws:
         return GraphDraws()

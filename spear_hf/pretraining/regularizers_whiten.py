@@ -139,7 +139,7 @@ def whiten_gradient_(
 
 
 def _kernels_for(x: torch.Tensor, in_bfloat16: bool) -> Any | None:
-    """Those for products of bfloat16 with sums in float32, where `x` allows for that. Float16 has too small a range."""
+    """Those for products of bfloat16 with sums in float32, where `x` allows for it: float16 has too small a range."""
     is_half = x.dtype == torch.bfloat16 or (in_bfloat16 and x.dtype == torch.float32)
     return kernels_for(x) if is_half and is_torch_greater_or_equal("2.8") else None
 
