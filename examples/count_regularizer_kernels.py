@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from count_gpu_kernels import FRAMES, Kernels, autocast_as_on_cuda, moved, pretraining, run, step_inputs
+from count_gpu_kernels import Kernels, autocast_as_on_cuda, moved, pretraining, run, step_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
@@ -40,8 +40,9 @@ PRODUCTS = ("mm", "addmm")
 
 @dataclass
 class Row:
-    """The places of a kind. `acting`: of them in a step."""
+    """The places of a kind. `batches`: adjusted ones, of the schedules; `acting`: places that act in a step."""
 
+    batches: float
     regularizer: str
     kind: str
     dtype: str
@@ -158,25 +159,26 @@ def work_of(place: Place) -> Work:
     return work
 
 
-def rows(size: str, batch: int, batches: float) -> list[Row]:
-    """By regulariser, kind and type."""
-    places, table = Places(), dict[tuple[str, str, str], Row]()
+def rows(size: str, batch: int, all_batches: list[float]) -> list[Row]:
+    """By adjusted batches, regulariser, kind and type."""
+    places, table = Places(), dict[tuple[float, str, str, str], Row]()
     torch.cuda.device_of = contextlib.nullcontext  # type: ignore[assignment,misc]
     with FakeTensorMode(allow_non_fake_inputs=True), places.watched():
         model = pretraining(size)
         model._target_places = lambda labels: torch.arange(labels.numel() // labels.shape[-1])  # type: ignore
         regularizers = install_regularizers(model, RegularizersConfig(enabled=True), in_graph=True)
-        regularizers.set_step(batches, float(batch * FRAMES))
         run(model, **step_inputs(model, batch))
         state = regularizers.whiten_state
         state._votes = torch.empty(len(state.names), device="cuda")
-        for place in places.found:
-            dtype = str(place.features.dtype).removeprefix("torch.")
-            row = table.setdefault((place.regularizer, place.kind, dtype), Row(place.regularizer, place.kind, dtype))
+        counted = [(place, work_of(place)) for place in places.found]
+    for batches in all_batches:
+        regularizers.set_step(batches)
+        for place, work in counted:
+            key = batches, place.regularizer, place.kind, str(place.features.dtype).removeprefix("torch.")
+            row = table.setdefault(key, Row(*key))
             share = WHITEN_PROBABILITIES[True]
             if place.regularizer == "balancer":
                 share = regularizers.balancers[place.kind].probability
-            work = work_of(place)
             row.places += 1
             row.acting += share
             row.launches += share * work.kernels
@@ -186,12 +188,14 @@ def rows(size: str, batch: int, batches: float) -> list[Row]:
     return [table[key] for key in sorted(table)]
 
 
-def total(table: list[Row], regularizer: str) -> Row:
-    result = Row(regularizer, "all", "")
+def totals(table: list[Row]) -> list[Row]:
+    """Of all kinds."""
+    found: dict[tuple[float, str], Row] = {}
     for row in table:
-        for field in fields(Row)[3:]:
+        result = found.setdefault((row.batches, row.regularizer), Row(row.batches, row.regularizer, "all", ""))
+        for field in fields(Row)[4:]:
             setattr(result, field.name, getattr(result, field.name) + getattr(row, field.name))
-    return result
+    return list(found.values())
 
 
 def main() -> None:
@@ -199,7 +203,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--size", default="base", choices=("base", "large", "xlarge"))
     parser.add_argument("--batch", type=int, default=240, help="utterances of 10 s")
-    parser.add_argument("--batches", type=float, default=20_000.0, help="adjusted batches, for the schedules")
+    parser.add_argument("--batches", type=float, nargs="+", default=[0.0, 20_000.0], help="adjusted, of schedules")
     parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s")
     parser.add_argument("--flops", type=float, default=500.0, help="TFLOP/s in bfloat16")
     parser.add_argument("--flops-float32", type=float, default=45.0, help="TFLOP/s in float32")
@@ -215,8 +219,7 @@ def main() -> None:
             + 1e3 * row.teraflop_float32 / arguments.flops_float32
             + 1e3 * row.teraflop_bfloat16 / arguments.flops
         )
-    for regularizer in ("balancer", "whiten"):
-        table.append(total([row for row in table if row.regularizer == regularizer], regularizer))
+    table += totals(table)
     records = [{name: round(v, 3) if isinstance(v, float) else v for name, v in asdict(row).items()} for row in table]
     for record in records:
         print(*(f"{name}={value}" for name, value in record.items()), sep="  ", flush=True)
