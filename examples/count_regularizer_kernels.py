@@ -57,9 +57,9 @@ class Row:
 
 @dataclass
 class Place:
-    """A call of a Balancer or a Whiten in a forward pass."""
+    """An operation of a Balancer, a Whiten or both, in the order in which it asks whether they act."""
 
-    regularizer: str
+    regularizers: tuple[str, ...]
     kind: str
     act: Callable[..., Any]
     features: torch.Tensor
@@ -93,16 +93,23 @@ class Places:
 
     def __init__(self) -> None:
         self.found: list[Place] = []
-        self._kinds: dict[tuple[GraphDraws, str, int], str] = {}
+        self._installed: dict[tuple[GraphDraws, str, int], tuple[str, tuple[str, ...]]] = {}
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Installation and a forward pass are to be in here."""
-        changed = {
-            (GraphRegularizers, "_balancer"): self._named(GraphRegularizers._balancer, "balancer", "_balancings"),
-            (GraphRegularizers, "_whiten"): self._named(GraphRegularizers._whiten, "whiten", "_whitenings"),
-            (GraphDraws, "balanced"): lambda draws, x, place, dim: self._called(draws, x, place, "balancer"),
-            (GraphDraws, "whitened"): lambda draws, x, place: self._called(draws, x, place, "whiten"),
+        installs: dict[str, tuple[str, tuple[str, ...]]] = {
+            "_balancer": ("_balancings", ("balancer",)),
+            "_whiten": ("_whitenings", ("whiten",)),
+            "_balancer_and_whiten": ("_whitenings", ("whiten", "balancer")),
+        }
+        changed: dict[tuple[Any, str], Callable[..., Any]] = {
+            (GraphRegularizers, name): self._named(getattr(GraphRegularizers, name), *installed)
+            for name, installed in installs.items()
+        }
+        changed |= {
+            (GraphDraws, "balanced"): lambda draws, x, place, dim: self._called(draws, "_balancings", x, place),
+            (GraphDraws, "whitened"): lambda draws, x, place: self._called(draws, "_whitenings", x, place),
             (GraphDraws, "draw"): draw_nothing,
             (modeling, "computes_in_half"): lambda hidden_states: True,
         }
@@ -115,25 +122,23 @@ class Places:
             for (owner, name), function in before.items():
                 setattr(owner, name, function)
 
-    def _named(self, install: Callable[..., Any], regularizer: str, places: str) -> Callable[..., Any]:
+    def _named(self, install: Callable[..., Any], places: str, regularizers: tuple[str, ...]) -> Callable[..., Any]:
         @functools.wraps(install)
         def named(*args: Any, **kwargs: Any) -> Any:
             draws = next(arg for arg in args if isinstance(arg, GraphDraws))
-            self._kinds[draws, regularizer, len(getattr(draws, places))] = args[1]
+            self._installed[draws, places, len(getattr(draws, places))] = args[1], regularizers
             return install(*args, **kwargs)
 
         return named
 
-    def _called(self, draws: GraphDraws, features: torch.Tensor, place: int, regularizer: str) -> torch.Tensor:
-        kind = self._kinds[draws, regularizer, place]
-        act = (draws._balancings if regularizer == "balancer" else draws._whitenings)[place]
-        self.found.append(Place(regularizer, kind, act, features))
+    def _called(self, draws: GraphDraws, places: str, features: torch.Tensor, place: int) -> torch.Tensor:
+        kind, regularizers = self._installed[draws, places, place]
+        self.found.append(Place(regularizers, kind, getattr(draws, places)[place], features))
         return features
 
 
 def draw_nothing(draws: GraphDraws, batch: int, device: torch.device) -> None:
-    """Numbers that have no value, and everything acts."""
-    draws._decided = [0.0] * draws._decisions
+    """Numbers that have no value."""
     draws._sequences = torch.empty(draws._per_sequence, batch)
     draws._numbers = torch.empty(len(draws._sources))
 
@@ -142,20 +147,20 @@ def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
 
-def work_of(place: Place) -> Work:
-    """Of one action."""
-    features = on_gpu(place.features)
-    work = Work()
-    of_kernels = JITFunction.run
+def work_of(place: Place, regularizer: str) -> Work:
+    """Of one action of this one alone."""
+    features, work, asked = on_gpu(place.features), Work(), iter(place.regularizers)
+    happens, of_kernels = GraphDraws.happens, JITFunction.run
+    GraphDraws.happens = lambda draws, decision, probability: next(asked) == regularizer
     JITFunction.run = lambda kernel, *args, **options: work.launch(kernel, *args)
     try:
         with work:
-            if place.regularizer == "balancer":
+            if place.regularizers == ("balancer",):
                 place.act(features)
             else:
                 place.act(features, on_gpu(place.features), True)
     finally:
-        JITFunction.run = of_kernels
+        GraphDraws.happens, JITFunction.run = happens, of_kernels
     return work
 
 
@@ -170,14 +175,14 @@ def rows(size: str, batch: int, all_batches: list[float]) -> list[Row]:
         run(model, **step_inputs(model, batch))
         state = regularizers.whiten_state
         state._votes = torch.empty(len(state.names), device="cuda")
-        counted = [(place, work_of(place)) for place in places.found]
+        counted = [(place, name, work_of(place, name)) for place in places.found for name in place.regularizers]
     for batches in all_batches:
         regularizers.set_step(batches)
-        for place, work in counted:
-            key = batches, place.regularizer, place.kind, str(place.features.dtype).removeprefix("torch.")
+        for place, name, work in counted:
+            key = batches, name, place.kind, str(place.features.dtype).removeprefix("torch.")
             row = table.setdefault(key, Row(*key))
             share = WHITEN_PROBABILITIES[True]
-            if place.regularizer == "balancer":
+            if name == "balancer":
                 share = regularizers.balancers[place.kind].probability
             row.places += 1
             row.acting += share

@@ -11,7 +11,7 @@ import json
 import torch
 
 from spear_hf.pretraining import regularizers_balancer, regularizers_triton, regularizers_whiten
-from spear_hf.pretraining.regularizers_balancer import balancing_line
+from spear_hf.pretraining.regularizers_balancer import balance_gradient_, balancing_line
 from spear_hf.pretraining.regularizers_whiten import WhitenState, whiten_gradient_
 
 from .test_regularizers_gradients import BALANCED_CASES, channels_of_every_kind, coloured, slow_whitened_gradient
@@ -50,6 +50,24 @@ def line_error(case: int, dim: int) -> float:
     return max(relative(found[:, :9], expected[:, :9]) for found, expected in zip(lines[1], lines[0]))
 
 
+def balance_error(dtype: torch.dtype, part: tuple[int, int] | None) -> float:
+    """Of the change, in place, of a gradient whose rows are parts of longer ones; in bfloat16, which the interpreter
+    cuts off, of the changed gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = channels_of_every_kind(generator).view(4, 60, 12).to(dtype)
+    whole = torch.randn(4, 60, 20, generator=generator).to(dtype)
+    found = []
+    for works in (False, True):
+        with_kernels(works)
+        grad = whole.clone()
+        balance_gradient_(grad[..., 3:15], x, BALANCED_CASES[0], 2, part)
+        found.append((grad - whole if dtype == torch.float32 else grad).float())
+    start, length = part or (0, 12)
+    outside = [place for place in range(20) if not start <= place - 3 < start + length]
+    assert torch.equal(grad[..., outside], whole[..., outside])
+    return relative(found[1][..., 3:12], found[0][..., 3:12])  # without constant channels, as above
+
+
 def whiten_error(dtype: torch.dtype, groups: int, channels: int, dim: int) -> float:
     """Of the change, against float64, for features far from centred; with the votes of both kinds of place."""
     generator = torch.Generator().manual_seed(3)
@@ -80,8 +98,11 @@ def main() -> None:
     exact = {f"sums {case}": sums_error(*case) for case in ((1, 3), (128, 64), (300, 70), (129, 128))}
     for case in range(len(BALANCED_CASES)):
         exact |= {f"line {case} {dim}": line_error(case, dim) for dim in (1, 2)}
-    with_kernels(True)
     rounded = {}
+    for part in (None, (2, 5)):
+        exact[f"balance {part}"] = balance_error(torch.float32, part)
+        rounded[f"balance {part}"] = balance_error(torch.bfloat16, part)
+    with_kernels(True)
     for dtype in (torch.bfloat16, torch.float32):
         for case in ((1, 24, 2), (2, 24, 2), (2, 24, 1), (4, 36, 2)):
             rounded[f"whiten {dtype} {case}"] = whiten_error(dtype, *case)

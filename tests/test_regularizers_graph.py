@@ -138,5 +138,5 @@ def test_operations_are_what_they_say_to_the_compiler(dtype):
     grad, features = torch.randn(2, 4, 5, 32, dtype=dtype).unbind()
     for number in (0.0, 1.0):
         draws._decided = [number] * len(draws._decided)
-        torch.library.opcheck(torch.ops.spear_hf.balancing.default, (features, draws.handle, 13, 2))
+        torch.library.opcheck(torch.ops.spear_hf.balancing.default, (features, draws.handle, 9, 2))
         torch.library.opcheck(torch.ops.spear_hf.whiten_gradient.default, (grad, features, draws.handle, 10, True))

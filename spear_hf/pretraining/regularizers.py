@@ -270,11 +270,10 @@ class Regularizers:
         attention_skip = self._skip("attention_skip", draws)  # one draw for the three modules
         nonlin, nonlin_name = layer.nonlin_attention, f"{name}.nonlin_attention"
         inner = 3 * self._encoder.config.hidden_size // 4
-        self._after(
-            nonlin.in_proj,  # gates, values, gates of the output
-            self._balancer("nonlin_gate", draws, part=(0, inner)),
-            self._whiten("nonlin_value", f"{nonlin_name}.in_proj", draws, part=(inner, inner)),
-        )
+        balance_gate = self._balancer("nonlin_gate", draws, part=(0, inner))
+        whiten_value = self._whiten("nonlin_value", f"{nonlin_name}.in_proj", draws, part=(inner, inner))
+        # Gates, values, gates of the output. In this order the gradient is balanced before it goes through memory.
+        self._after(nonlin.in_proj, whiten_value, balance_gate)
         self._after(
             nonlin,
             self._whiten("nonlin_output", nonlin_name, draws),
@@ -295,7 +294,7 @@ class Regularizers:
         self._layer_skips[name] = skip
         self._install_bypass(layer.bypass, draws, name if self.config.layer_skip else None)
         # The bypass is the last of the layer.
-        self._after(layer.bypass, self._balancer("layer_output", draws), self._whiten("layer_output", name, draws))
+        self._after(layer.bypass, *self._balancer_and_whiten("layer_output", name, draws))
         if self.config.feature_mask:
             self._install_layer_mask(layer)
 
@@ -309,8 +308,9 @@ class Regularizers:
         keys = module.num_heads * module.query_head_dim
         self._after(
             module.in_proj,  # queries, keys, queries of the positions
-            self._balancer("attention_keys", draws, part=(keys, keys)),
-            self._whiten("attention_keys", f"{name}.in_proj", draws, groups=module.num_heads, part=(keys, keys)),
+            *self._balancer_and_whiten(
+                "attention_keys", f"{name}.in_proj", draws, groups=module.num_heads, part=(keys, keys)
+            ),
         )
         if self.config.position_skip:
             self._after(module.linear_pos, self._position_skip(draws))
@@ -348,8 +348,7 @@ class Regularizers:
         self._after(module.in_proj, self._balancer("convolution_gate", draws, part=(size, size)))  # values, gates
         self._after(
             module.depthwise_conv,  # (batch, channels, frames)
-            self._balancer("convolution_depthwise", draws, dim=1),
-            self._whiten("convolution_depthwise", f"{name}.depthwise_conv", draws, dim=1),
+            *self._balancer_and_whiten("convolution_depthwise", f"{name}.depthwise_conv", draws, dim=1),
         )
         self._after(module, self._skip("convolution_skip", draws))
 
@@ -443,6 +442,18 @@ class Regularizers:
             return whiten(features, self.whiten_limits[kind], scale, self.whiten_state, index, groups, dim, part)
 
         return apply
+
+    def _balancer_and_whiten(
+        self,
+        kind: str,
+        name: str,
+        draws: Draws,
+        groups: int = 1,
+        dim: int = -1,
+        part: tuple[int, int] | None = None,
+    ) -> tuple[Transform | None, ...]:
+        """Of a kind that has both, of the same features."""
+        return self._balancer(kind, draws, dim, part), self._whiten(kind, name, draws, groups, dim, part)
 
     def _skip(self, kind: str, draws: Draws) -> Transform | None:
         if not getattr(self.config, kind):

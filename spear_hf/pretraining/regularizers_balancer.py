@@ -45,6 +45,19 @@ def balanced_gradient(x: torch.Tensor, grad: torch.Tensor, limits: BalancerLimit
     return push.mul_(grad.abs()).add_(grad).to(grad.dtype)
 
 
+def balance_gradient_(
+    grad: torch.Tensor, x: torch.Tensor, limits: BalancerLimits, dim: int, part: tuple[int, int] | None
+) -> None:
+    """What the backward pass of `balance` does to `grad`, in place."""
+    if part is not None:
+        grad, x = grad.narrow(dim, *part), x.narrow(dim, *part)
+    kernels, rows, columns = kernels_for(x), columns_of(grad, dim), columns_of(x, dim)
+    if kernels is not None and rows is not None and columns is not None:
+        kernels.balance_(rows, columns, balancing_line(x, limits, dim))
+    else:
+        grad.copy_(balanced_gradient(x, grad, limits, dim))
+
+
 def along(dim: int, x: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
     """(2, channels), with as many axes after it as `x` has after `dim`."""
     return line.view(2, -1, *[1] * (x.ndim - 1 - dim % x.ndim))

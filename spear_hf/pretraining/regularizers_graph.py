@@ -24,7 +24,7 @@ from ..compiled_spear import widened_type
 from ..devices import to_device
 from ..modeling_spear import SpearLayer, SpearModel, SpearStack
 from .regularizers import Regularizers, Transform, first_argument
-from .regularizers_balancer import along, balancing_line
+from .regularizers_balancer import along, balance_gradient_, balancing_line
 from .regularizers_config import RegularizersConfig
 from .regularizers_schedules import (
     BYPASS_LIMIT_PROBABILITY,
@@ -329,6 +329,12 @@ class GraphRegularizers(Regularizers):
         if not self.config.whiten:
             return None
         assert isinstance(draws, GraphDraws)
+        place = draws.new_whitening(self._whitening(kind, name, draws, groups, dim, part))
+        return lambda features: draws.whitened(features, place)
+
+    def _whitening(
+        self, kind: str, name: str, draws: Draws, groups: int, dim: int, part: tuple[int, int] | None
+    ) -> Whitening:
         decision, index, scale = draws.new_decision(), self.whiten_state.add(name), WHITENS[kind].gradient_scale
 
         def whiten(features: torch.Tensor, grad: torch.Tensor, in_bfloat16: bool) -> None:
@@ -337,5 +343,28 @@ class GraphRegularizers(Regularizers):
                 limit = self.whiten_limits[kind]
                 whiten_gradient_(grad, features, limit, scale, state, index, groups, dim, part, in_bfloat16)
 
-        place = draws.new_whitening(whiten)
-        return lambda features: draws.whitened(features, place)
+        return whiten
+
+    def _balancer_and_whiten(
+        self,
+        kind: str,
+        name: str,
+        draws: Draws,
+        groups: int = 1,
+        dim: int = -1,
+        part: tuple[int, int] | None = None,
+    ) -> tuple[Transform | None, ...]:
+        if not self.config.balancer or not self.config.whiten:
+            return super()._balancer_and_whiten(kind, name, draws, groups, dim, part)
+        assert isinstance(draws, GraphDraws)
+        decision, whiten = draws.new_decision(), self._whitening(kind, name, draws, groups, dim, part)
+
+        # Both in one operation: behind it the graph would read and write the gradient once more, in every step.
+        def push(features: torch.Tensor, grad: torch.Tensor, in_bfloat16: bool) -> None:
+            whiten(features, grad, in_bfloat16)
+            limits = self.balancers[kind]
+            if draws.happens(decision, limits.probability):
+                balance_gradient_(grad, features, limits, dim, part)
+
+        place = draws.new_whitening(push)
+        return (lambda features: draws.whitened(features, place),)

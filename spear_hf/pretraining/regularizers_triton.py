@@ -83,6 +83,33 @@ def _balancing_line(
     tl.store(out + size + channels, tl.where(inside, slope * scale, 0.0), mask=kept)
 
 
+@triton.jit(do_not_specialize=["frames"])
+def _balance(
+    grad,
+    x,
+    line,
+    frames,
+    grad_stride,
+    stride,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FRAMES_AT_ONCE: tl.constexpr,
+):
+    """grad, x (frames, WIDTH), a row every so many elements: adds |grad| * (offset + slope * x) to `grad`, of the
+    `line` (2, WIDTH)."""
+    rows = tl.program_id(0).to(tl.int64) * FRAMES_AT_ONCE + tl.arange(0, FRAMES_AT_ONCE)
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    there = channels < WIDTH
+    inside = (rows < frames)[:, None] & there[None, :]
+    offset = tl.load(line + channels, mask=there, other=0.0)
+    slope = tl.load(line + WIDTH + channels, mask=there, other=0.0)
+    seen = tl.load(x + rows[:, None] * stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    places = grad + rows[:, None] * grad_stride + channels[None, :]
+    given = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    changed = given + tl.abs(given) * (offset[None, :] + slope[None, :] * seen)
+    tl.store(places, changed.to(grad.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def _mean_variance(products, sums, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CENTRED: tl.constexpr):
     """The mean of the covariance's diagonal."""
@@ -216,6 +243,24 @@ def balancing_line(sums: torch.Tensor, count: int, limits: BalancerLimits, start
             num_warps=1,
         )
     return line
+
+
+def balance_(grad: torch.Tensor, x: torch.Tensor, line: torch.Tensor) -> None:
+    """Changes `grad`, as `x` (frames, channels), channels next to each other, by the `line` of all channels."""
+    frames, width = x.shape
+    with torch.cuda.device_of(x):
+        _balance[triton.cdiv(frames, FRAMES_AT_ONCE), triton.cdiv(width, CHANNELS)](
+            grad,
+            x,
+            line,
+            frames,
+            grad.stride(0),
+            x.stride(0),
+            WIDTH=width,
+            CHANNELS=CHANNELS,
+            FRAMES_AT_ONCE=FRAMES_AT_ONCE,
+            num_warps=WARPS,
+        )
 
 
 def whitening_matrix(
