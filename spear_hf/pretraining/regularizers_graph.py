@@ -5,8 +5,8 @@ A graph holds numbers of the host as constants, and has no branches. So rates, l
 short vector a call (`GraphDraws`), a branch that is left out is multiplied by 0, and what is much and seldom is an
 operation that the compiler does not look into: when it runs, it looks at the draws, and mostly does nothing.
 `balancing` gives two numbers a channel, zeros for nothing, with which the graph changes a gradient, as it reads that
-and the features anyway. `whiten_gradient` does all of Whiten; it stands where gradients go through memory, next to a
-linear layer or a convolution.
+and the features anyway. `whiten_gradient` does all of Whiten, and of a Balancer of the same features; it stands where
+gradients go through memory, next to a linear layer or a convolution.
 
 The draws are those of the latest call of a module, for its backward pass too, so a second forward pass must not come
 before the backward pass of the first one. Gradient checkpointing may: it calls layers, and a stack draws for these.
@@ -39,7 +39,7 @@ from .regularizers_whiten import autocasts_to_bfloat16, whiten_gradient_
 
 # Of features: offset and slope of Balancer's push by channel, and None for none.
 Balancing = Callable[[torch.Tensor], torch.Tensor | None]
-# Of features and their gradient, which it changes, or not; and of whether it may compute in bfloat16.
+# Of features and their gradient, which it changes, or not, and of whether it may compute in bfloat16.
 Whitening = Callable[[torch.Tensor, torch.Tensor, bool], None]
 
 
@@ -123,7 +123,7 @@ class Zeros:
         return left.pop()
 
 
-# A step calls 300 of these, most of which do nothing: by torch.library.custom_op a call would take 20 us, not 5.
+# A step has hundreds of these, which mostly do nothing: by torch.library.custom_op each would take 20 us, not 5.
 _library = torch.library.Library("spear_hf", "FRAGMENT")
 _library.define("balancing(Tensor features, Tensor handle, int place, int dim) -> Tensor")
 _library.define("whiten_gradient(Tensor(a!) grad, Tensor features, Tensor handle, int place, bool in_bfloat16) -> ()")
