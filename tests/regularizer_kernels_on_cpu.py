@@ -68,6 +68,18 @@ def balance_error(dtype: torch.dtype, part: tuple[int, int] | None) -> float:
     return relative(found[1][..., 3:12], found[0][..., 3:12])  # without constant channels, as above
 
 
+def inner_balance_error() -> float:
+    """With channels in the middle, in memory too."""
+    x = channels_of_every_kind(torch.Generator().manual_seed(0)).view(2, 10, 12, 12).transpose(2, 3).contiguous()
+    whole, found = torch.randn(2, 10, 12, 12), []
+    for works in (False, True):
+        with_kernels(works)
+        grad = whole.clone()
+        balance_gradient_(grad, x, BALANCED_CASES[0], 2, None)
+        found.append((grad - whole)[:, :, :9])
+    return relative(found[1], found[0])
+
+
 def whiten_error(dtype: torch.dtype, groups: int, channels: int, dim: int) -> float:
     """Of the change, against float64, for features far from centred; with the votes of both kinds of place."""
     generator = torch.Generator().manual_seed(3)
@@ -98,6 +110,7 @@ def main() -> None:
     exact = {f"sums {case}": sums_error(*case) for case in ((1, 3), (128, 64), (300, 70), (129, 128))}
     for case in range(len(BALANCED_CASES)):
         exact |= {f"line {case} {dim}": line_error(case, dim) for dim in (1, 2)}
+    exact["balance in the middle"] = inner_balance_error()
     rounded = {}
     for part in (None, (2, 5)):
         exact[f"balance {part}"] = balance_error(torch.float32, part)

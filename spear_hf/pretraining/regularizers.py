@@ -39,6 +39,7 @@ from ..modeling_spear import (
     SpearLayer,
     SpearModel,
     SpearStack,
+    SpearStem,
 )
 from .regularizers_balancer import balance
 from .regularizers_config import RegularizersConfig
@@ -222,11 +223,7 @@ class Regularizers:
         self._after(stem.conv3, self._balancer("stem_conv3", draws, dim=1))
         self._after(stem.convnext.pointwise_conv1, self._balancer("convnext_hidden", draws, dim=1))
         self._after(stem.convnext.pointwise_conv2, self._skip("convnext_skip", draws))
-        self._after(
-            stem.convnext,
-            self._balancer("convnext_output", draws, dim=1),
-            self._whiten("convnext_output", "stem.convnext", draws, dim=1),
-        )
+        self._install_convnext_output(stem, draws)
         self._after(stem.out_proj, self._whiten("stem_output", "stem.out_proj", draws))
         self._install_dropout(stem.dropout, draws)
         if self.config.feature_mask:
@@ -239,6 +236,9 @@ class Regularizers:
                 return like
 
             self._install_mask_draw(encoder, draw_mask)
+
+    def _install_convnext_output(self, stem: SpearStem, draws: Draws) -> None:
+        self._after(stem.convnext, *self._balancer_and_whiten("convnext_output", "stem.convnext", draws, dim=1))
 
     def _install_mask_draw(self, encoder: SpearModel, draw_mask: Transform) -> None:
         self._after(encoder.stem, draw_mask)

@@ -51,11 +51,17 @@ def balance_gradient_(
     """What the backward pass of `balance` does to `grad`, in place."""
     if part is not None:
         grad, x = grad.narrow(dim, *part), x.narrow(dim, *part)
-    kernels, rows, columns = kernels_for(x), columns_of(grad, dim), columns_of(x, dim)
-    if kernels is not None and rows is not None and columns is not None:
-        kernels.balance_(rows, columns, balancing_line(x, limits, dim))
-    else:
+    kernels = kernels_for(x)
+    of_grad, of_x = columns_of(grad, dim), columns_of(x, dim)
+    inner = 1
+    if of_grad is None and of_x is None and grad.is_contiguous() and x.is_contiguous():
+        of_grad, of_x = (tensor.flatten(dim).flatten(0, -2) for tensor in (grad, x))  # (rows, channels * inner)
+        inner = of_x.shape[1] // x.shape[dim]
+    if kernels is None or of_grad is None or of_x is None:
         grad.copy_(balanced_gradient(x, grad, limits, dim))
+    else:
+        line = balancing_line(x, limits, dim)
+        kernels.balance_(of_grad, of_x, line if inner == 1 else line.repeat_interleave(inner, dim=1))
 
 
 def along(dim: int, x: torch.Tensor, line: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..compiled_spear import widened_type
 from ..devices import to_device
-from ..modeling_spear import SpearLayer, SpearModel, SpearStack
+from ..modeling_spear import SpearLayer, SpearModel, SpearStack, SpearStem
 from .regularizers import Regularizers, Transform, first_argument
 from .regularizers_balancer import along, balance_gradient_, balancing_line
 from .regularizers_config import RegularizersConfig
@@ -241,6 +241,19 @@ class GraphRegularizers(Regularizers):
 
     def _layer_draws(self, stack: SpearStack, layer: SpearLayer) -> Draws:
         return self._draw_before(stack)
+
+    def _install_convnext_output(self, stem: SpearStem, draws: Draws) -> None:
+        # As it is projected, (batch, frames, channels * bins): otherwise it would be kept in two orders.
+        transforms = self._balancer_and_whiten("convnext_output", "stem.convnext", draws, dim=2)
+        channels = stem.convnext.pointwise_conv2.out_channels
+
+        def push(features: torch.Tensor) -> torch.Tensor:
+            features = features.unflatten(-1, (channels, -1))
+            for transform in transforms:
+                features = features if transform is None else transform(features)
+            return features.flatten(-2)
+
+        self._before(stem.out_proj, push)
 
     def _install_mask_draw(self, encoder: SpearModel, draw_mask: Transform) -> None:
         def draw_before(module: SpearModel, args: tuple, kwargs: dict) -> None:

@@ -83,31 +83,31 @@ def _balancing_line(
     tl.store(out + size + channels, tl.where(inside, slope * scale, 0.0), mask=kept)
 
 
-@triton.jit(do_not_specialize=["frames"])
+@triton.jit(do_not_specialize=["rows"])
 def _balance(
     grad,
     x,
     line,
-    frames,
+    rows,
+    width,
     grad_stride,
     stride,
-    WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    FRAMES_AT_ONCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """grad, x (frames, WIDTH), a row every so many elements: adds |grad| * (offset + slope * x) to `grad`, of the
-    `line` (2, WIDTH)."""
-    rows = tl.program_id(0).to(tl.int64) * FRAMES_AT_ONCE + tl.arange(0, FRAMES_AT_ONCE)
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    there = channels < WIDTH
-    inside = (rows < frames)[:, None] & there[None, :]
-    offset = tl.load(line + channels, mask=there, other=0.0)
-    slope = tl.load(line + WIDTH + channels, mask=there, other=0.0)
-    seen = tl.load(x + rows[:, None] * stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    places = grad + rows[:, None] * grad_stride + channels[None, :]
-    given = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    """grad, x (rows, width), a row every so many elements: adds |grad| * (offset + slope * x) to `grad`, of the `line`
+    (2, width)."""
+    places = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = columns < width
+    inside = (places < rows)[:, None] & there[None, :]
+    offset = tl.load(line + columns, mask=there, other=0.0)
+    slope = tl.load(line + width + columns, mask=there, other=0.0)
+    seen = tl.load(x + places[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    changing = grad + places[:, None] * grad_stride + columns[None, :]
+    given = tl.load(changing, mask=inside, other=0.0).to(tl.float32)
     changed = given + tl.abs(given) * (offset[None, :] + slope[None, :] * seen)
-    tl.store(places, changed.to(grad.dtype.element_ty), mask=inside)
+    tl.store(changing, changed.to(grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -246,19 +246,19 @@ def balancing_line(sums: torch.Tensor, count: int, limits: BalancerLimits, start
 
 
 def balance_(grad: torch.Tensor, x: torch.Tensor, line: torch.Tensor) -> None:
-    """Changes `grad`, as `x` (frames, channels), channels next to each other, by the `line` of all channels."""
-    frames, width = x.shape
+    """Changes `grad`, as `x` (rows, columns), columns next to each other, by the `line` (2, columns)."""
+    rows, width = x.shape
     with torch.cuda.device_of(x):
-        _balance[triton.cdiv(frames, FRAMES_AT_ONCE), triton.cdiv(width, CHANNELS)](
+        _balance[triton.cdiv(rows, FRAMES_AT_ONCE), triton.cdiv(width, CHANNELS)](
             grad,
             x,
             line,
-            frames,
+            rows,
+            width,
             grad.stride(0),
             x.stride(0),
-            WIDTH=width,
-            CHANNELS=CHANNELS,
-            FRAMES_AT_ONCE=FRAMES_AT_ONCE,
+            COLUMNS=CHANNELS,
+            ROWS=FRAMES_AT_ONCE,
             num_warps=WARPS,
         )
 
