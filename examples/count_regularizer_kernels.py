@@ -112,6 +112,7 @@ class Places:
             (GraphDraws, "whitened"): lambda draws, x, place: self._called(draws, "_whitenings", x, place),
             (GraphDraws, "draw"): draw_nothing,
             (modeling, "computes_in_half"): lambda hidden_states: True,
+            (modeling, "_swoosh"): functools.partial(swoosh_as_compiled, modeling._swoosh),
         }
         before = {place: getattr(*place) for place in changed}
         try:
@@ -135,6 +136,10 @@ class Places:
         kind, regularizers = self._installed[draws, places, place]
         self.found.append(Place(regularizers, kind, getattr(draws, places)[place], features))
         return features
+
+
+def swoosh_as_compiled(swoosh: Callable[..., torch.Tensor], x: torch.Tensor, *numbers: float) -> torch.Tensor:
+    return swoosh(x, *numbers).to(x.dtype)
 
 
 def draw_nothing(draws: GraphDraws, batch: int, device: torch.device) -> None:
