@@ -39,9 +39,11 @@ def test_balancer_and_whiten_act_in_few_launches_and_in_half_precision(tmp_path)
     rows = counted("count_regularizer_kernels.py", tmp_path / "kernels.csv")
     totals = [row for row in rows if row["kind"] == "all"]
     assert [(row["regularizer"], row["places"]) for row in totals] == 2 * [("balancer", "173"), ("whiten", "134")]
+    most = {"balancer": 7, "whiten": 12}  # of channels that are not last in memory, and of a float32 stream
+    means = {"balancer": 3.5, "whiten": 10.5}
     for row in rows:
-        launches, launch_limit = float(row["launches"]), {"balancer": 5, "whiten": 12}[row["regularizer"]]
-        assert 0 < launches <= launch_limit * float(row["acting"]), row["kind"]
+        launches = (means if row in totals else most)[row["regularizer"]] * float(row["acting"])
+        assert 0 < float(row["launches"]) <= launches, row["kind"]
         assert float(row["gigabytes"]) > 0
         assert float(row["teraflop_float32"]) == 0.0
     assert float(totals[-1]["teraflop_bfloat16"]) > 0
