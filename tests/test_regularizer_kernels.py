@@ -8,7 +8,7 @@ from spear_hf.pretraining.regularizers import install_regularizers
 from spear_hf.pretraining.regularizers_balancer import balancing_line
 from spear_hf.pretraining.regularizers_config import RegularizersConfig
 from spear_hf.pretraining.regularizers_graph import Zeros
-from spear_hf.pretraining.regularizers_kernels import columns_of, kernels_for
+from spear_hf.pretraining.regularizers_kernels import columns_of, kernels_for, rows_of
 from spear_hf.pretraining.regularizers_whiten import WhitenState, whiten
 from spear_hf.pretraining.scaled_adam import ScaledAdam
 
@@ -45,10 +45,10 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     assert resources(kernels._balance, shape, kinds=kinds, num_warps=kernels.WARPS)["STACK"] == 0
     for kernel, shape in ((kernels._balancing_line, {"CHANNELS": kernels.CHANNELS}), (kernels._whitening_scale, {})):
         assert resources(kernel, shape, kinds=kinds, num_warps=1)["STACK"] == 0
-    shape = {"WIDTH": 512, "GROUP": 32, "COLUMNS": 512, "ROWS": kernels.ROWS}
-    for centred in (False, True):
+    for width, columns, centred in ((512, 512, False), (1280, 2048, False), (512, 512, True)):
+        shape = {"WIDTH": width, "GROUP": 32, "COLUMNS": columns, "ROWS": kernels.COVARIANCES // columns}
         shape["CENTRED"] = centred
-        for kernel, more in ((kernels._covariance_squares, {}), (kernels._whitening_matrix, {"BLOCKS": 64})):
+        for kernel, more in ((kernels._covariance_squares, {}), (kernels._whitening_matrix, {"BLOCKS": 1024})):
             assert resources(kernel, shape | more, kinds=kinds, num_warps=kernels.WARPS)["STACK"] == 0
 
 
@@ -64,6 +64,16 @@ def test_columns_are_found_in_any_order_of_the_axes_but_never_copied():
     assert columns_of(x[:1], 1) is None
     last = torch.randn(2, 4, 5, 3).to(memory_format=torch.channels_last)  # (batch, channels, height, width)
     assert torch.equal(columns_of(last, 1), last.permute(0, 2, 3, 1).flatten(0, 2))
+
+
+def test_rows_are_found_where_both_are_in_one_order():
+    x, grad = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)  # channels in the middle
+    of_grad, of_x = rows_of(grad, x, 2)
+    assert torch.equal(of_x, x.flatten(2).flatten(0, 1))
+    assert of_grad.data_ptr() == grad.data_ptr()
+    assert rows_of(grad.transpose(1, 3), x, 2) is None
+    last = grad.narrow(3, 2, 4), x.narrow(3, 2, 4)
+    assert all(torch.equal(rows, tensor.flatten(0, 2)) for rows, tensor in zip(rows_of(*last, 3), last))
 
 
 def test_zeros_are_everybodys_own():

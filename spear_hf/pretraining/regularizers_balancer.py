@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compiled_spear import widened_type
-from .regularizers_kernels import columns_of, kernels_for
+from .regularizers_kernels import columns_of, kernels_for, rows_of
 from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
 
 
@@ -51,16 +51,13 @@ def balance_gradient_(
     """What the backward pass of `balance` does to `grad`, in place."""
     if part is not None:
         grad, x = grad.narrow(dim, *part), x.narrow(dim, *part)
-    kernels = kernels_for(x)
-    of_grad, of_x = columns_of(grad, dim), columns_of(x, dim)
-    inner = 1
-    if of_grad is None and of_x is None and grad.is_contiguous() and x.is_contiguous():
-        of_grad, of_x = (tensor.flatten(dim).flatten(0, -2) for tensor in (grad, x))  # (rows, channels * inner)
-        inner = of_x.shape[1] // x.shape[dim]
-    if kernels is None or of_grad is None or of_x is None:
+    kernels, rows = kernels_for(x), rows_of(grad, x, dim)
+    if kernels is None or rows is None:
         grad.copy_(balanced_gradient(x, grad, limits, dim))
     else:
+        of_grad, of_x = rows
         line = balancing_line(x, limits, dim)
+        inner = of_x.shape[1] // x.shape[dim]
         kernels.balance_(of_grad, of_x, line if inner == 1 else line.repeat_interleave(inner, dim=1))
 
 

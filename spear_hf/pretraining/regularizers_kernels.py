@@ -10,6 +10,7 @@ import torch
 
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 1 << 21  # row: a grid has 65,535 blocks of 64 columns at most
 
 
 def kernels_for(x: torch.Tensor) -> Any | None:
@@ -23,6 +24,16 @@ def columns_of(x: torch.Tensor, dim: int) -> torch.Tensor | None:
     outer = list(zip(columns.shape, columns.stride()))[:-1]
     are_rows = all(stride == size * inner for (_, stride), (size, inner) in pairwise(outer))
     return columns.flatten(0, -2) if are_rows and columns.stride(-1) == 1 else None
+
+
+def rows_of(grad: torch.Tensor, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Views (rows, channels * inner) of both, with all that lies behind `dim` in a row; None where there are none."""
+    of_grad, of_x = columns_of(grad, dim), columns_of(x, dim)
+    if of_grad is not None and of_x is not None:
+        return of_grad, of_x
+    if not grad.is_contiguous() or not x.is_contiguous() or x.shape[dim:].numel() > WIDEST:
+        return None
+    return grad.flatten(dim).flatten(0, -2), x.flatten(dim).flatten(0, -2)
 
 
 @functools.cache

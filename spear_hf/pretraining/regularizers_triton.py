@@ -15,7 +15,7 @@ from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
 FRAMES = 512  # that a block adds up
 FRAMES_AT_ONCE = 32
 CHANNELS = 64
-ROWS = 8  # of a covariance, a block
+COVARIANCES = 4096  # a block
 WARPS = 4
 
 
@@ -269,11 +269,13 @@ def whitening_matrix(
     """Of the products x' x of features (frames, channels) and their `column_sums`, None if they are centred: the
     metric (), and matrix and bias in bfloat16 that make the penalty: bias + x @ matrix."""
     width = len(products)
-    blocks = triton.cdiv(width, ROWS)
+    columns = triton.next_power_of_2(width)
+    rows = max(1, COVARIANCES // columns)
+    blocks = triton.cdiv(width, rows)
     squares, metric = products.new_empty(blocks), products.new_empty(())
     matrix = torch.empty_like(products, dtype=torch.bfloat16)
     bias = products.new_empty(width, dtype=torch.bfloat16)
-    shape = {"WIDTH": width, "GROUP": width // groups, "COLUMNS": triton.next_power_of_2(width), "ROWS": ROWS}
+    shape = {"WIDTH": width, "GROUP": width // groups, "COLUMNS": columns, "ROWS": rows}
     shape |= {"CENTRED": sums is None, "num_warps": WARPS}
     totals = products if sums is None else sums
     with torch.cuda.device_of(products):
