@@ -19,7 +19,7 @@ def test_ratios():
     assert label_ratio(50.0, 25.0) == (2, 1)
     assert label_ratio(25, 50) == (1, 2)
     assert label_ratio(12.5, 50) == (1, 4)
-    for rates in ((62.5, 50), (50, 62.5), (0, 50), (50, 0), (-50, 50)):
+    for rates in ((62.5, 50), (50, 62.5), (48, 50), (50, 48), (1, 50.5), (0, 50), (50, 0), (-50, 50)):
         with pytest.raises(ValueError, match="whole multiple"):
             label_ratio(*rates)
 

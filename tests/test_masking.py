@@ -13,6 +13,12 @@ def mean_rates(config: MaskingConfig, num_frames: int = 1000, draws: int = 2000)
     return np.mean([time.mean() for time, _ in masks]), np.mean([feature.mean() for _, feature in masks])
 
 
+def test_spans_are_those_of_the_paper():
+    for config, bins in ((MaskingConfig.dual_domain(), 20), (MaskingConfig.speech_only(), 15)):
+        assert (config.time_span, config.time_minimum_spans) == (10, 2)
+        assert (config.feature_span, config.feature_minimum_spans) == (bins, 0)
+
+
 def test_dual_domain_hides_49_percent_of_frames_and_23_percent_of_bins():
     time, feature = mean_rates(MaskingConfig.dual_domain())
     assert time == pytest.approx(0.49, abs=0.005)
