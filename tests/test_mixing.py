@@ -50,6 +50,14 @@ def mixing_dataset(prepared: Prepared, config: MixingConfig, noise=None, **argum
     return make_dataset(prepared, mixer=mixer, cache_audio=True, **arguments)
 
 
+def test_what_fills_an_empty_micro_batch_counts_as_nothing(prepared):
+    dataset = mixing_dataset(prepared, MixingConfig(noise_probability=1.0, token_probability=1.0))
+    index = next(place for place, utterance in enumerate(dataset.utterances) if utterance.domain == "speech")
+    assert dataset.micro_batch([index], 0).num_mixed == dataset.micro_batch([index], 0).num_noisy == 1
+    filler = dataset.filler(index, 0)
+    assert [value for name, value in filler._asdict().items() if name.startswith("num_")] == [0] * 5
+
+
 def test_the_share_the_ratios_and_the_offsets_are_those_of_the_paper():
     mixer = make_mixer(MixingConfig.paper())
     speech = [place for place in range(4000) if place % 4]

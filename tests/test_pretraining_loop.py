@@ -280,6 +280,17 @@ def test_a_finished_run_can_be_prolonged(runs, finished):
     assert (output / "final/model.safetensors").read_bytes() == (finished / "final/model.safetensors").read_bytes()
 
 
+def test_a_run_goes_on_without_the_model_that_it_started_from(runs, finished, tmp_path):
+    start, whole, output = tmp_path / "start", runs.folder / "started", runs.folder / "started-and-stopped"
+    shutil.copytree(finished / "final", start)
+    settings = ("model.config={}", f"model.init_from={start}", "logging.validate_every=0", "logging.trackers=[]")
+    assert runs.run(whole, *settings, "max_steps=2") == 0, runs.log(whole)
+    assert runs.run(output, *settings, "max_steps=1") == 0, runs.log(output)
+    shutil.rmtree(start)
+    assert runs.run(output, *settings, "max_steps=2", resume=True) == 0, runs.log(output)
+    assert_same_run(output, whole)
+
+
 # No dropout, whose draws depend on the ranks and micro-batches; few steps, no frills.
 PLAIN = ("model.config.hidden_dropout=0.0", "max_steps=3", "logging.validate_every=0", "logging.trackers=[]")
 
@@ -357,6 +368,7 @@ def test_a_loud_file_is_skipped_by_name_and_the_run_goes_on(runs, finished, tmp_
         assert part["rank"] in (0, 1)
         assert record["loss"] is None
     assert f"Rank {skipped[-1]['skipped'][0]['rank']}: {loud['id']}." in runs.log(output, rank=0)
+    assert "no update" not in runs.log(output, rank=1)  # what the first has said
     weights = load_file(output / "final" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
@@ -585,6 +597,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(runs, finished, tmp_path):
     assert re.search(r"^to go +12 steps, 0.0 hours of audio, about 0.0 hours if 1 x CPU reach", output, re.MULTILINE)
     assert re.search(r"^operations +0\.\d+ TFLOP a step", output, re.MULTILINE)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_of_the_ranks_of_a_launcher_prints_the_plan(runs, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    printed = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        printed.append(call(runs, tmp_path / "run", flags=("--dry-run",)))
+    assert "on each of 2 ranks" in printed[0][1]
+    assert printed[1] == (0, "")
 
 
 @pytest.mark.parametrize("flags", [("--dry-run",), ()])

@@ -229,13 +229,24 @@ def test_launchers(runs, finished, two_ranks):
     assert metrics(alone) == metrics(finished)[:3]
 
 
+# Kills the other task as srun does: once one fails, or so many seconds after one has ended; its exit code is the largest.
 SRUN = """#!{python}
-import os, signal, subprocess, sys
-command = sys.argv[2:]  # after its own option
+import os, signal, subprocess, sys, time
+options = dict(option.split("=") for option in sys.argv[1:] if option.startswith("--") and "=" in option)
+command = sys.argv[sys.argv.index("bash"):]
 tasks = [subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(n), "SLURM_LOCALID": "0"}}) for n in (0, 1)]
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
 open({ready!r}, "w").write(str(os.getpid()))
-sys.exit(max(task.wait() for task in tasks))
+while all(task.poll() is None for task in tasks):
+    time.sleep(0.001)
+failed = any(task.poll() for task in tasks) and options["--kill-on-bad-exit"] == "1"
+deadline = time.monotonic() + (0 if failed else float(options["--wait"]))
+while time.monotonic() < deadline and any(task.poll() is None for task in tasks):
+    time.sleep(0.001)
+for task in tasks:
+    task.kill()
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 
 

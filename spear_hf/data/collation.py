@@ -368,7 +368,8 @@ class PreTrainingDataset:
             name: torch.full_like(tensor, IGNORED) if name.endswith("_labels") else tensor
             for name, tensor in batch.inputs.items()
         }
-        return batch._replace(inputs=inputs, ids=[], num_items=0, num_samples=0, num_padded_samples=0)
+        counts = {name: 0 for name in MicroBatch._fields if name.startswith("num_")}
+        return batch._replace(inputs=inputs, ids=[], **counts)
 
 
 def count_items(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,13 +24,18 @@ INTERRUPTED = 75
 
 
 def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = False, dry_run: bool = False) -> int:
-    """Trains, or with `dry_run` prints the plan. Exit code 0: finished; 75: stopped by a signal; 1: error."""
+    """Trains, or with `dry_run` prints the plan. Exit code 0: finished; 75: stopped by a signal; 1: error.
+
+    Of the ranks of a launcher the first one says what all would.
+    """
     transformers_logging.disable_progress_bar()  # one for every checkpoint
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         with messages_shown(), stop_signals_raise():
             config = load_config(name_or_file, overrides)
             if dry_run:
-                print(plan_run(config))
+                if speaks:
+                    print(plan_run(config))
                 return 0
             outcome = pretrain(config, resume=resume)
     except (ValueError, NonFiniteLossError, OSError) as error:
@@ -48,13 +54,15 @@ def run_pretraining(name_or_file: str, overrides: list[str], resume: bool = Fals
         )
         return INTERRUPTED
     if outcome.interrupted_by is not None:
-        print(
-            f"Stopped by {outcome.interrupted_by} after step {outcome.step}, which is saved in {config.output_dir}. "
-            "The same command with --resume goes on.",
-            file=sys.stderr,
-        )
+        if speaks:
+            print(
+                f"Stopped by {outcome.interrupted_by} after step {outcome.step}, which is saved in "
+                f"{config.output_dir}. The same command with --resume goes on.",
+                file=sys.stderr,
+            )
         return INTERRUPTED
-    print(outcome.final)
+    if speaks:
+        print(outcome.final)
     return 0
 
 

@@ -95,10 +95,10 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
         with accelerator.main_process_first():  # the others find what the first has made
             stores = prepare_stores(config, sources.targets, corpus, folder, device=str(accelerator.device))
         checkpoints = CheckpointFolder(folder.checkpoints, config.checkpointing.keep)
-        state = RunState(config, accelerator, corpus, stores, checkpoints)
+        state = RunState(config, accelerator, corpus, stores, checkpoints, resume)
         sampler = build_sampler(config, corpus)
         stream = open_stream(config, corpus, stores, sampler, accelerator.is_local_main_process)
-        state.begin(resume)
+        state.begin()
 
         steps = open_steps(state, sampler)
         if stream is not None:

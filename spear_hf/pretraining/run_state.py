@@ -18,7 +18,7 @@ from ..mvq.store import TokenStore
 from ..mvq.store_format import StoreInfo
 from .averaging import RunningAverage
 from .checkpoints import CheckpointFolder
-from .config import PreTrainingConfig
+from .config import ModelConfig, PreTrainingConfig
 from .corpus import Corpus
 from .optimization import build_optimizer
 from .regularizers import install_regularizers
@@ -55,6 +55,7 @@ class RunState:
         corpus: that the run is of.
         stores: with the tokens of its targets.
         checkpoints: of the run.
+        resume: whether to take up the newest whole one, if there is one.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class RunState:
         corpus: Corpus,
         stores: Mapping[str, TokenStore],
         checkpoints: CheckpointFolder,
+        resume: bool,
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.corpus, self.stores, self.checkpoints = corpus, stores, checkpoints
         self.progress = Progress()
-        self.bare_model = build_model(config, stores)
+        self._saved = self._latest() if resume else None
+        self.bare_model = build_model(self._begun(), stores)
         """The model itself; `model` may be a wrapper around it."""
         self.model: torch.nn.Module = self.bare_model
         self.optimizer = build_optimizer(self.bare_model, config.optimizer, accelerator.distributed_type)
@@ -77,12 +80,12 @@ class RunState:
         if accelerator.is_main_process:  # all ranks have the same weights: one keeps their average
             self._average = RunningAverage(config.averaging.every, start=self._first_averaged)
 
-    def begin(self, resume: bool) -> None:
-        """Takes up the newest whole checkpoint, if told to and if there is one, and goes to the device.
+    def begin(self) -> None:
+        """Takes up the checkpoint, where it resumes, and goes to the device.
 
         ValueError if the data is not what it was, or if the run has done more than `max_steps`.
         """
-        saved = self._latest() if resume else None
+        saved = self._saved
         if saved is not None:
             self._load(saved)
         self.progress.num_ranks = self.accelerator.num_processes
@@ -156,6 +159,12 @@ class RunState:
         found = [self.checkpoints.latest() if self.accelerator.is_main_process else None]
         return broadcast_object_list(found)[0]
 
+    def _begun(self) -> PreTrainingConfig:
+        """The configuration, with what it started from in the checkpoint: elsewhere it may be gone, or another."""
+        if self._saved is None or self.config.model.init_from is None:
+            return self.config
+        return dataclasses.replace(self.config, model=ModelConfig(init_from=str(self._saved / "model")))
+
     def _load(self, path: Path) -> None:
         """Puts weights, optimiser state, running average and progress in place."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -181,7 +190,7 @@ class RunState:
                 f"{self.config.output_dir} has done {self.progress.step} steps already, more than max_steps="
                 f"{self.config.max_steps}: set it to {self.progress.step} to have the model of that step, or to more."
             )
-        if self.progress.num_ranks != self.accelerator.num_processes:
+        if self.progress.num_ranks != self.accelerator.num_processes and self.accelerator.is_main_process:
             logger.warning(
                 "Resuming on %d ranks instead of %d: utterances, crops and masks stay the same, dropout does not.",
                 self.accelerator.num_processes,

@@ -88,13 +88,14 @@ def train_step(
     }
     if not finite:
         record["skipped"] = _suspects(accelerator, batches, row_losses)
-        logger.warning(
-            "Step %d: loss %s, gradient norm %s; no update. %s.",
-            progress.step,
-            counts["loss"],
-            grad_norm,
-            "; ".join(f"Rank {part['rank']}: {', '.join(part['utterances'])}" for part in record["skipped"]),
-        )
+        if accelerator.is_main_process:
+            logger.warning(
+                "Step %d: loss %s, gradient norm %s; no update. %s.",
+                progress.step,
+                counts["loss"],
+                grad_norm,
+                "; ".join(f"Rank {part['rank']}: {', '.join(part['utterances'])}" for part in record["skipped"]),
+            )
     return record, counts["stop"] > 0
 
 
