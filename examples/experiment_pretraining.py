@@ -48,8 +48,10 @@ from spear_hf.evaluation.probe import (
 )
 from spear_hf.mvq.store import TokenStore
 from spear_hf.mvq.teachers import Teacher, load_teacher
-from spear_hf.pretraining.config import load_config
+from spear_hf.pretraining.config import FREE_ON_RESUME, MAY_MOVE, PreTrainingConfig, load_config
+from spear_hf.pretraining.config_loading import build, changed_keys, to_plain
 from spear_hf.pretraining.metrics import read_json_lines
+from spear_hf.pretraining.run_folder import RunFolder
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +140,7 @@ class Experiment:
     def train(self, arm: Arm) -> None:
         """Runs the arm to its end; a run that is there is resumed."""
         if (self.folder(arm) / "final" / "COMPLETE").exists():
+            self.check_settings(arm)
             return
         command = [sys.executable, "-m", "spear_hf.cli", "pretrain", "--config", str(ROOT / CONFIG), "--set"]
         command += [*self.settings(arm), "logging.progress=false"]
@@ -150,6 +153,19 @@ class Experiment:
             )
         if done.returncode:
             raise SystemExit(f"{arm.name}: exit code {done.returncode}, see {log}")
+
+    def check_settings(self, arm: Arm) -> None:
+        """Ends the experiment if the finished arm is of other settings: the page would give its figures as theirs."""
+        asked = to_plain(load_config(ROOT / CONFIG, self.settings(arm)))
+        done = to_plain(build(PreTrainingConfig, RunFolder(self.folder(arm)).read_config()))
+        free = {*FREE_ON_RESUME} - {"max_steps"}
+        changed = [
+            key for key in changed_keys(done, asked) if key.split(".")[0] not in free and not MAY_MOVE.fullmatch(key)
+        ]
+        if changed:
+            raise SystemExit(
+                f"{self.folder(arm)} was trained with another {', '.join(changed)}: name another folder with --work."
+            )
 
     # ---- probes
 

@@ -49,3 +49,6 @@ def test_the_experiment_on_bundled_audio(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     experiment.main()  # nothing is trained anew
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
+    command[command.index("--steps") + 1] = "3"
+    with pytest.raises(SystemExit, match=r"work/single was trained with another max_steps, schedule.decay_steps"):
+        experiment.main()

@@ -229,7 +229,8 @@ def test_launchers(runs, finished, two_ranks):
     assert metrics(alone) == metrics(finished)[:3]
 
 
-# Kills the other task as srun does: once one fails, or so many seconds after one has ended; its exit code is the largest.
+# Kills the other task as srun does: once one fails, or so many seconds after one has ended. Its exit code is the
+# largest.
 SRUN = """#!{python}
 import os, signal, subprocess, sys, time
 options = dict(option.split("=") for option in sys.argv[1:] if option.startswith("--") and "=" in option)
