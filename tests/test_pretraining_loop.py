@@ -400,9 +400,10 @@ def write_probe(runs: Runs, manifest: Path, *labels: str, **changed: str) -> str
     ("labels", "message"),
     [("aaaaaa", "has one label to train on, a: that is no task"), ("aabbac", "that no row of probe_train has: c")],
 )
-def test_a_probe_that_is_no_task_is_an_error_before_the_first_step(runs, finished, tmp_path, labels, message):
+@pytest.mark.parametrize("flags", [("--dry-run",), ()])
+def test_a_probe_that_is_no_task_is_an_error_before_the_first_step(runs, finished, tmp_path, labels, message, flags):
     probe = write_probe(runs, tmp_path / "probe.jsonl", *labels)
-    code, output = call(runs, tmp_path / "run", probe, "logging.probe_every=4")
+    code, output = call(runs, tmp_path / "run", probe, "logging.probe_every=4", flags=flags)
     assert code == 1
     assert "The probe kind in" in output
     assert message in output

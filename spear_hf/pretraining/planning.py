@@ -182,10 +182,14 @@ def _check(
     stores: Mapping[str, TokenStore],
     architecture: SpearConfig,
 ) -> None:
-    """ValueError where the data is not what the run would need."""
+    """ValueError where the data, that of its probes included, is not what the run would need."""
     for name, target in config.targets.items():
         utterances_of_target(name, target, corpus)
     build_mixer(config, corpus.training, corpus.training_lengths, corpus.windows)
+    if config.logging.probe_every:
+        from .online_probe import OnlineProbe  # brings scikit-learn
+
+        OnlineProbe(config.logging, SpearFeatureExtractor(), config.seed)
     if len(stores) == len(tokens):
         training, _ = (
             build_dataset(config, utterances, stores, architecture, SpearFeatureExtractor())
