@@ -54,3 +54,12 @@ def test_the_first_name_that_fits_is_the_most_special():
     names = list(PEAK_BF16)
     for place, name in enumerate(names):
         assert not any(earlier in name for earlier in names[:place]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A10G", 70e12)],
+)
+def test_a_card_has_not_the_peak_of_one_of_a_like_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), bf16=True) == peak
