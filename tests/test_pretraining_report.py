@@ -126,6 +126,21 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert "its config.yaml names no targets" in result.output
 
 
+def test_every_curve_is_drawn_and_named(tmp_path):
+    """Of a run of one validation, too, whose curves are points."""
+    run = read_run(write_run(tmp_path / "run"))
+    for several in ([run], [run, run]):
+        loss = plot_runs(several).axes[0]
+        assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+            "masked, training",
+            "masked, held out",
+            "unmasked, training",
+            "unigram, held out",
+        ]
+    del run.evaluation[1:]
+    assert all(line.get_marker() == "o" for line in plot_runs([run]).axes[0].lines if len(line.get_xdata()) == 1)
+
+
 def test_a_curve_that_the_first_run_lacks_is_in_the_legend(tmp_path):
     """And nothing is warned of where only the second has any."""
     runs = [read_run(write_run(tmp_path / "new", steps=1, validated=False)), read_run(write_run(tmp_path / "old"))]

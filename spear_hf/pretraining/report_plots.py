@@ -175,7 +175,7 @@ def plot_runs(runs: Sequence[RunRecord]) -> "Figure":
 
 def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
     drawn = [curve for curve in panel.curves if any(len(points(run, curve)[0]) for run in runs)]
-    named: set[str] = set()  # keys of curves; the first run that has one, which need not be the first of all, names it
+    named: set[str] = set()  # labels; the first run that has a curve, which need not be the first of all, names it
     for number, run in enumerate(runs):
         for place, curve in enumerate(drawn):
             steps, values = points(run, curve)
@@ -184,17 +184,18 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
             values = values * panel.scale
             several = len(runs) > 1
             colour = COLOURS[number % len(COLOURS)] if several else GREY if curve.pale else COLOURS[place]
-            label = curve.label if curve.label and curve.key not in named else None
+            label = curve.label if curve.label and curve.label not in named else None
             if label:
-                named.add(curve.key)
-            look: dict[str, Any] = {"color": colour, "label": label, "linewidth": 1.8}
+                named.add(label)
+            look: dict[str, Any] = {"color": colour, "label": label, "linewidth": 1.8, "ms": 5, "mec": "white"}
+            look["marker"] = "o" if len(steps) == 1 or (curve.source != "metrics" and not curve.pale) else ""
             look["linestyle"] = LINES[place % len(LINES)] if several or curve.pale else "-"
             if curve.source == "metrics":
                 if curve.smooth and not several:
                     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
                 axes.plot(steps, running_mean(values) if curve.smooth else values, **look)
             else:
-                axes.plot(steps, values, marker="" if curve.pale else "o", ms=5, mec="white", **look)
+                axes.plot(steps, values, **look)
             if curve.interval:
                 low, high = (
                     points(run, Curve(f"{curve.key}_{end}", "", curve.source))[1] * panel.scale
@@ -208,10 +209,14 @@ def _draw_curves(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
     elif panel.scale == 100 or panel.unit == "Hours":
         axes.set_ylim(bottom=0)
     if len(drawn) > 1 and named:
-        legend = axes.legend(**LEGEND)
-        if len(runs) > 1:
-            for line in legend.get_lines():
-                line.set_color(GREY)  # the colour is the run's
+        _add_legend(axes, runs)
+
+
+def _add_legend(axes: "Axes", runs: Sequence[RunRecord]) -> None:
+    legend = axes.legend(**LEGEND)
+    if len(runs) > 1:
+        for line in legend.get_lines():
+            line.set_color(GREY)  # the colour is the run's
 
 
 def _draw_codebooks(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> None:
@@ -238,4 +243,4 @@ def _draw_codebooks(axes: "Axes", panel: Panel, runs: Sequence[RunRecord]) -> No
     axes.set_xticks(np.arange(1, place + 1, max(1, place // 8)))
     axes.set_ylim(bottom=0)
     if len(panel.by_codebook) > 1 and named:
-        axes.legend(**LEGEND)
+        _add_legend(axes, runs)
