@@ -368,8 +368,7 @@ class PreTrainingDataset:
             name: torch.full_like(tensor, IGNORED) if name.endswith("_labels") else tensor
             for name, tensor in batch.inputs.items()
         }
-        counts = {name: 0 for name in MicroBatch._fields if name.startswith("num_")}
-        return batch._replace(inputs=inputs, ids=[], **counts)
+        return MicroBatch(inputs, ids=[], domains=batch.domains, num_items=0, num_samples=0, num_padded_samples=0)
 
 
 def count_items(inputs: Mapping[str, torch.Tensor]) -> int:
