@@ -287,6 +287,8 @@ def test_a_run_goes_on_without_the_model_that_it_started_from(runs, finished, tm
     assert runs.run(whole, *settings, "max_steps=2") == 0, runs.log(whole)
     assert runs.run(output, *settings, "max_steps=1") == 0, runs.log(output)
     shutil.rmtree(start)
+    code, message = call(runs, output, *settings, "max_steps=2", flags=("--dry-run",))
+    assert code == 0, message
     assert runs.run(output, *settings, "max_steps=2", resume=True) == 0, runs.log(output)
     assert_same_run(output, whole)
 

@@ -27,7 +27,7 @@ from .data_check import check_data
 from .flops import FlopCounter, peak_flops
 from .metrics import read_json_lines
 from .run_folder import RunFolder
-from .setup import build_dataset, build_mixer, build_sampler, planned_architecture, uses_bf16
+from .setup import build_dataset, build_mixer, build_sampler, continued, planned_architecture, uses_bf16
 from .sources import settle_sources
 from .streaming import open_stream
 from .targets import utterances_of_target
@@ -125,7 +125,9 @@ def plan_run(config: PreTrainingConfig) -> Plan:
 
     Where output_dir holds a run already, the plan is for the rest of it.
     """
-    config = settle_sources(config, RunFolder(config.output_dir))
+    folder = RunFolder(config.output_dir)
+    done = CheckpointFolder(folder.checkpoints)
+    config = continued(settle_sources(config, folder), done.path(done.steps()[-1]) if done.steps() else None)
     corpus = load_corpus(config.data, config.seed)
     sampler = build_sampler(config, corpus)
     tokens = {name: planned_tokens(target) for name, target in config.targets.items()}

@@ -18,11 +18,11 @@ from ..mvq.store import TokenStore
 from ..mvq.store_format import StoreInfo
 from .averaging import RunningAverage
 from .checkpoints import CheckpointFolder
-from .config import ModelConfig, PreTrainingConfig
+from .config import PreTrainingConfig
 from .corpus import Corpus
 from .optimization import build_optimizer
 from .regularizers import install_regularizers
-from .setup import build_model
+from .setup import build_model, continued
 from .sharding import gathered, is_sharded, load_from_main, shard
 
 
@@ -71,7 +71,7 @@ class RunState:
         self.corpus, self.stores, self.checkpoints = corpus, stores, checkpoints
         self.progress = Progress()
         self._saved = self._latest() if resume else None
-        self.bare_model = build_model(self._begun(), stores)
+        self.bare_model = build_model(continued(config, self._saved), stores)
         """The model itself; `model` may be a wrapper around it."""
         self.model: torch.nn.Module = self.bare_model
         self.optimizer = build_optimizer(self.bare_model, config.optimizer, accelerator.distributed_type)
@@ -158,12 +158,6 @@ class RunState:
         """The newest whole checkpoint, found by the first rank, as finding it reads all its bytes."""
         found = [self.checkpoints.latest() if self.accelerator.is_main_process else None]
         return broadcast_object_list(found)[0]
-
-    def _begun(self) -> PreTrainingConfig:
-        """The configuration, with what it started from in the checkpoint: elsewhere it may be gone, or another."""
-        if self._saved is None or self.config.model.init_from is None:
-            return self.config
-        return dataclasses.replace(self.config, model=ModelConfig(init_from=str(self._saved / "model")))
 
     def _load(self, path: Path) -> None:
         """Puts weights, optimiser state, running average and progress in place."""

@@ -1,7 +1,9 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """What a configuration stands for: the model, and the datasets with their batches."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,13 @@ def model_config(config: ModelConfig) -> SpearConfig:
     if made.num_mel_bins != NUM_MEL_BINS:
         raise ValueError(f"model.config.num_mel_bins={made.num_mel_bins}: what is heard has {NUM_MEL_BINS} mel bins.")
     return made
+
+
+def continued(config: PreTrainingConfig, checkpoint: Path | None) -> PreTrainingConfig:
+    """`config`, with what it started from in a checkpoint of the run: elsewhere it may be gone by now, or another."""
+    if checkpoint is None or config.model.init_from is None:
+        return config
+    return dataclasses.replace(config, model=ModelConfig(init_from=str(checkpoint / "model")))
 
 
 def planned_architecture(config: PreTrainingConfig, tokens: Mapping[str, TokenShape]) -> SpearConfig:
