@@ -1,8 +1,11 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Decoding: formats, rates, channels, and files that are no audio."""
 
+import io
 import os
 import sys
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import soundfile
 import torch
 
 from spear_hf.data import audio as module
-from spear_hf.data.audio import AudioError, audio_duration, load_audio
+from spear_hf.data.audio import AudioError, AudioReader, audio_duration, load_audio
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,87 @@ def test_cut_off(tmp_path, speech, suffix):
     cut.write_bytes(content[: len(content) // 2])
     with pytest.raises(AudioError, match=rf"cut\.{suffix} cannot be decoded: it is cut off, \d+ bytes"):
         load_audio(cut)
+
+
+def lossy(kind: str, samples: np.ndarray, rate: int = 16000) -> bytes:
+    """A file of one of the formats of which libsndfile does not tell that they are cut off."""
+    options = {
+        "vorbis": {"format": "OGG", "subtype": "VORBIS"},
+        "opus": {"format": "OGG", "subtype": "OPUS"},
+        "mp3": {"format": "MP3"},
+        "sphere": {"format": "NIST", "subtype": "PCM_16"},
+    }
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, **options[kind])
+    return file.getvalue()
+
+
+def openings(content: bytes, path: Path) -> list[bytes | Path | BinaryIO]:
+    path.write_bytes(content)
+    return [content, path, io.BytesIO(content)]
+
+
+@pytest.mark.parametrize("kind", ["vorbis", "opus", "mp3", "sphere"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.93])
+def test_cut_off_without_a_word_of_libsndfile(tmp_path, speech, kind, share):
+    content = lossy(kind, speech)
+    whole = [load_audio(file) for file in openings(content, tmp_path / "whole")]
+    assert all(len(waveform) == len(speech) for waveform in whole)
+    for file in openings(content[: int(share * len(content))], tmp_path / "cut"):
+        with pytest.raises(AudioError, match="cannot be decoded: it is cut off"):
+            load_audio(file)
+
+
+@pytest.mark.parametrize("left", [1, 10, 26, 27, 30, 60, 200])
+def test_last_page_of_ogg_is_cut_anywhere(speech, left):
+    content = lossy("vorbis", speech)
+    with pytest.raises(AudioError, match="its last page is not whole"):
+        load_audio(content[: content.rindex(b"OggS") + 4 + left])
+
+
+def test_whole_ogg_files_that_are_odd(speech):
+    content = lossy("vorbis", speech)
+    last = content.rindex(b"OggS")
+    unmarked = bytearray(content[last:])
+    assert unmarked[5] & 4  # the mark of the stream's end, which one in thirty whole files lacks
+    unmarked[5] &= ~4
+    unmarked[22:26] = bytes(4)
+    unmarked[22:26] = ogg_checksum(unmarked).to_bytes(4, "little")
+    for odd in (content[:last] + unmarked, content + content, content + b"TAG".ljust(128), content + bytes(70_000)):
+        assert len(load_audio(odd)) >= len(speech)
+
+
+def ogg_checksum(page: bytes) -> int:
+    """CRC-32 of the polynomial 0x04C11DB7, not reflected, from 0."""
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x104C11DB7 if value & 0x80000000 else 0)) & 0xFFFFFFFF
+    return value
+
+
+def test_mp3_with_and_without_a_count_of_frames(speech):
+    """Behind tags, and of another rate; without the count nobody knows what is missing."""
+    content = lossy("mp3", np.tile(speech, 3), 44100)
+    tag = b"ID3\x03\0\0\0\0\x10\0" + bytes(2048)
+    assert len(load_audio(tag + content + b"TAG".ljust(128))) == -(-3 * len(speech) * 160 // 441)
+    with pytest.raises(AudioError, match=r"cut off or damaged, \d\.\d\d s of it are missing"):
+        load_audio((tag + content)[: len(content) // 2])
+    counted = content.index(b"Info") if b"Info" in content else content.index(b"Xing")
+    uncounted = content[:counted] + bytes(8) + content[counted + 8 :]
+    assert 0 < len(load_audio(uncounted[: len(content) // 2])) < len(load_audio(uncounted))
+
+
+def test_windows_of_a_cut_mp3(tmp_path, speech):
+    """What is there can be read; the end cannot, however often it is tried."""
+    content = lossy("mp3", np.tile(speech, 6))
+    with AudioReader(content[: len(content) // 2], name="a.mp3") as reader:
+        assert len(reader.read(0, 16000)) == 16000
+        for _ in range(2):
+            with pytest.raises(AudioError, match=r"a\.mp3 cannot be decoded: it is cut off or damaged"):
+                reader.read(100_000)
+        assert len(reader.read(0, 16000)) == 16000
 
 
 @pytest.mark.parametrize("stated", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFF000])

@@ -143,6 +143,10 @@ def test_all_kinds_of_bad_audio(teacher, tmp_path):
     soundfile.write(tmp_path / "half.flac", speech, 16000)
     content = (tmp_path / "half.flac").read_bytes()
     (tmp_path / "half.flac").write_bytes(content[: len(content) // 2])
+    for name, format in (("half.ogg", "OGG"), ("half.mp3", "MP3"), ("half.sph", "NIST")):
+        soundfile.write(tmp_path / name, speech, 16000, format=format)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
     (tmp_path / "text.mp3").write_bytes(b"this is a text\n" * 100)
     (tmp_path / "zero.wav").write_bytes(b"")
     (tmp_path / "header.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:40])
@@ -150,11 +154,12 @@ def test_all_kinds_of_bad_audio(teacher, tmp_path):
     items = {
         item.utterance.id: item for item in chain.from_iterable(decoded_batches(piece, teacher, batch_seconds=100.0))
     }
-    assert len(items) == 13
+    assert len(items) == 16
     errors = {id: item.error for id, item in items.items() if item.error is not None}
     assert {id for id, item in items.items() if item.waveform is None} == set(errors)
     assert set(errors) == {
         *("10ms.wav", "nan.wav", "none.wav", "half.flac", "text.mp3", "zero.wav", "header.wav"),
+        *("half.ogg", "half.mp3", "half.sph"),
     }
     assert all(id in error for id, error in errors.items())
     assert np.array_equal(items["stereo.wav"].waveform, items["good.wav"].waveform)

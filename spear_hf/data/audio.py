@@ -15,8 +15,8 @@ of real audio were off by up to 1.1, 0.006 and 1e-7), so these are decoded from 
 import io
 import math
 import os
-import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import lru_cache
 from types import TracebackType
@@ -25,6 +25,8 @@ from typing import BinaryIO, TypeVar, cast
 import numpy as np
 import soundfile
 import torch
+
+from .truncation import counts_frames, cut_off, lacking
 
 
 SAMPLING_RATE = 16000
@@ -39,10 +41,6 @@ _EXACT_SEEKS = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_", "IMA_ADPCM",
 
 # Samples; a FLAC file from a pipe does not say how many it has. libsndfile then says 2^63 - 1, and fails at its end.
 _UNKNOWN = 2**40
-
-# In libsndfile's log: bytes of samples by the header, and bytes that are there.
-_STATED_SIZE = re.compile(r"^ *(?:data|SSND|riff|Riff size|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_STREAMED = 0x7FFF0000  # bytes; sox says so and some more, ffmpeg twice as many
 
 Result = TypeVar("Result")
 AudioFile = str | os.PathLike | BinaryIO | bytes
@@ -81,8 +79,8 @@ class AudioReader:
             raise AudioError(f"{self.name} cannot be decoded: its header says {self.rate} Hz")
         if self._file.frames >= _UNKNOWN:
             raise AudioError(f"{self.name} cannot be decoded: its header does not say how long it is; write it anew")
-        if missing := _cut_off(self._file):
-            raise AudioError(f"{self.name} cannot be decoded: it is cut off, {missing} bytes of it are missing")
+        if missing := self._guarded(lambda: cut_off(self._file, self._excerpt)):
+            raise AudioError(f"{self.name} cannot be decoded: it is cut off, {missing}")
         self.sampling_rate = sampling_rate
         self._resampler = None if self.rate == sampling_rate else _resampler(self.rate, sampling_rate)
         self.num_samples = self._resampled_length(self._file.frames)
@@ -93,6 +91,7 @@ class AudioReader:
         self._chunks: dict[int, np.ndarray] = {}  # the two read last: margins of the resampler reach back
         self._block: tuple[int, np.ndarray] | None = None  # the one resampled last
         self._frames: int | None = None  # of the file, once its end has been seen
+        self._counts_frames = self._guarded(lambda: counts_frames(self._file, self._excerpt))
 
     def __enter__(self) -> "AudioReader":
         return self
@@ -154,7 +153,10 @@ class AudioReader:
     def _decode_next(self) -> None:
         samples = self._guarded(lambda: self._file.read(CHUNK, dtype="float32", always_2d=True))  # (samples, channels)
         if len(samples) < CHUNK:
-            self._frames = self._next * CHUNK + len(samples)
+            frames = self._next * CHUNK + len(samples)
+            if self._counts_frames and (missing := lacking(self._file, self._file.frames, frames)):
+                raise AudioError(f"{self.name} cannot be decoded: it is cut off or damaged, {missing}")
+            self._frames = frames
         while len(self._chunks) > 1:
             del self._chunks[next(iter(self._chunks))]
         self._chunks[self._next] = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
@@ -168,6 +170,16 @@ class AudioReader:
         elif not isinstance(source, (str, os.PathLike)) and source.seekable():
             source.seek(self._origin)
         return self._guarded(lambda: soundfile.SoundFile(source))
+
+    def _excerpt(self, start: int, size: int) -> bytes:
+        """Bytes of the file as it is stored; a negative `start` counts from its end."""
+        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
+        with open(source, "rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source) as content:
+            here, end = content.tell(), content.seek(0, os.SEEK_END)
+            content.seek(max(0, end + start) if start < 0 else start)
+            excerpt = content.read(size)
+            content.seek(here)
+            return excerpt
 
     def _guarded(self, action: Callable[[], Result]) -> Result:
         try:
@@ -296,20 +308,6 @@ def _refuse_special(file: AudioFile, name: str) -> None:
         return
     if not os.path.isfile(file) and not os.path.isdir(file):
         raise AudioError(f"{name} cannot be decoded: it is a pipe, a socket or a device, not a file")
-
-
-def _cut_off(file: soundfile.SoundFile) -> int:
-    """Bytes that a WAV (W64, RF64), AIFF or AU file lacks of what its header says, if that is 0.1 s or more.
-
-    libsndfile makes do with what is there, and has it in its log alone. A header with the largest number there is was
-    written before the length was known, to a pipe.
-    """
-    stated = _STATED_SIZE.search(file.extra_info)
-    if stated is None or int(stated[1]) >= _STREAMED:
-        return 0
-    missing = int(stated[1]) - int(stated[2])
-    total = max(1, int(stated[2]))
-    return missing if missing * file.frames >= 0.1 * file.samplerate * total else 0
 
 
 def _reason(error: Exception, file: AudioFile) -> str:
