@@ -289,10 +289,20 @@ def test_heldout_report_of_a_perfect_and_an_idle_quantizer():
     ],
 )
 def test_options_that_cannot_be_are_errors(corpus, tmp_path, options, message):
-    code, printed = quantize(corpus, tmp_path / "quantizer", "--split", "train", *options)
+    code, printed = quantize(corpus, tmp_path / "new" / "quantizer", "--split", "train", *options)
     assert code == 1
     assert message in printed
-    assert not (tmp_path / "quantizer" / "config.json").exists()
+    assert not list(tmp_path.iterdir()), "nothing is left of it"
+
+
+def test_a_folder_that_was_there_stays_as_it_was(corpus, tmp_path):
+    """After an error in the midst of training, which has begun to write."""
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    (tmp_path / ".hidden").write_text("mine")
+    code, printed = quantize(corpus, tmp_path, "--split", "train", "--learning-rate", "1e10", "--overwrite")
+    assert code == 1
+    assert "losses are not finite" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "metrics.jsonl"]
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_teacher_runs(corpus, tmp_path):

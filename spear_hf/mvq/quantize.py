@@ -13,7 +13,8 @@ import io
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -231,24 +232,41 @@ def train_tokenizer(
         )
     if output.is_file():
         raise ValueError(f"{output} is a file: a quantiser is a folder")
-    output.mkdir(parents=True, exist_ok=True)  # before the hours that sampling may take
-    others = {path.name for path in output.iterdir() if not path.name.startswith(".")} - {*_WRITTEN}
-    if others and not overwrite:
-        raise ValueError(
-            f"{output} is not empty, and no quantiser (it has {', '.join(sorted(others)[:3])}): name another folder, "
-            "or overwrite (--overwrite)"
+    with _kept_if_done(output):  # made before the hours that sampling may take
+        others = {path.name for path in output.iterdir() if not path.name.startswith(".")} - {*_WRITTEN}
+        if others and not overwrite:
+            raise ValueError(
+                f"{output} is not empty, and no quantiser (it has {', '.join(sorted(others)[:3])}): name another "
+                "folder, or overwrite (--overwrite)"
+            )
+        sample = sample_frames(
+            teacher,
+            corpus,
+            num_frames,
+            num_heldout,
+            seed=training.seed,
+            max_hours=max_hours,
+            batch_seconds=batch_seconds,
+            progress=progress,
         )
-    sample = sample_frames(
-        teacher,
-        corpus,
-        num_frames,
-        num_heldout,
-        seed=training.seed,
-        max_hours=max_hours,
-        batch_seconds=batch_seconds,
-        progress=progress,
-    )
-    return train_on_sample(teacher, sample, output, training, progress=progress)
+        return train_on_sample(teacher, sample, output, training, progress=progress)
+
+
+@contextmanager
+def _kept_if_done(folder: Path) -> Iterator[None]:
+    """A folder for the block; where that fails, new files of a quantiser's are gone again, and folders made for it."""
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    new = [path for name in _WRITTEN if not (path := folder / name).exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # someone has written there meanwhile
+            for part in made:
+                part.rmdir()
+        raise
 
 
 def train_on_sample(
