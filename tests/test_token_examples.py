@@ -47,6 +47,18 @@ def test_the_calculation_is_in_the_document():
         assert f"| {name} |" in text
 
 
+def test_the_document_is_what_the_tables_give():
+    """And what was written by hand is not lost when the benchmark is run again."""
+    benchmark = load("benchmark_tokenize")
+    page = benchmark.OUTPUT.with_suffix(".md").read_text(encoding="utf-8")
+    made, heading, by_hand = page.partition(benchmark.BY_HAND)
+    assert made == benchmark.document(list(csv.DictReader(benchmark.OUTPUT.open(encoding="utf-8"))))
+    assert heading
+    assert by_hand
+    assert "| transformers', 24 layers | 2 to 30 s, evenly spread |  | 0.67 | 8 % | yes | gpu.md |" in made
+    assert "| this library's, to block 21 | 2 to 30 s, evenly spread | 2.1 | 0.74 | 35 % | no | tokenize.csv |" in made
+
+
 def test_benchmark_of_a_tiny_teacher(tmp_path, monkeypatch):
     benchmark = load("benchmark_tokenize")
     tiny = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [16] * 7}
@@ -55,9 +67,10 @@ def test_benchmark_of_a_tiny_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "LONGEST", 4.0)
     output = tmp_path / "tokenize.csv"
     output.write_text("device,dtype\nsome gpu,bfloat16\n")
+    output.with_suffix(".md").write_text(f"old\n{benchmark.BY_HAND}\n\nkept\n")
     arguments = ["benchmark", "--device", "cpu", "--dtype", "float32", "--utterances", "3", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(output)])
-    monkeypatch.setattr(benchmark, "document", lambda rows: f"{len(rows)} rows")  # the other row is made up
+    monkeypatch.setattr(benchmark, "document", lambda rows: f"{len(rows)} rows\n")  # the other row is made up
     benchmark.main()
     other, row = csv.DictReader(output.open())
     assert other["device"] == "some gpu"
@@ -66,7 +79,7 @@ def test_benchmark_of_a_tiny_teacher(tmp_path, monkeypatch):
     for stage in benchmark.STAGES:
         assert float(row[f"{stage}_seconds"]) >= 0
     assert float(row["encode_share_of_forward"]) > 0
-    assert (tmp_path / "tokenize.md").read_text() == "2 rows"
+    assert (tmp_path / "tokenize.md").read_text() == f"2 rows\n{benchmark.BY_HAND}\n\nkept\n"
 
 
 @pytest.mark.slow
