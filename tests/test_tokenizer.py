@@ -244,3 +244,30 @@ def test_quantizer_without_a_teacher(tmp_path):
     with pytest.raises(ValueError, match="names no teacher"):
         MvqTokenizer.from_pretrained(tmp_path)
     assert MvqTokenizer.from_pretrained(tmp_path, teacher="kaldi-mfcc")(noise(0.1)).shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("provenance", [], r"provenance must be an object, not \[\]"),
+        ("provenance.teacher", "mfcc", "provenance.teacher must be an object, not 'mfcc'"),
+        ("provenance.teacher.window_seconds", "10", "provenance.teacher.window_seconds cannot be '10'"),
+        ("provenance.teacher.options", ["gain"], "provenance.teacher.options cannot be"),
+        ("provenance.teacher.dtype", 16, "provenance.teacher.dtype cannot be 16"),
+        ("provenance.probe", {"x": 1}, "provenance.probe must be 32 numbers"),
+        ("provenance.probe", [0.5] * 31, "provenance.probe must be 32 numbers"),
+        ("teacher", 5, "teacher must be a name, not 5"),
+        ("teacher_layer", "21", "teacher_layer must be a whole number, not '21'"),
+    ],
+)
+def test_a_damaged_record_is_a_clear_error(mfcc_folder, key, value, message):
+    path = mfcc_folder / "config.json"
+    config = json.loads(path.read_text())
+    *parents, name = key.split(".")
+    place = config
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[name] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        MvqTokenizer.from_pretrained(mfcc_folder)

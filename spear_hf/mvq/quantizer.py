@@ -80,6 +80,15 @@ class QuantizerConfig:
             if isinstance(self.frame_rate, (str, bool)) or not 0 < self.frame_rate < math.inf:
                 raise ValueError(f"frame_rate must be positive (frames a second), not {self.frame_rate!r}.")
             object.__setattr__(self, "frame_rate", float(self.frame_rate))
+        for name, kind, what in (
+            ("teacher", str, "a name"),
+            ("teacher_layer", int, "a whole number"),
+            ("teacher_revision", str, "a name"),
+            ("provenance", dict, "an object"),
+        ):
+            value = getattr(self, name)
+            if (value is not None or kind is dict) and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be {what}, not {value!r}.")
         try:
             # What comes back from config.json must be what went in, so tuples become lists here already.
             plain = json.loads(json.dumps(self.provenance, allow_nan=False))

@@ -49,9 +49,16 @@ def check_probe(teacher: Teacher, quantizer: MultiCodebookQuantizer) -> None:
     provenance = quantizer.config.provenance
     if "probe" not in provenance:
         return
-    was, now = np.array(provenance["probe"]), np.array(probe(teacher, quantizer))
-    recorded = provenance.get("teacher", {}).get("dtype", "float32")
-    exact = recorded == "float32" and teacher.dtype == torch.float32
+    recorded = provenance["probe"]
+    if (
+        not isinstance(recorded, list)
+        or len(recorded) != NUMBERS
+        or not all(type(v) in (int, float) for v in recorded)
+    ):
+        raise ValueError(f"the quantiser's config.json: provenance.probe must be {NUMBERS} numbers; restore it")
+    was, now = np.array(recorded), np.array(probe(teacher, quantizer))
+    dtype = provenance.get("teacher", {}).get("dtype", "float32")
+    exact = dtype == "float32" and teacher.dtype == torch.float32
     distance = float(np.linalg.norm(now - was)) / max(1e-6, float(np.linalg.norm(was)))
     if not distance <= (TOLERANCE if exact else TOLERANCE_16_BIT):
         raise ValueError(

@@ -17,6 +17,16 @@ from spear_hf.mvq.teacher_probe import check_probe
 from spear_hf.mvq.teachers import SAMPLING_RATE, Teacher, Waveform, is_factory, load_teacher
 
 
+# What is needed of a teacher's record in a quantiser's provenance, and its types.
+_RECORDED: dict[str, type | tuple[type, ...]] = {
+    "window": str,
+    "window_seconds": (int, float),
+    "dtype": str,
+    "options": dict,
+    "fingerprint": str,
+}
+
+
 class MvqTokenizer:
     """`tokenizer(audio)` -> codes (frames, num_codebooks); `tokenizer.decode(codes)` -> the teacher's features, about.
 
@@ -172,14 +182,14 @@ def _load_recorded(
     dtype: torch.dtype | str | None,
 ) -> Teacher:
     """The teacher that the config names, or the one of the name given, with the settings of the config."""
-    recorded = config.provenance.get("teacher", {})
-    options = recorded.get("options")
+    recorded = _recorded(config)
+    options: dict[str, Any] | None = recorded.get("options")
     spec = teacher or config.teacher
     if teacher is not None and config.teacher is not None and is_factory(config.teacher) and not is_factory(teacher):
         # The new place of what a factory loads: it is an option there.
         place = next((name for name in ("file", "model") if name in (options or {})), None)
         if place is not None:
-            spec, options = config.teacher, {**options, place: teacher}
+            spec, options = config.teacher, {**(options or {}), place: teacher}
     if spec is None:
         raise ValueError(f"{source}: its config names no teacher; say which: teacher=...")
     beside = Path(source) / spec
@@ -203,8 +213,19 @@ def _load_recorded(
         raise ValueError(f"{source}: {error} (a teacher that has moved can be given: teacher=...)") from error
 
 
-def _check_pair(teacher: Teacher, config: QuantizerConfig) -> None:
+def _recorded(config: QuantizerConfig) -> dict[str, Any]:
+    """The teacher's settings in the config. ValueError where they are of no use, as after an edit by hand."""
     recorded = config.provenance.get("teacher", {})
+    if not isinstance(recorded, dict):
+        raise ValueError(f"the quantiser's config.json: provenance.teacher must be an object, not {recorded!r}")
+    for name, kinds in _RECORDED.items():
+        if (value := recorded.get(name)) is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"the quantiser's config.json: provenance.teacher.{name} cannot be {value!r}; restore it")
+    return recorded
+
+
+def _check_pair(teacher: Teacher, config: QuantizerConfig) -> None:
+    recorded = _recorded(config)
     for name, is_, was in (
         ("feature_size", teacher.feature_size, config.feature_size),
         ("frame_rate", teacher.frame_rate, config.frame_rate),
