@@ -7,7 +7,7 @@ torchaudio. This file is copied to the Hub as remote code: it needs torch, numpy
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,8 @@ _INTEGER_SCALES = {torch.int16: 2.0**-15, torch.int32: 2.0**-31}
 _MAX_CHANNELS = 8
 # Above this peak a floating-point waveform was surely meant as 16-bit integers.
 _SUSPICIOUS_PEAK = 100.0
+# Above this one the energies of a frame overflow float32: a damaged file, whose bits were taken for floats.
+_LARGEST_PEAK = 1e15
 # Frames computed at once: on the CPU what stays in the caches, elsewhere what keeps the temporaries under 1 GB.
 _SLAB_FRAMES_CPU = 1024
 _SLAB_FRAMES_ACCELERATOR = 65536
@@ -107,6 +109,10 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(
                 f"padding_side={self.padding_side!r}: SPEAR takes batches padded on the right; use 'right'"
             )
+        if not isinstance(feature_size, int) or feature_size < 1:
+            raise ValueError(f"feature_size={feature_size!r}: the number of mel bins is a positive whole number")
+        if not mel_floor > 0:
+            raise ValueError(f"mel_floor={mel_floor}: it must be positive, as silence has the logarithm of it")
         if not 0 < hop_length <= win_length <= n_fft or n_fft % 2:
             raise ValueError(
                 f"hop_length={hop_length}, win_length={win_length}, n_fft={n_fft}: "
@@ -350,6 +356,11 @@ def _check_peaks(peaks: list[float], waveforms: list[torch.Tensor]) -> None:
                 f"utterance {index} of the batch is not finite: sample {where} is {float(waveform[where])}; "
                 "repair or remove it"
             )
+        if peak > _LARGEST_PEAK:
+            raise ValueError(
+                f"utterance {index} of the batch has samples up to {peak:g}, whose energy is over what float32 holds: "
+                "it is damaged; repair or remove it"
+            )
     loudest = max(range(len(peaks)), key=peaks.__getitem__)
     if peaks[loudest] > _SUSPICIOUS_PEAK:
         logger.warning(
@@ -397,15 +408,24 @@ def _split_batch(raw_speech: Any) -> list[Any]:
     if not isinstance(raw_speech, (list, tuple)):
         raise ValueError(
             f"raw_speech is a {type(raw_speech).__name__}: pass decoded samples, as an array, a tensor, a list of "
-            "floats, or a list of these"
+            f"floats, or a list of these{_way_to_samples(raw_speech)}"
         )
     if len(raw_speech) > 0 and isinstance(raw_speech[0], (int, float, np.number)):
         return [raw_speech]
     return list(raw_speech)
 
 
+def _way_to_samples(audio: Any) -> str:
+    """What to do with audio as `datasets` gives it, a dictionary or a decoder; empty for anything else."""
+    if isinstance(audio, Mapping) or hasattr(audio, "get_all_samples"):
+        return '. Of `datasets` these are audio["array"], with sampling_rate=audio["sampling_rate"]'
+    return ""
+
+
 def mono_samples(item: Any, index: int = 0) -> torch.Tensor:
     """One utterance as a 1-D tensor of floats, int16 or int32; ValueError for anything else."""
+    if way := _way_to_samples(item):
+        raise ValueError(f"utterance {index} of the batch is a {type(item).__name__}: pass decoded samples{way}")
     if not isinstance(item, torch.Tensor):
         try:
             array = np.asarray(item)

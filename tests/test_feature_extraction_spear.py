@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,7 +272,12 @@ class TestRefusals:
             pytest.param([GOOD, "b.wav"], "utterance 1 .*pass floats", id="a path in a list"),
             pytest.param([GOOD, [[0.0] * 2000, [0.0]]], "utterance 1 .*not one sequence", id="ragged"),
             pytest.param("a.wav", "raw_speech is a str: pass decoded samples", id="a path"),
-            pytest.param({"array": GOOD}, "raw_speech is a dict", id="a dictionary"),
+            pytest.param({"array": GOOD}, r'raw_speech is a dict.*audio\["array"\], with', id="a dictionary"),
+            pytest.param([GOOD, {"array": GOOD}], r'utterance 1 .*is a dict.*audio\["array"\]', id="dictionaries"),
+            pytest.param(
+                [SimpleNamespace(get_all_samples=None)], r'utterance 0 .*audio\["array"\]', id="a decoder in a list"
+            ),
+            pytest.param([GOOD, np.full(2000, 1e30, np.float32)], "utterance 1 .*up to 1e.30.*damaged", id="damaged"),
         ],
     )
     def test_bad_input(self, extractor, raw_speech, message):
@@ -313,6 +319,9 @@ class TestRefusals:
         [
             ({"padding_side": "left"}, "padding_side='left'"),
             ({"hop_length": 0}, "hop_length=0"),
+            ({"feature_size": 0}, "feature_size=0"),
+            ({"feature_size": "128"}, "feature_size='128'"),
+            ({"mel_floor": 0.0}, "mel_floor=0.0"),
             ({"n_fft": 256}, "n_fft=256"),
             ({"max_frequency": 9000.0}, "max_frequency=9000"),
             ({"hop_length": 16}, "win_length=400 is over 136"),
