@@ -7,7 +7,9 @@ torchaudio. This file is copied to the Hub as remote code: it needs torch, numpy
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -32,9 +34,25 @@ _LARGEST_PEAK = 1e15
 # Frames computed at once: on the CPU what stays in the caches, elsewhere what keeps the temporaries under 1 GB.
 _SLAB_FRAMES_CPU = 1024
 _SLAB_FRAMES_ACCELERATOR = 65536
+# A process that was forked from this one has another.
+_PROCESS = os.getpid()
 # The matrix product is given a multiple of this many rows: the kernels for odd sizes round differently, and an
 # utterance's features would depend on its batch in the last bit.
 _ROW_MULTIPLE = 64
+
+
+@contextmanager
+def one_thread_where_forked() -> Iterator[None]:
+    """OpenMP's threads do not survive a fork: in `datasets.Dataset.map(num_proc=2)`, say, one would wait for ever."""
+    threads = torch.get_num_threads()
+    if os.getpid() == _PROCESS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=16)
@@ -144,6 +162,7 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
         return (num_samples + self.hop_length // 2) // self.hop_length
 
     @torch.no_grad()
+    @one_thread_where_forked()
     def __call__(
         self,
         raw_speech: np.ndarray

@@ -4,6 +4,8 @@
 import ast
 import json
 import math
+import multiprocessing
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from transformers import AutoFeatureExtractor
 
 import spear_hf.feature_extraction_spear as module
 from spear_hf import SpearFeatureExtractor
+from spear_hf.data.audio import resample
 
 
 TOLERANCE = 2e-4  # in log-mel
@@ -89,6 +92,28 @@ def test_features_do_not_depend_on_the_batch(extractor):
     batch = extractor(waveforms, sampling_rate=16000, padding=False).input_features
     for waveform, row in zip(waveforms, batch):
         np.testing.assert_allclose(row, extractor(waveform, sampling_rate=16000).input_features[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork of a process with threads is refused elsewhere")
+def test_forked_processes_do_not_wait_for_threads(extractor):
+    """As `datasets.Dataset.map(num_proc=2)` makes them: OpenMP's threads stay behind in the parent."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        slow = np.sin(np.arange(80000.0)).astype(np.float32)
+        waveform = resample(slow, 8000, 16000)
+        expected = features(extractor, waveform)
+        child = context.Process(target=lambda: theirs.send(features(extractor, resample(slow, 8000, 16000)).numpy()))
+        child.start()
+        found = ours.recv() if ours.poll(60) else None
+        child.kill()
+        child.join()
+        assert found is not None
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_slabs_do_not_show(extractor, monkeypatch):
@@ -428,7 +453,8 @@ def test_file_stands_alone():
         alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
     }
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"collections", "functools", "math", "typing", "numpy", "torch", "transformers"}
+    standard = {"collections", "contextlib", "functools", "math", "os", "typing"}
+    assert imported <= standard | {"numpy", "torch", "transformers"}
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ import numpy as np
 import soundfile
 import torch
 
+from ..feature_extraction_spear import one_thread_where_forked
+
 
 SAMPLING_RATE = 16000
 CHUNK = 65536  # samples of a file decoded at a time; MP3 decodes to other last bits with another size
@@ -255,6 +257,7 @@ class _Resampler:
         lead = self.margin // self.orig * self.new
         return self.whole(samples)[lead : lead + self.block]
 
+    @one_thread_where_forked()
     def whole(self, waveform: np.ndarray) -> np.ndarray:
         """(..., samples) at once, with zeros beyond its ends."""
         with torch.no_grad():
