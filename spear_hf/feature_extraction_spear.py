@@ -7,7 +7,9 @@ torchaudio. This file is copied to the Hub as remote code: it needs torch, numpy
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -27,12 +29,30 @@ _INTEGER_SCALES = {torch.int16: 2.0**-15, torch.int32: 2.0**-31}
 _MAX_CHANNELS = 8
 # Above this peak a floating-point waveform was surely meant as 16-bit integers.
 _SUSPICIOUS_PEAK = 100.0
+# Above this one the energies of a frame overflow float32: a damaged file, whose bits were taken for floats.
+_LARGEST_PEAK = 1e15
 # Frames computed at once: on the CPU what stays in the caches, elsewhere what keeps the temporaries under 1 GB.
 _SLAB_FRAMES_CPU = 1024
 _SLAB_FRAMES_ACCELERATOR = 65536
+# A process that was forked from this one has another.
+_PROCESS = os.getpid()
 # The matrix product is given a multiple of this many rows: the kernels for odd sizes round differently, and an
 # utterance's features would depend on its batch in the last bit.
 _ROW_MULTIPLE = 64
+
+
+@contextmanager
+def one_thread_where_forked() -> Iterator[None]:
+    """OpenMP's threads do not survive a fork: in `datasets.Dataset.map(num_proc=2)`, say, one would wait for ever."""
+    threads = torch.get_num_threads()
+    if os.getpid() == _PROCESS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=16)
@@ -107,6 +127,10 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(
                 f"padding_side={self.padding_side!r}: SPEAR takes batches padded on the right; use 'right'"
             )
+        if not isinstance(feature_size, int) or feature_size < 1:
+            raise ValueError(f"feature_size={feature_size!r}: the number of mel bins is a positive whole number")
+        if not mel_floor > 0:
+            raise ValueError(f"mel_floor={mel_floor}: it must be positive, as silence has the logarithm of it")
         if not 0 < hop_length <= win_length <= n_fft or n_fft % 2:
             raise ValueError(
                 f"hop_length={hop_length}, win_length={win_length}, n_fft={n_fft}: "
@@ -138,6 +162,7 @@ class SpearFeatureExtractor(SequenceFeatureExtractor):
         return (num_samples + self.hop_length // 2) // self.hop_length
 
     @torch.no_grad()
+    @one_thread_where_forked()
     def __call__(
         self,
         raw_speech: np.ndarray
@@ -350,6 +375,11 @@ def _check_peaks(peaks: list[float], waveforms: list[torch.Tensor]) -> None:
                 f"utterance {index} of the batch is not finite: sample {where} is {float(waveform[where])}; "
                 "repair or remove it"
             )
+        if peak > _LARGEST_PEAK:
+            raise ValueError(
+                f"utterance {index} of the batch has samples up to {peak:g}, whose energy is over what float32 holds: "
+                "it is damaged; repair or remove it"
+            )
     loudest = max(range(len(peaks)), key=peaks.__getitem__)
     if peaks[loudest] > _SUSPICIOUS_PEAK:
         logger.warning(
@@ -397,15 +427,24 @@ def _split_batch(raw_speech: Any) -> list[Any]:
     if not isinstance(raw_speech, (list, tuple)):
         raise ValueError(
             f"raw_speech is a {type(raw_speech).__name__}: pass decoded samples, as an array, a tensor, a list of "
-            "floats, or a list of these"
+            f"floats, or a list of these{_way_to_samples(raw_speech)}"
         )
     if len(raw_speech) > 0 and isinstance(raw_speech[0], (int, float, np.number)):
         return [raw_speech]
     return list(raw_speech)
 
 
+def _way_to_samples(audio: Any) -> str:
+    """What to do with audio as `datasets` gives it, a dictionary or a decoder; empty for anything else."""
+    if isinstance(audio, Mapping) or hasattr(audio, "get_all_samples"):
+        return '. Of `datasets` these are audio["array"], with sampling_rate=audio["sampling_rate"]'
+    return ""
+
+
 def mono_samples(item: Any, index: int = 0) -> torch.Tensor:
     """One utterance as a 1-D tensor of floats, int16 or int32; ValueError for anything else."""
+    if way := _way_to_samples(item):
+        raise ValueError(f"utterance {index} of the batch is a {type(item).__name__}: pass decoded samples{way}")
     if not isinstance(item, torch.Tensor):
         try:
             array = np.asarray(item)

@@ -60,6 +60,7 @@ from .configuration_spear import SpearConfig
 logger = logging.get_logger(__name__)
 
 MIN_FRAMES = 9  # of the 100 Hz filter bank: the stem turns m frames into (m - 7) // 2
+PADDING_VALUE = math.log(1e-10)  # that of `SpearFeatureExtractor`
 LOGITS_AT_ONCE = 2**24  # of the pre-training heads: 67 MB in float32
 LOGITS_ON_CUDA = 4  # so many times as many, as each is several kernels
 STEM_FRAMES_AT_ONCE = 128  # of an utterance, without gradients: 6 MB of the widest tensor of the base size
@@ -971,9 +972,11 @@ class SpearModel(SpearPreTrainedModel):
         ```
         """
         self._check_shapes(input_features, attention_mask=attention_mask, mask_time_indices=mask_time_indices)
-        input_features = self._mask_input_features(
-            input_features.to(self.stem.conv1.weight.dtype), mask_time_indices, mask_feature_indices
-        )
+        input_features = input_features.to(self.stem.conv1.weight.dtype)
+        if attention_mask is not None:
+            # A gradient of zero times padding that is not finite would be NaN.
+            input_features = input_features.masked_fill(~attention_mask.bool()[:, :, None], PADDING_VALUE)
+        input_features = self._mask_input_features(input_features, mask_time_indices, mask_feature_indices)
         frames = (input_features.shape[1] - 7) // 2
         valid_mask = None
         if attention_mask is not None:

@@ -26,13 +26,14 @@ class AudioEmbeddingPipeline(Pipeline):
     """Embeddings of audio by a SPEAR encoder, as float32 arrays.
 
     `pipe(audio)` gives one array, `pipe([audio, ...])` a list, a generator or dataset a generator of them. Audio is
-    one of these; channels are averaged in files only:
+    one of these; channels are averaged in files only, decoded or not:
 
     - the path of a file, or the bytes of one;
     - a mono array, tensor or list of samples, which is taken to be at the rate of the feature extractor (16 kHz);
     - `{"raw": samples, "sampling_rate": rate}`, or "array" in place of "raw"; another rate is resampled;
-    - `{"bytes": ..., "path": ...}`, what `datasets` gives for `Audio(decode=False)`; or a row with any of these as its
-      "audio".
+    - `{"bytes": ..., "path": ...}`, what `datasets` gives for `Audio(decode=False)`, or an `AudioDecoder` of
+      torchcodec, what it gives for `Audio()`;
+    - a row with any of these as its "audio".
 
     Args:
         layer: -1 for `last_hidden_state`; 0 for the output of the stem and K for that of layer K; "all" for all of
@@ -82,8 +83,8 @@ class AudioEmbeddingPipeline(Pipeline):
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Embeddings of `inputs`; `layer`, `pool` and `batch_size` override those of the pipeline."""
-        if type(inputs).__module__.split(".")[0] == "datasets":  # a `Dataset`, which is none of torch's
-            inputs = (row for row in inputs)
+        if type(inputs).__module__.split(".")[0] == "datasets" and not _is_decoder(inputs):
+            inputs = (row for row in inputs)  # of a `Dataset`, which is none of torch's
         elif isinstance(inputs, list) and inputs and isinstance(inputs[0], (int, float)):
             inputs = np.asarray(inputs, dtype=np.float32)
         return super().__call__(inputs, *args, **kwargs)
@@ -113,6 +114,9 @@ class AudioEmbeddingPipeline(Pipeline):
                         '"sampling_rate"'
                     )
                 audio, rate = samples, int(rate)
+        elif _is_decoder(audio):
+            decoded = audio.get_all_samples()
+            audio, rate = decoded.data.mean(dim=0), int(decoded.sample_rate)
         if isinstance(audio, (str, os.PathLike)):
             return load_audio(audio, target)
         if isinstance(audio, (bytes, bytearray)):
@@ -122,6 +126,8 @@ class AudioEmbeddingPipeline(Pipeline):
                 'a dictionary of audio needs "raw" or "array" with "sampling_rate", or "bytes", or "path"'
             )
         shape = tuple(np.shape(audio))
+        if not shape:
+            raise ValueError(f"a {type(audio).__name__} is no audio: pass a path, samples or what `datasets` gives")
         if len(shape) != 1:
             raise ValueError(f"audio of shape {shape} is not mono: average its channels; for a batch, pass a list")
         samples = mono_samples(audio)
@@ -150,6 +156,11 @@ class AudioEmbeddingPipeline(Pipeline):
         elif pool == "mean+std":
             frames = torch.cat([frames.mean(dim=1), frames.std(dim=1, correction=0)], dim=1)
         return (frames if model_outputs["keep_layers"][0] else frames[0]).numpy()
+
+
+def _is_decoder(audio: Any) -> bool:
+    """Whether this is an `AudioDecoder` of torchcodec, which need not be installed."""
+    return hasattr(audio, "get_all_samples")
 
 
 def _load_feature_extractor(source: str | os.PathLike | None, model: SpearPreTrainedModel) -> Any:

@@ -4,8 +4,11 @@
 import ast
 import json
 import math
+import multiprocessing
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from transformers import AutoFeatureExtractor
 
 import spear_hf.feature_extraction_spear as module
 from spear_hf import SpearFeatureExtractor
+from spear_hf.data.audio import resample
 
 
 TOLERANCE = 2e-4  # in log-mel
@@ -88,6 +92,28 @@ def test_features_do_not_depend_on_the_batch(extractor):
     batch = extractor(waveforms, sampling_rate=16000, padding=False).input_features
     for waveform, row in zip(waveforms, batch):
         np.testing.assert_allclose(row, extractor(waveform, sampling_rate=16000).input_features[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork of a process with threads is refused elsewhere")
+def test_forked_processes_do_not_wait_for_threads(extractor):
+    """As `datasets.Dataset.map(num_proc=2)` makes them: OpenMP's threads stay behind in the parent."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        slow = np.sin(np.arange(80000.0)).astype(np.float32)
+        waveform = resample(slow, 8000, 16000)
+        expected = features(extractor, waveform)
+        child = context.Process(target=lambda: theirs.send(features(extractor, resample(slow, 8000, 16000)).numpy()))
+        child.start()
+        found = ours.recv() if ours.poll(60) else None
+        child.kill()
+        child.join()
+        assert found is not None
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_slabs_do_not_show(extractor, monkeypatch):
@@ -271,7 +297,12 @@ class TestRefusals:
             pytest.param([GOOD, "b.wav"], "utterance 1 .*pass floats", id="a path in a list"),
             pytest.param([GOOD, [[0.0] * 2000, [0.0]]], "utterance 1 .*not one sequence", id="ragged"),
             pytest.param("a.wav", "raw_speech is a str: pass decoded samples", id="a path"),
-            pytest.param({"array": GOOD}, "raw_speech is a dict", id="a dictionary"),
+            pytest.param({"array": GOOD}, r'raw_speech is a dict.*audio\["array"\], with', id="a dictionary"),
+            pytest.param([GOOD, {"array": GOOD}], r'utterance 1 .*is a dict.*audio\["array"\]', id="dictionaries"),
+            pytest.param(
+                [SimpleNamespace(get_all_samples=None)], r'utterance 0 .*audio\["array"\]', id="a decoder in a list"
+            ),
+            pytest.param([GOOD, np.full(2000, 1e30, np.float32)], "utterance 1 .*up to 1e.30.*damaged", id="damaged"),
         ],
     )
     def test_bad_input(self, extractor, raw_speech, message):
@@ -313,6 +344,9 @@ class TestRefusals:
         [
             ({"padding_side": "left"}, "padding_side='left'"),
             ({"hop_length": 0}, "hop_length=0"),
+            ({"feature_size": 0}, "feature_size=0"),
+            ({"feature_size": "128"}, "feature_size='128'"),
+            ({"mel_floor": 0.0}, "mel_floor=0.0"),
             ({"n_fft": 256}, "n_fft=256"),
             ({"max_frequency": 9000.0}, "max_frequency=9000"),
             ({"hop_length": 16}, "win_length=400 is over 136"),
@@ -419,7 +453,8 @@ def test_file_stands_alone():
         alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
     }
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"collections", "functools", "math", "typing", "numpy", "torch", "transformers"}
+    standard = {"collections", "contextlib", "functools", "math", "os", "typing"}
+    assert imported <= standard | {"numpy", "torch", "transformers"}
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_manifest(folder, suffix):
     assert (len(train), evaluation["id"][:]) == (2, ["cat/2.wav"])
 
 
-def test_splits_of_a_manifest_are_kept_apart(folder):
+def test_splits_of_a_manifest_are_kept_apart(folder, caplog):
     """Rows of other splits are not trained on because no split was named."""
     rows = [("dog/0.wav", "train"), ("dog/1.wav", "train"), ("cat/2.wav", "validation")]
     manifest = folder / "list.csv"
@@ -85,8 +85,12 @@ def test_splits_of_a_manifest_are_kept_apart(folder):
     arguments = DataArguments(dataset=str(manifest), eval_share=0.5)
     train, evaluation = train_and_eval_rows(arguments, [], seed=0)
     assert (train["id"][:], evaluation["id"][:]) == (["dog/0.wav", "dog/1.wav"], ["cat/2.wav"])
-    manifest.write_text(manifest.read_text().replace("validation", "test"))
+    manifest.write_text(manifest.read_text().replace("validation", "dev"))
+    assert train_and_eval_rows(arguments, [], seed=0)[1]["id"][:] == ["cat/2.wav"]
+    assert not caplog.messages
+    manifest.write_text(manifest.read_text().replace("dev", "test"))
     assert "cat/2.wav" not in {id for part in train_and_eval_rows(arguments, [], seed=0) for id in part["id"]}
+    assert "50% of train is held out for the evaluation, and test is left alone" in caplog.text
     manifest.write_text(manifest.read_text().replace("train", "fold1"))
     with pytest.raises(ValueError, match=r"has the splits fold1, test: name one with --train_split"):
         train_and_eval_rows(arguments, [], seed=0)

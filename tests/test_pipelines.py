@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,6 +333,35 @@ def test_embeddings_of_audio_in_any_form(embed, tmp_path):
     assert close(embed(compressed.getvalue()), expected)
 
 
+class Decoder:
+    """What a decoder of torchcodec is asked for; torchcodec itself needs FFmpeg, which tests do without."""
+
+    def __init__(self, channels, sample_rate):
+        self.samples = SimpleNamespace(data=torch.as_tensor(channels), sample_rate=sample_rate)
+
+    def get_all_samples(self):
+        return self.samples
+
+
+class DatasetsDecoder(Decoder):
+    """That of `datasets`, which can be subscripted as one of its rows can."""
+
+    __module__ = "datasets.features"
+
+    def __getitem__(self, key):
+        raise AssertionError("a decoder was read as a dataset")
+
+
+@pytest.mark.parametrize("kind", [Decoder, DatasetsDecoder])
+def test_embeddings_of_decoders(embed, kind):
+    wave = tones("ab")
+    stereo = np.stack([1.5 * wave, 0.5 * wave])
+    expected = embed(wave)
+    decoder = kind(stereo, RATE)
+    assert close(embed(decoder), expected)
+    assert all(close(result, expected) for result in embed([decoder, {"audio": decoder, "label": 3}], batch_size=2))
+
+
 def test_embeddings_of_another_rate_are_resampled(embed):
     pytest.importorskip("torchaudio")
     seconds = np.arange(8000) / 8000
@@ -341,6 +371,7 @@ def test_embeddings_of_another_rate_are_resampled(embed):
     direct = embed(fast, pool="mean")
     mistaken = embed(slow, pool="mean")
     assert np.abs(resampled - direct).max() < 0.3 * np.abs(mistaken - direct).max()
+    assert close(embed(Decoder(slow[None], 8000), pool="mean"), resampled)
     for integers in (np.int16(slow * 2.0**14), torch.from_numpy(np.int32(slow * 2.0**30))):
         floats = np.asarray(integers) / (2.0**15 if np.asarray(integers).itemsize == 2 else 2.0**31)
         scaled, expected = (embed({"raw": raw, "sampling_rate": 8000}, pool="mean") for raw in (integers, floats))
@@ -376,6 +407,7 @@ def test_audio_that_cannot_be_embedded(embed, tmp_path):
         (b"RIFF, but not really", "cannot be decoded"),
         (tmp_path / "none.wav", "no such file"),
         (np.zeros(100, np.float32), "too short"),
+        (3.5, "a float is no audio"),
     ):
         with pytest.raises(ValueError, match=words):
             embed(audio)

@@ -210,6 +210,22 @@ def test_every_parameter_is_trained(model_class, weighted):
 
 
 @every_model
+@pytest.mark.parametrize(("frames", "value"), [(FRAMES, float("nan")), (1000, float("-inf"))])
+def test_what_padding_holds_does_not_reach_gradients(model_class, frames, value):
+    model = tiny_model(model_class, hidden_dropout=0.0, final_dropout=0.0).train()
+    values = inputs(model_class, labels=True, frames=frames)
+    padding = values["attention_mask"][:, :, None] == 0
+    gradients = []
+    for content in (-23.0, value):
+        model.zero_grad()
+        features = values["input_features"].masked_fill(padding, content).requires_grad_()
+        loss_of(model, values | {"input_features": features}).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()} | {"input_features": features.grad})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@every_model
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(model_class, reentrant):
     values = inputs(model_class, labels=True)

@@ -26,6 +26,7 @@ import numpy as np
 import soundfile
 import torch
 
+from ..feature_extraction_spear import one_thread_where_forked
 from .truncation import counts_frames, cut_off, lacking
 
 
@@ -267,6 +268,7 @@ class _Resampler:
         lead = self.margin // self.orig * self.new
         return self.whole(samples)[lead : lead + self.block]
 
+    @one_thread_where_forked()
     def whole(self, waveform: np.ndarray) -> np.ndarray:
         """(..., samples) at once, with zeros beyond its ends."""
         with torch.no_grad():

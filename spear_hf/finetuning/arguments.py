@@ -64,7 +64,10 @@ class DataArguments:
     )
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "Default: `validation` of a manifest that has it, else --eval_share of the training rows."},
+        metadata={
+            "help": "Default: `validation`, `valid` or `dev` of a manifest that has it, else --eval_share of the "
+            "training rows."
+        },
     )
     eval_share: float = field(
         default=0.1, metadata={"help": "Share of the training rows that is held out when no evaluation set is named."}

@@ -41,7 +41,7 @@ LOCAL_COLUMNS = ("domain", "split", "label", "transcript", "probe", "language", 
 # What lies in an Audio column: built so, as datasets wants torchcodec even to put a path into one.
 ENCODED_AUDIO = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 STRETCH = "stretch_start"  # column, where rows are stretches of files: the first sample at 16 kHz, `length` of them
-TRAIN, VALIDATION = "train", "validation"  # splits, as datasets of the Hub call them
+TRAIN, VALIDATION = "train", ("validation", "valid", "dev")  # splits, and the names that are in use
 REPORTED = 5  # bad files that an error names
 
 
@@ -134,8 +134,9 @@ def train_and_eval_rows(
 ) -> tuple[Dataset, Dataset]:
     """The rows that the arguments name for training and for evaluation, the latter sorted by length.
 
-    Of a manifest with several splits these are `train` and `validation`, if none are named. Without an evaluation
-    split or dataset, `eval_share` of the training rows, chosen by the seed, are held out.
+    Of a manifest with several splits these are `train` and `validation` (or `valid`, or `dev`), if none are named.
+    Without an evaluation split or dataset, `eval_share` of the training rows, chosen by the seed, are held out; a
+    warning names splits that are left out.
     """
     if arguments.dataset is None:
         raise ValueError("dataset is not set: name a folder, a manifest or a dataset of the Hub (or try --smoke)")
@@ -145,8 +146,14 @@ def train_and_eval_rows(
         if TRAIN not in splits:
             raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}: name one with --train_split")
         train_split = TRAIN
-        if eval_split is None and arguments.eval_dataset is None and VALIDATION in splits:
-            eval_split = VALIDATION
+        if eval_split is None and arguments.eval_dataset is None:
+            eval_split = next((name for name in VALIDATION if name in splits), None)
+            if eval_split is None:
+                others = ", ".join(name for name in splits if name != TRAIN)
+                logger.warning(
+                    f"{arguments.dataset} has no split {' or '.join(VALIDATION)}: {arguments.eval_share:.0%} of "
+                    f"{TRAIN} is held out for the evaluation, and {others} is left alone; choose with --eval_split."
+                )
     train = load_rows(arguments.dataset, columns, train_split, arguments, unchanged)
     if arguments.eval_dataset is None and eval_split is None:
         if len(train) < 2:
