@@ -40,6 +40,7 @@ def in_autocast(x: torch.Tensor) -> torch.Tensor:
 
 
 def widened_type(x: torch.Tensor) -> torch.dtype:
+    """The type of `x`, or float32 where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

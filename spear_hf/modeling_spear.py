@@ -264,6 +264,7 @@ class SpearBiasNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., dim)` to the same shape."""
         wide = widened(hidden_states)  # as the scale of small inputs overflows half precision too
         scale = (wide - self.bias).square().mean(dim=-1, keepdim=True).rsqrt() * widened(self.log_scale).exp()
         return (wide * scale).to(hidden_states.dtype)
@@ -277,6 +278,7 @@ class SpearBypass(nn.Module):
         self.bypass_scale = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., dim)` twice to the same shape."""
         return torch.addcmul(residual, hidden_states - residual, self.bypass_scale)
 
 
@@ -288,6 +290,7 @@ class SpearTimeSharedDropout(nn.Module):
         self.p = p
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, frames, dim)` to the same shape."""
         if not self.training or self.p == 0:
             return hidden_states
         return hidden_states * F.dropout(torch.ones_like(hidden_states[:, :1]), self.p, training=True)
@@ -304,6 +307,7 @@ class SpearFeedForward(nn.Module):
         self.out_proj = with_init_scale(nn.Linear(intermediate_size, config.hidden_size), 0.1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, frames, dim)` to the same shape."""
         # For the memory of long recordings: the inner tensors are several times as wide as the others.
         # The length last: an exported graph must not depend on it.
         if (
@@ -402,6 +406,7 @@ class SpearSelfAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_weights: torch.Tensor | BlockwiseAttention
     ) -> torch.Tensor:
+        """`(batch, frames, dim)` and `(batch, heads, frames, frames)` to `(batch, frames, dim)`."""
         value = self.in_proj(hidden_states).unflatten(-1, (self.num_heads, self.value_head_dim))
         context = weigh(attention_weights, value).flatten(-2)  # (batch, frames, heads * value_head_dim)
         return self.out_proj(context)
@@ -419,6 +424,7 @@ class SpearNonlinAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_weights: torch.Tensor | BlockwiseAttention
     ) -> torch.Tensor:
+        """`(batch, frames, dim)` and `(batch, heads, frames, frames)` to `(batch, frames, dim)`."""
         gate, value, out_gate = project(self.in_proj, hidden_states).chunk(3, dim=-1)
         context = weigh(attention_weights, (value * gate.tanh()).unsqueeze(2)).squeeze(2)  # (batch, frames, inner)
         if context.dtype == torch.float16:
@@ -481,6 +487,7 @@ class SpearConvolution(nn.Module):
         self.out_proj = with_init_scale(nn.Linear(size, size), 0.05)
 
     def forward(self, hidden_states: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, frames, dim)` to the same shape; `valid_mask` `(batch, frames)`, False for padding."""
         hidden_states = gated(project(self.in_proj, hidden_states))
         if valid_mask is not None:
             hidden_states = hidden_states.masked_fill(~valid_mask[:, :, None], 0.0)
@@ -514,6 +521,7 @@ class SpearLayer(GradientCheckpointingLayer):
         valid_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """`(batch, frames, dim)` to the same shape; `position_table` `(2 * frames, position_dim)`."""
         residual = hidden_states
         attention_weights = self._attention_weights(
             hidden_states, position_table, valid_mask, bool(kwargs.get("output_attentions"))
@@ -581,6 +589,7 @@ class SpearUpsample(nn.Module):
         self.factor = factor
 
     def forward(self, hidden_states: torch.Tensor, frames: int) -> torch.Tensor:
+        """`(batch, ceil(frames / factor), dim)` to `(batch, frames, dim)`."""
         if self.factor == 1:
             return hidden_states
         index = torch.arange(frames, device=hidden_states.device) // self.factor
@@ -606,6 +615,7 @@ class SpearStack(nn.Module):
         frames: int,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """`(batch, ceil(frames / factor), dim)` to `(batch, frames, dim)`."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_table, valid_mask, **kwargs)
             upsampled = self.upsample(hidden_states, frames)
@@ -629,6 +639,7 @@ class SpearDownsampledStack(nn.Module):
         frames: int,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """`(batch, frames, dim)` to the same shape; `position_table` is that of `frames`."""
         downsampled = self.downsample(hidden_states, valid_mask)
         length = downsampled.shape[1]
         # Indices rather than slices: their shapes are known to an exported graph of any length.

@@ -42,6 +42,7 @@ class Int8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear) -> "Int8Linear":
+        """The same layer in int8, a scale for every output. ValueError if a weight is not finite."""
         result = cls(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
         weight = linear.weight.float()
         if weight.device.type != "meta" and not weight.isfinite().all():

@@ -204,6 +204,7 @@ def rows_of_table(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def json_rows(file: Iterable[str], source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of JSON lines, empty ones left out. ValueError names the line that is not an object."""
     for line, text in enumerate(_checked_lines(file, source), start=1):
         if text.strip():
             yield line, _json_row(text, f"{source}, line {line}")

@@ -88,6 +88,8 @@ class SafetensorsWriter(EmbeddingWriter):
 
 
 class NpzWriter(EmbeddingWriter):
+    """An array `ID.npy` for every file, uncompressed, in an archive that `numpy.load` opens."""
+
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)

@@ -60,6 +60,8 @@ class Problem(ABC):
 
 
 class Classification(Problem):
+    """One of several labels a clip, by cross-entropy."""
+
     metric = "accuracy"
 
     def target(self, clip: Clip, rows: int) -> Tensor:
@@ -95,6 +97,8 @@ def confusion(predicted: Sequence[str], clips: Sequence[Clip], labels: Sequence[
 
 
 class Tagging(Problem):
+    """Any number of labels a clip, each by binary cross-entropy."""
+
     metric = "map"
 
     def target(self, clip: Clip, rows: int) -> Tensor:

@@ -42,6 +42,8 @@ _IGNORED = ("outputlayer.", "encoder.init_bn.1.num_batches_tracked")  # a classi
 
 
 class DashengBlock(nn.Module):
+    """A transformer layer, norms first: `(batch, frames, dim)` to the same shape."""
+
     def __init__(self, dim: int, hidden: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads

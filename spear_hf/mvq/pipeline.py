@@ -33,6 +33,7 @@ class Behind:
         self._undone: deque[Future[None]] = deque()
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Queues a call, and waits for the oldest one while too many are queued. Raises what an earlier one raised."""
         self._undone.append(self._pool.submit(function, *arguments))
         while len(self._undone) > self._depth or (self._undone and self._undone[0].done()):
             self._undone.popleft().result()

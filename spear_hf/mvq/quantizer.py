@@ -120,6 +120,7 @@ class QuantizerLosses(NamedTuple):
 
     @property
     def total(self) -> Tensor:
+        """What is minimised: the sum, with 0.01 of the entropy term."""
         return self.reconstruction + self.classifier + 0.01 * self.logits_entropy
 
 

@@ -75,6 +75,7 @@ class Task:
         return cls(**{**values, "files": [ShardFile(**file) for file in values["files"]]})
 
     def size(self, files: Iterable[int]) -> int:
+        """Bytes of these files."""
         return sum(self.files[file].size for file in files)
 
     def smallest_room(self) -> int:

@@ -267,6 +267,7 @@ class TokenStore:
         return self._ids.take(pa.array(rows))
 
     def id_at(self, row: int) -> str:
+        """Of the utterance in this row."""
         return self._ids[row].as_py()
 
     def audio_content(self, id: str) -> bytes:
@@ -377,10 +378,12 @@ class TokenStore:
 
     @property
     def num_codebooks(self) -> int:
+        """Codes of a frame."""
         return self.info.num_codebooks
 
     @property
     def codebook_size(self) -> int:
+        """Values that a code may have."""
         return self.info.codebook_size
 
     @property
@@ -390,14 +393,17 @@ class TokenStore:
 
     @property
     def teacher(self) -> str:
+        """Name of the model that the tokens are of."""
         return self.info.teacher
 
     @property
     def layer(self) -> int | None:
+        """Of the teacher; None for its last one."""
         return self.info.layer
 
     @property
     def quantizer_id(self) -> str:
+        """Digest of the quantiser: tokens of another one mean something else."""
         return self.info.quantizer_id
 
     def _rows(self) -> np.ndarray:

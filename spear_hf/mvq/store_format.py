@@ -147,10 +147,12 @@ def differences(there: Infos, now: Infos) -> list[str]:
 
 
 def shard_path(folder: Path, index: int) -> Path:
+    """The file of a shard."""
     return folder / f"tokens-{index:05d}.parquet"
 
 
 def shard_index(path: Path) -> int:
+    """The number in the name of a shard."""
     return int(path.stem.removeprefix("tokens-"))
 
 
@@ -160,6 +162,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def shard_schema(names: Iterable[str], with_audio: bool) -> pa.Schema:
+    """Columns of a shard with these teachers' tokens."""
     columns: list[tuple[str, pa.DataType, bool]] = [("id", pa.string(), False), ("num_samples", pa.int64(), False)]
     for name in names:
         columns += [
@@ -243,6 +246,7 @@ def open_shard(path: Path, verify: bool = False, memory_map: bool = True) -> pq.
 
 
 def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
+    """What a shard says of itself. ValueError if it is damaged, of another version, or not one of ours."""
     stored = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY)
     if stored is None:
         raise ValueError(f"{path} was not written by spear_hf; take it out of the store")
@@ -264,6 +268,7 @@ def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
 def read_columns(
     file: pq.ParquetFile, path: Path, columns: list[str], groups: Sequence[int] | None = None
 ) -> pa.Table:
+    """These columns, of all row groups or of some. ValueError if the shard is damaged."""
     try:
         return file.read(columns) if groups is None else file.read_row_groups(groups, columns)
     except (pa.ArrowException, OSError) as error:
@@ -271,6 +276,7 @@ def read_columns(
 
 
 def checked_codes(row: TokenRow, info: StoreInfo) -> bytes:
+    """The bytes of (frames, codebooks). ValueError if they are not uint8, empty, or not of these codebooks."""
     shape, kind = row.codes.shape, row.codes.dtype
     if kind != np.uint8 or len(shape) != 2 or shape[1] != info.num_codebooks or shape[0] == 0:
         raise ValueError(f"{row.id}: codes are {kind} {shape}, not uint8 (frames, {info.num_codebooks})")
@@ -306,6 +312,7 @@ def _datasets_features(schema: pa.Schema) -> dict[bytes, bytes]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
+    """A store's own record. ValueError if there is none, or if it is damaged or of another version."""
     path = folder / METADATA
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -318,6 +325,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def check_version(content: Any, path: Path) -> None:
+    """ValueError if this is of a version that cannot be read."""
     version = content.get("format_version") if isinstance(content, dict) else None
     if version not in READ_VERSIONS:
         versions = " and ".join(map(str, READ_VERSIONS))
@@ -415,10 +423,12 @@ def card(infos: Infos, with_audio: bool) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
+    """As it stands in files of a store."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def refuse_duplicates(ids: Sequence[str], where: str) -> None:
+    """ValueError that names an id which occurs twice."""
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(id for id in ids if id in seen or seen.add(id))  # type: ignore[func-returns-value]

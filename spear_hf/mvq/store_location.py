@@ -21,6 +21,8 @@ LONGEST_WAIT = 3600.0  # seconds; shards are there before they are needed, or th
 
 @dataclass(frozen=True)
 class LocalFolder:
+    """A store whose files are there already."""
+
     folder: Path
 
     def fetch(self, name: str) -> Path:

@@ -54,6 +54,7 @@ class MetricsFile:
         self.path = path
 
     def append(self, metrics: ShardMetrics) -> None:
+        """Adds a line of JSON. A file that cannot be written is given up with a warning."""
         if self.path is None:
             return
         row = {name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(metrics).items()}
@@ -118,5 +119,6 @@ def _without(name: str, error: str) -> str:
 
 
 def write_summary(folder: Path, values: dict[str, Any]) -> None:
+    """Writes the summary of a run, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SUMMARY, (to_json(values, indent=2) + "\n").encode())

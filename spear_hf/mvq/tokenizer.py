@@ -141,10 +141,12 @@ class MvqTokenizer:
 
     @property
     def num_codebooks(self) -> int:
+        """Codes of a frame."""
         return self.quantizer.config.num_codebooks
 
     @property
     def codebook_size(self) -> int:
+        """Values that a code may have."""
         return self.quantizer.config.codebook_size
 
     def store_info(self) -> StoreInfo:

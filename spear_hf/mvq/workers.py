@@ -36,6 +36,7 @@ class Share:
             )
 
     def of(self, items: Sequence[Item]) -> list[Item]:
+        """Every `count`-th of the items, from the `index`-th on."""
         return [items[place] for place in range(self.index, len(items), self.count)]
 
 
@@ -64,6 +65,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the first rank."""
         return self.rank == 0
 
     def take(self, items: Sequence[Item]) -> Iterator[Item]:

@@ -524,4 +524,5 @@ class Regularizers:
 
 
 def first_argument(args: tuple, kwargs: dict) -> Any:
+    """Of a call, whether it was given by name or not."""
     return args[0] if args else next(iter(kwargs.values()))
