@@ -29,8 +29,6 @@ _INTEGER_SCALES = {torch.int16: 2.0**-15, torch.int32: 2.0**-31}
 _MAX_CHANNELS = 8
 # Above this peak a floating-point waveform was surely meant as 16-bit integers.
 _SUSPICIOUS_PEAK = 100.0
-# Above this one the energies of a frame overflow float32: a damaged file, whose bits were taken for floats.
-_LARGEST_PEAK = 1e15
 # Frames computed at once: on the CPU what stays in the caches, elsewhere what keeps the temporaries under 1 GB.
 _SLAB_FRAMES_CPU = 1024
 _SLAB_FRAMES_ACCELERATOR = 65536
@@ -374,11 +372,6 @@ def _check_peaks(peaks: list[float], waveforms: list[torch.Tensor]) -> None:
             raise ValueError(
                 f"utterance {index} of the batch is not finite: sample {where} is {float(waveform[where])}; "
                 "repair or remove it"
-            )
-        if peak > _LARGEST_PEAK:
-            raise ValueError(
-                f"utterance {index} of the batch has samples up to {peak:g}, whose energy is over what float32 holds: "
-                "it is damaged; repair or remove it"
             )
     loudest = max(range(len(peaks)), key=peaks.__getitem__)
     if peaks[loudest] > _SUSPICIOUS_PEAK:

@@ -202,7 +202,7 @@ def test_ids_that_are_none(repo_id, folders):
 def test_paths_of_this_machine_in_a_card(folders, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(folders["second"], folder)
-    card(folder, "license: mit", f"Trained on {tmp_path}/corpus.")
+    card(folder, "license: mit", "Trained on /home/me/corpus.")
     with pytest.raises(ValueError, match=r"README.md line 4 names a path of this machine"):
         publish(folder, ENCODER, dry_run=True)
     card(folder, "license: mit", "Begins with #!/usr/bin/env python; see https://example.org/home/me and ~/tmp/x.")
