@@ -5,6 +5,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     ModelOutput,
@@ -245,6 +247,14 @@ def remove_earlier_weights(folder: Path, variant: str | None = None) -> None:
         # It has removed the files of an index that it has not written.
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         (weights if all((folder / name).is_file() for name in files) else index).unlink()
+
+
+def share_weights(folder: Path, pattern: str = "model*.safetensors") -> None:
+    """Whoever may read config.json may read the weights beside it: safetensors 0.8 writes them for the owner alone."""
+    config = folder / CONFIG_NAME
+    with suppress(OSError):  # some file systems have no such rights
+        for weights in folder.glob(pattern):
+            weights.chmod(config.stat().st_mode)
 
 
 def compile_options(module: nn.Module) -> dict[str, bool]:
@@ -823,6 +833,7 @@ class SpearPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             remove_earlier_weights(Path(save_directory), variant)
+            share_weights(Path(save_directory))
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Compile the stem, every layer and what is between the stacks where they are, for any batch and length.

@@ -179,6 +179,8 @@ def test_half_precision_and_shards(golden_folder, tmp_path):
             assert torch.equal(value, model.state_dict()[from_published(name)])
     ours = convert(back, tmp_path / "ours", report=quiet)
     assert AutoModel.from_pretrained(ours, dtype="auto").dtype == torch.bfloat16
+    for folder in (back, ours):  # the weights are for all who may read the rest
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
     next((tmp_path / "sharded").glob("model-00002*")).unlink()
     refused("is missing", tmp_path / "sharded", tmp_path / "out", to="published")

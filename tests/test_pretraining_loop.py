@@ -111,6 +111,8 @@ def test_the_end_loads_with_the_auto_classes(runs, finished):
         for folder in ("final", "final/encoder"):
             model = AutoModel.from_pretrained(finished / folder).eval()
             assert torch.equal(model(**inputs).last_hidden_state, expected)
+    files = [path for path in (finished / "final").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1  # the weights are for all who may read the rest
 
 
 def test_the_end_has_a_card_with_curves(finished):

@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import os
 
 import accelerate
 import pytest
@@ -289,6 +290,18 @@ def test_sharded_safetensors(tmp_path):
     loaded = SpearForCTC.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     assert sum(len(load_file(shard)) for shard in shards) == len(model.state_dict())
+
+
+def test_weights_are_for_all_who_may_read_the_configuration(tmp_path):
+    before = os.umask(0o027)
+    try:
+        tiny_model(SpearForCTC).save_pretrained(tmp_path / "one", variant="fp16")
+        tiny_model(SpearForCTC).save_pretrained(tmp_path / "several", max_shard_size="20KB")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.glob("*/*")}
+    assert len(modes) > 4
+    assert set(modes.values()) == {"0o640"}
 
 
 @pytest.mark.parametrize("model_class", HEADS)

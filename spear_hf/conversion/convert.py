@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..feature_extraction_spear import SpearFeatureExtractor
-from ..modeling_spear import SpearForPreTraining, SpearModel
+from ..modeling_spear import SpearForPreTraining, SpearModel, share_weights
 from .checks import bit_equal, check_activations, check_forward, check_tensors
 from .errors import ConversionError
 from .icefall import read_icefall
@@ -96,6 +96,7 @@ def convert(
             (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         else:
             _write_ours(folder, model, checkpoint)
+        share_weights(folder, "*.safetensors")
         _check_written(folder, checkpoint)
     report(f"written  {target}")
     return target
