@@ -65,10 +65,9 @@ def publish(
         staged = Path(place)
         left_out = stage(source, staged, with_code)
         check_no_machine_paths(staged, source)
-        own_card = (staged / CARD).is_file() and not is_generated(staged / CARD)
-        notes = check_card(staged / CARD) if own_card else None
+        notes = check_card(staged / CARD) if (staged / CARD).is_file() else None
         model = check_loads(staged, source)
-        if notes is None:
+        if notes is None or is_generated(staged / CARD):
             write_card(staged, source, model, repo_id, with_code)
             notes = check_card(staged / CARD)
         del model

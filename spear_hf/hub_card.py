@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from . import __version__
 from .hub_staging import CARD, MODEL_CLASSES
@@ -107,8 +107,8 @@ def is_generated(card: Path) -> bool:
 def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id: str, with_code: bool) -> None:
     """Writes README.md into the staged folder, and plots where `source` is the final model of a run.
 
-    With an evaluation.json in `source`, a report of `spear-hf evaluate` on this very model, it states that too;
-    ValueError if the report is another model's.
+    Metadata of a card that is there, such as a licence that was added, stays. With an evaluation.json in `source`, a
+    report of `spear-hf evaluate` on this very model, it states that too; ValueError if the report is another model's.
     """
     from .evaluation.card import REPORT_NAME, fill_template
 
@@ -117,16 +117,21 @@ def write_card(staged: Path, source: Path, model: SpearPreTrainedModel, repo_id:
     if run := run_of(source):
         template += _TRAINING + _measured(staged, run, report)
     name = type(model).__name__
-    metadata = ModelCardData(
-        library_name="transformers", pipeline_tag=_PIPELINE_TAGS.get(name), tags=["spear", "speech", "audio"]
-    )
-    content = f"---\n{metadata.to_yaml()}\n---\n\n{fill_template(template + _LIMITS, report)}"
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": _PIPELINE_TAGS.get(name)}
+    metadata |= {"tags": ["spear", "speech", "audio"], **_metadata(staged / CARD)}
+    content = f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{fill_template(template + _LIMITS, report)}"
     (staged / CARD).write_text(content, encoding="utf-8")
     if (source / REPORT_NAME).is_file():
         from .evaluation.report import add_to_card, name_of, read_report  # brings all that evaluation needs
 
         evaluated = read_report(source / REPORT_NAME)
         add_to_card(staged / CARD, evaluated, name_of(evaluated, model))
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """That of a card, if there is one, but for results, which are filled in from a report."""
+    values = ModelCard.load(card).data.to_dict() if card.is_file() else {}
+    return {name: value for name, value in values.items() if name != "model-index"}
 
 
 def _describe(model: SpearPreTrainedModel, repo_id: str, with_code: bool) -> dict[str, Any]:
