@@ -21,6 +21,7 @@ from .layouts import (
     Checkpoint,
     build_model,
     check_same_architecture,
+    make_config,
     published_format,
     read_checkpoint,
 )
@@ -106,9 +107,9 @@ def _as_written(checkpoint: Checkpoint, to: str) -> Checkpoint:
     if to == "spear_hf":
         return checkpoint
     values, tensors = published_format(checkpoint)
-    result = read_checkpoint(Source("the published format", "published", tensors, values))
-    check_same_architecture(checkpoint.config, result.config, "the published format")
-    return result
+    label = "the published format"
+    check_same_architecture(checkpoint.config, make_config(values, label), label)
+    return read_checkpoint(Source(label, "published", tensors, values))
 
 
 def _without_heads(checkpoint: Checkpoint) -> Checkpoint:
