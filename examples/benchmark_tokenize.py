@@ -11,8 +11,8 @@ thread), front end (from waveforms to the model's input and back, the teacher le
 of that. Random weights and centres cost what trained ones do, but for the search of the codes, which ends sooner where
 codes settle sooner.
 
-tokenize.md beside the table says what the table holds, sets encoding beside forward passes of WavLM Large, and works
-out from operations and bytes what is to be expected on GPUs that nothing was measured on. From BY_HAND on it is kept.
+tokenize.md beside the table says what the table holds, and works out from operations and bytes what is to be expected
+on GPUs that nothing was measured on. What was written by hand, from BY_HAND on, is kept.
 """
 
 import argparse
@@ -46,9 +46,8 @@ from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ROOT / "model_cards" / "benchmarks"
-OUTPUT = TABLES / "tokenize.csv"
-BY_HAND = "## Beside the work itself"
+OUTPUT = ROOT / "model_cards" / "benchmarks" / "tokenize.csv"
+BY_HAND = "## Is encoding below 10%"
 LAYER, CODEBOOKS, CODEBOOK_SIZE = 21, 16, 256
 SHORTEST, LONGEST = 2.0, 30.0  # seconds
 WANTED_HOURS, WANTED_SHARE = 3000, 0.10  # on a GPU: audio-hours an hour; encode as a share of the teacher's forward
@@ -213,11 +212,6 @@ def encode_cost() -> tuple[float, float]:
     return gflop, rate * moved / 1e6
 
 
-# On the H200, of WavLM Large in transformers: microseconds a frame of utterances of so many seconds, and the share of
-# encoding for lengths spread evenly from 2 to 30 s. Measured for gpu.md; gpu.csv has 10 s.
-TRANSFORMERS_FORWARD, TRANSFORMERS_SHARE = {5: 4.9, 30: 12.8}, 0.08
-
-
 def _paragraph(words: str) -> str:
     return textwrap.fill(words, 119, break_long_words=False, break_on_hyphens=False)
 
@@ -255,7 +249,6 @@ def document(rows: list[dict[str, Any]]) -> str:
         cells += [f"{100 * float(row['encode_share_of_forward']):.1f} %", f"{float(row['audio_hours_per_hour']):.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
-        *beside_the_forward(rows),
         "",
         "## What is to be expected on a GPU: a calculation, no measurement",
         "",
@@ -282,56 +275,10 @@ def document(rows: list[dict[str, Any]]) -> str:
         )
     goals = (
         f"The goals are {WANTED_HOURS:,} audio-hours an hour and an encoder below {WANTED_SHARE:.0%} of the forward "
-        "pass: of transformers', or of this library's, which is three to six times as fast (see above)."
+        "pass: of transformers', or of this library's, which is three to six times as fast (see below)."
     )
     lines += ["", _paragraph(goals), ""]
     return "\n".join(lines) + "\n"
-
-
-def beside_the_forward(rows: list[dict[str, Any]]) -> list[str]:
-    """Whether encoding takes less than WANTED_SHARE of a forward pass, transformers' or the one that is run."""
-    encoding = {row["setting"]: float(row["microseconds"] or 0) for row in _table("mvq_gpu.csv")}
-    (batch,) = (
-        float(row["milliseconds"])
-        for row in _table("gpu.csv")
-        if (row["what"], row["contender"], row["batch"]) == ("inference", "wavlm-large", "32")
-    )
-    theirs, mixed = "transformers', 24 layers", f"{SHORTEST:g} to {LONGEST:g} s, evenly spread"
-    times = [(theirs, f"{seconds} s", took, "gpu.md") for seconds, took in TRANSFORMERS_FORWARD.items()]
-    times.insert(1, (theirs, "10 s", 1000 * batch / (32 * 499), "gpu.csv"))
-    five = encoding["5 passes"]
-    cells = [(who, what, f"{took:.1f}", five, five / took, source) for who, what, took, source in times]
-    cells.append((theirs, mixed, "", five, TRANSFORMERS_SHARE, "gpu.md"))
-    for row in rows:
-        if row["device"] != "cpu":
-            took, code = (1e6 * float(row[f"{stage}_seconds"]) / int(row["frames"]) for stage in ("forward", "encode"))
-            cells.append(
-                (f"this library's, to block {LAYER}", mixed, f"{took:.1f}", code, code / took, "tokenize.csv")
-            )
-    lines = [
-        "",
-        f"## Is encoding below {WANTED_SHARE:.0%} of a forward pass of WavLM Large?",
-        "",
-        "Microseconds a frame on the H200, bfloat16, 16 codebooks, 5 passes.",
-        "",
-        f"| forward pass | utterances | forward | encode | encode / forward | below {WANTED_SHARE:.0%} | its source |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for who, what, forward, code, share, source in cells:
-        verdict = "yes" if share < WANTED_SHARE else "no"
-        lines.append(f"| {who} | {what} | {forward} | {code:.2f} | {100 * share:.0f} % | {verdict} | {source} |")
-    verdict = (
-        "Of transformers' forward pass: yes for the mix of lengths of the goal of throughput, and for long "
-        "utterances, no for short ones. Of this library's: no, and with 5 passes it is out of reach. A tenth of its "
-        f"1.5 to 2.1 us a frame is 0.15 to 0.21 us; of the {five:.2f} us of encoding the search of the passes alone "
-        f"takes {encoding['refine']:.2f} (`mvq_gpu.csv`), and encoding with one pass takes {encoding['1 passes']:.2f}."
-    )
-    return [*lines, "", _paragraph(verdict)]
-
-
-def _table(name: str) -> list[dict[str, str]]:
-    with open(TABLES / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def setting(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -292,6 +292,20 @@ def test_a_card_that_a_run_wrote_is_written_anew_and_an_edited_one_is_kept(folde
     assert sizes() == [len(kept.encode())] * 2
 
 
+def test_a_licence_that_is_added_to_the_card_of_a_run_is_published(folders, tmp_path):
+    folder = tmp_path / "final"
+    shutil.copytree(folders["second"], folder)
+    write_run_card(folder, folder, SpearModel.from_pretrained(folder))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    note = "README.md names no licence: add `license:` to its metadata."
+    assert publish(folder, ENCODER, dry_run=True).notes == (note,)
+    (folder / "README.md").write_text(text.replace("tags:", "license: mit\ntags:", 1), encoding="utf-8")
+    assert publish(folder, ENCODER, dry_run=True).notes == ()
+    (folder / "README.md").write_text(text.replace("tags:", "license: the MIT one\ntags:", 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="'the MIT one' is not an identifier"):
+        publish(folder, ENCODER, dry_run=True)
+
+
 def card_of(source: Path, staged: Path) -> str:
     staged.mkdir()
     write_card(staged, source, SpearModel.from_pretrained(source), ENCODER, with_code=False)

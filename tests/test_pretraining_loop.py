@@ -26,7 +26,6 @@ from spear_hf import SpearForPreTraining
 from spear_hf.cli import app
 from spear_hf.data.audio import load_audio
 from spear_hf.data.manifest import read_manifest
-from spear_hf.hub import publish
 from spear_hf.hub_card import is_generated
 from spear_hf.hub_checks import check_card
 from spear_hf.pretraining.command import INTERRUPTED, run_pretraining
@@ -125,19 +124,6 @@ def test_the_end_has_a_card_with_curves(finished):
     for link in re.findall(r"\]\((plots/[^)]+)\)", text):
         assert (card.parent / link).stat().st_size > 10_000
     assert text.count("](plots/") == 2
-
-
-def test_a_licence_that_is_added_to_the_card_is_published(finished, tmp_path):
-    shutil.copytree(finished / "final", tmp_path / "final")
-    card = tmp_path / "final" / "README.md"
-    note = "README.md names no licence: add `license:` to its metadata."
-    assert publish(card.parent, "me/mine", dry_run=True).notes == (note,)
-    text = card.read_text(encoding="utf-8")
-    card.write_text(text.replace("tags:", "license: mit\ntags:", 1), encoding="utf-8")
-    assert publish(card.parent, "me/mine", dry_run=True).notes == ()
-    card.write_text(text.replace("tags:", "license: the MIT one\ntags:", 1), encoding="utf-8")
-    with pytest.raises(ValueError, match="'the MIT one' is not an identifier"):
-        publish(card.parent, "me/mine", dry_run=True)
 
 
 def test_a_checkpoint_is_a_model_folder(finished):
