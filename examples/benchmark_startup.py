@@ -270,7 +270,7 @@ def inside(stores: Stores) -> dict[str, Measurement]:
     measured("fingerprint", lambda: corpus.fingerprint)
     sampler = measured("sampler", lambda: build_sampler(config, corpus))
     measured("plan", lambda: sampler.plan(1))
-    measured("mixer", lambda: build_mixer(config, corpus.training, corpus.training_lengths, None))
+    measured("mixer", lambda: build_mixer(config, corpus.training, corpus.training_lengths, None, None))
     return found
 
 

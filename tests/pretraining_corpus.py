@@ -4,6 +4,13 @@
 import json
 from pathlib import Path
 
+import torch
+
+from spear_hf.data.manifest import read_manifest
+from spear_hf.mvq.quantizer import MultiCodebookQuantizer
+from spear_hf.mvq.teachers import load_teacher
+from spear_hf.mvq.tokenize_corpus import tokenize_corpus
+from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
 from spear_hf.pretraining.config import PreTrainingConfig, load_config
 
 
@@ -50,3 +57,14 @@ def write_manifest(folder: Path, per_domain: int = 8) -> Path:
 def small_config(manifest: Path, *overrides: str) -> PreTrainingConfig:
     """`tiny` made small, on the clips of `manifest`."""
     return load_config("tiny", [*SMALL, f"data.manifest={manifest}", *overrides])
+
+
+def tokens_of(manifest: Path, folder: Path, with_audio: bool = False) -> Path:
+    """A store of tokens, by the same quantiser each time."""
+    teacher = load_teacher("kaldi-mfcc")
+    torch.manual_seed(0)
+    quantizer = MultiCodebookQuantizer(39, 16, 2, **quantizer_metadata(teacher))
+    tokenize_corpus(
+        MvqTokenizer(teacher, quantizer), read_manifest(manifest), folder, progress=False, with_audio=with_audio
+    )
+    return folder

@@ -17,7 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from typer.testing import CliRunner
 
+from spear_hf.cli import app
 from spear_hf.pretraining.command import run_pretraining
 from spear_hf.pretraining.metrics import TIMING_FIELDS, read_json_lines
 
@@ -154,3 +156,9 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def call(runs: Runs, output: Path, *more: str, flags: tuple[str, ...] = ()) -> tuple[int, str]:
+    """The command in this process: for what ends before any training."""
+    result = CliRunner().invoke(app, ["pretrain", "--config", "tiny", "--set", *runs.overrides(output, *more), *flags])
+    return result.exit_code, result.output

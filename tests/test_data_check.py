@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 from typer.testing import CliRunner
 
 from spear_hf.cli import app
@@ -19,15 +18,11 @@ from spear_hf.data.decoding import decodes_exactly
 from spear_hf.data.manifest import Utterance, read_manifest
 from spear_hf.data.utterances import listed
 from spear_hf.feature_extraction_spear import SpearFeatureExtractor
-from spear_hf.mvq.quantizer import MultiCodebookQuantizer
 from spear_hf.mvq.store import TokenStore, TokenStoreWriter
-from spear_hf.mvq.teachers import load_teacher
-from spear_hf.mvq.tokenize_corpus import tokenize_corpus
-from spear_hf.mvq.tokenizer import MvqTokenizer, quantizer_metadata
 from spear_hf.pretraining.data_check import SAMPLES, Sample, check_data, write_samples
 from spear_hf.pretraining.setup import build_dataset, planned_architecture
 
-from .pretraining_corpus import small_config
+from .pretraining_corpus import small_config, tokens_of
 from .pretraining_runs import Runs
 
 
@@ -45,17 +40,6 @@ def copies(manifest: Path, folder: Path, suffix: str, change=lambda waveform: wa
 
 def quieter(waveform: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * waveform
-
-
-def tokens_of(manifest: Path, folder: Path, with_audio: bool = False) -> Path:
-    """A store by the same tokenizer."""
-    teacher = load_teacher("kaldi-mfcc")
-    torch.manual_seed(0)
-    quantizer = MultiCodebookQuantizer(39, 16, 2, **quantizer_metadata(teacher))
-    tokenize_corpus(
-        MvqTokenizer(teacher, quantizer), read_manifest(manifest), folder, progress=False, with_audio=with_audio
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")

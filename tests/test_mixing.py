@@ -24,6 +24,7 @@ from spear_hf.data.mixing import (
     replacement_probability,
 )
 from spear_hf.data.seeding import keyed_generator
+from spear_hf.pretraining.corpus import open_noise
 from spear_hf.pretraining.setup import build_dataset
 
 from .pretraining_corpus import small_config
@@ -297,7 +298,10 @@ def test_a_configuration_makes_the_mixer(prepared, tmp_path):
     assert build_dataset(config, *arguments).mixer is None  # held-out audio
     assert build_dataset(small_config(folder), *arguments, lengths).mixer is None
     named = small_config(folder, *overrides, f"mixing.noise_manifest={folder}")
-    assert {clip.path.parent for clip in build_dataset(named, *arguments, lengths).mixer.noise[0]} == {folder}
+    noise = open_noise(named.mixing)
+    assert {clip.path.parent for clip in build_dataset(named, *arguments, lengths, None, noise).mixer.noise[0]} == {
+        folder
+    }
 
 
 def test_mistakes_are_named(prepared):

@@ -477,7 +477,7 @@ class PreTrainingConfig:
 # Keys that may differ from the run that is resumed: they change neither what is learnt from nor the updates.
 FREE_ON_RESUME = ("output_dir", "max_steps", "checkpoint_every", "checkpointing", "logging", "execution")
 # Places that may differ too, of what a checkpoint and samples.json tell from something else.
-MAY_MOVE = re.compile(r"data\.(manifest|store)|targets\.[^.]+\.store")
+MAY_MOVE = re.compile(r"data\.(manifest|store)|mixing\.noise_manifest|targets\.[^.]+\.store")
 
 
 def shipped_configs() -> list[str]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from ..data.audio import SAMPLING_RATE
 from ..data.manifest import DOMAINS
 from ..data.manifest_columns import open_manifest
+from ..data.mixing import MixingConfig
 from ..data.seeding import keyed_generator, keyed_uniforms
 from ..data.utterances import CHUNK, UtteranceList, known_domains
 from ..data.windows import draw_windows
@@ -39,6 +40,8 @@ class Corpus:
     """Of each training utterance the window that it is heard in, where data.window_shards asks for windows."""
     store: TokenStore | None = None
     """Where the audio is, unless it is in files."""
+    noise: UtteranceList | None = None
+    """Clips of mixing.noise_manifest; None: what is mixed in is of the training utterances."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -51,6 +54,16 @@ class Corpus:
             lengths = pc.binary_join_element_wise(pa.array(self.training_lengths[here]).cast(pa.string()), "\n", "")
             parts = ids.cast(pa.string()), names.take(pa.array(domains.places[here])), lengths
             digest.update(_bytes_of(pc.binary_join_element_wise(*parts, "\0")))
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def noise_fingerprint(self) -> str | None:
+        """Of the ids of the clips in their order, by which they are drawn."""
+        if self.noise is None:
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in self.noise.id_chunks():
+            digest.update(_bytes_of(pc.binary_join_element_wise(ids.cast(pa.string()), "", "\0")))
         return digest.hexdigest()
 
     @functools.cached_property
@@ -97,8 +110,11 @@ def read_utterances(config: DataConfig) -> tuple[UtteranceList, str, TokenStore 
     return open_manifest(source), str(source), None
 
 
-def load_corpus(config: DataConfig, seed: int) -> Corpus:
-    """Selects training and validation utterances, and leaves out the ones that are too short."""
+def load_corpus(config: DataConfig, seed: int, mixing: MixingConfig | None = None) -> Corpus:
+    """Selects training and validation utterances, and leaves out the ones that are too short.
+
+    With `mixing`, noise of a manifest of its own comes along.
+    """
     utterances, source, store = read_utterances(config)
     training, validation = _divide(utterances, config, seed, source)
     kept = []
@@ -130,7 +146,17 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         shards = [store.shards_of_rows(store.rows_of_utterances(group)) for group in (training, validation)]
         chosen = _of_few_shards(shards[1], config, seed)
         windows = draw_windows(shards[0], config.window_shards, seed)
-    return Corpus(training, training_lengths, validation.take(chosen), validation_lengths[chosen], windows, store)
+    noise = None if mixing is None else open_noise(mixing)
+    return Corpus(
+        training, training_lengths, validation.take(chosen), validation_lengths[chosen], windows, store, noise
+    )
+
+
+def open_noise(config: MixingConfig) -> UtteranceList | None:
+    """The clips of mixing.noise_manifest; None where there is none, or nothing is mixed in."""
+    if not config.noise_probability or config.noise_manifest is None:
+        return None
+    return open_manifest(manifest_source(config.noise_manifest, "mixing.noise_manifest"))
 
 
 def _some(number: int, config: DataConfig, seed: int) -> np.ndarray:

@@ -5,9 +5,11 @@ import contextlib
 import datetime
 import os
 import time
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from .config import PreTrainingConfig
@@ -17,6 +19,7 @@ from .setup import uses_bf16
 
 def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerator:
     """Devices, ranks, precision and trackers. ValueError if the ranks that were launched do not find each other."""
+    check_trackers(config.logging.trackers)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         # Where there is no accelerator, accelerate must be told so, or each of several ranks believes to be alone.
@@ -26,11 +29,6 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.execution.timeout_minutes))],
     )
-    if missing := set(config.logging.trackers) - {str(tracker) for tracker in accelerator.log_with} - {"all"}:
-        raise ValueError(
-            f"logging.trackers: {', '.join(sorted(missing))} cannot be used: install it, or leave it out with --set "
-            "logging.trackers=[tensorboard]."
-        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"accelerate is configured for {accelerator.distributed_type.value}: configure it for plain multi-GPU, "
@@ -48,6 +46,15 @@ def make_accelerator(config: PreTrainingConfig, folder: RunFolder) -> Accelerato
             "configuration (`accelerate env`), or start one process."
         )
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError if accelerate cannot use one of them here."""
+    if missing := set(names) - {str(tracker) for tracker in get_available_trackers()} - {"all"}:
+        raise ValueError(
+            f"logging.trackers: {', '.join(sorted(missing))} cannot be used: install it, or leave it out with --set "
+            "logging.trackers=[tensorboard]."
+        )
 
 
 def leave(accelerator: Accelerator) -> None:

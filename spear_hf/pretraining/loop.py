@@ -90,7 +90,7 @@ def pretrain(config: PreTrainingConfig, resume: bool = False) -> Outcome:
 
         settled = [settle_sources(config, folder) if accelerator.is_main_process else None]
         sources: PreTrainingConfig = broadcast_object_list(settled)[0]  # the same for all ranks
-        corpus = load_corpus(sources.data, config.seed)
+        corpus = load_corpus(sources.data, config.seed, config.mixing)
         probe = open_probe(config, accelerator)
         with accelerator.main_process_first():  # the others find what the first has made
             stores = prepare_stores(config, sources.targets, corpus, folder, device=str(accelerator.device))
@@ -143,6 +143,7 @@ def open_steps(state: RunState, sampler: GlobalBatches) -> StepDataset:
         SpearFeatureExtractor(),
         corpus.training_lengths,
         corpus.windows,
+        corpus.noise,
     )
     ranks = state.accelerator.process_index, state.accelerator.num_processes
     return StepDataset(dataset, sampler, *ranks, config.execution.batch_seconds_per_device)

@@ -25,6 +25,7 @@ from .config import PreTrainingConfig, TargetConfig
 from .corpus import Corpus, load_corpus
 from .data_check import check_data
 from .flops import FlopCounter, peak_flops
+from .launch import check_trackers
 from .metrics import read_json_lines
 from .run_folder import RunFolder
 from .setup import build_dataset, build_mixer, build_sampler, continued, planned_architecture, uses_bf16
@@ -126,9 +127,11 @@ def plan_run(config: PreTrainingConfig) -> Plan:
     Where output_dir holds a run already, the plan is for the rest of it.
     """
     folder = RunFolder(config.output_dir)
+    folder.check_place()
+    check_trackers(config.logging.trackers)
     done = CheckpointFolder(folder.checkpoints)
     config = continued(settle_sources(config, folder), done.path(done.steps()[-1]) if done.steps() else None)
-    corpus = load_corpus(config.data, config.seed)
+    corpus = load_corpus(config.data, config.seed, config.mixing)
     sampler = build_sampler(config, corpus)
     tokens = {name: planned_tokens(target) for name, target in config.targets.items()}
     stores = {name: store for name, store in tokens.items() if isinstance(store, TokenStore)}
@@ -187,7 +190,7 @@ def _check(
     """ValueError where the data, that of its probes included, is not what the run would need."""
     for name, target in config.targets.items():
         utterances_of_target(name, target, corpus)
-    build_mixer(config, corpus.training, corpus.training_lengths, corpus.windows)
+    build_mixer(config, corpus.training, corpus.training_lengths, corpus.windows, corpus.noise)
     if config.logging.probe_every:
         from .online_probe import OnlineProbe  # brings scikit-learn
 

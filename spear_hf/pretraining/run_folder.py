@@ -69,6 +69,7 @@ class RunFolder:
 
         Keys of data that a run which is resumed has at another place.
         """
+        self.check_place()
         if not resume:
             if self._holds_something():
                 raise ValueError(
@@ -92,17 +93,25 @@ class RunFolder:
             raise ValueError(
                 f"The run in {self.path} was started with another configuration: {details}. Undo the change, or "
                 f"start a new run in another folder. Free to change are {', '.join(FREE_ON_RESUME)}, and where "
-                "data.manifest, data.store and targets.NAME.store are."
+                "data.manifest, data.store, targets.NAME.store and mixing.noise_manifest are."
             )
         if altered := [key for key in changed if key != "output_dir"]:
             logger.warning("Resuming with changed settings: %s.", ", ".join(altered))
         return moved
 
+    def check_place(self) -> None:
+        """ValueError where the folder, or one above that is to be made, cannot be written into."""
+        place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise ValueError(f"output_dir={self.path}: {place} is a file. Choose another folder.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"output_dir={self.path}: {place} cannot be written into. Choose another folder, or ask for the right."
+            )
+
     def _holds_something(self) -> bool:
         """Of a run, or of somebody else: a start that came to nothing may have left the lock."""
-        if not self.path.is_dir():
-            return self.path.exists()
-        return any(path != self.lock for path in self.path.iterdir())
+        return self.path.is_dir() and any(path != self.lock for path in self.path.iterdir())
 
     def claim(self) -> None:
         """Keeps other processes from training here until `release`, or the end of this one. ValueError where one does.

@@ -143,7 +143,8 @@ class RunState:
             return
         average = self._average.state_dict()
         tokens = {name: dataclasses.asdict(store.info) for name, store in self.stores.items()}
-        state = {**vars(self.progress), "corpus": self.corpus.fingerprint, "tokens": tokens}
+        corpus = {"corpus": self.corpus.fingerprint, "noise": self.corpus.noise_fingerprint}
+        state = {**vars(self.progress), **corpus, "tokens": tokens}
 
         def write(into: Path) -> None:
             whole.save_pretrained(into / "model")
@@ -167,7 +168,13 @@ class RunState:
                 f"The training utterances or their lengths differ from those of {path}, so the order of the rest of "
                 "the run would differ too: restore the manifest, or start a new run with model.init_from."
             )
-        for name, info in state.pop("tokens", {}).items():  # the first versions noted none
+        noise = self.corpus.noise_fingerprint
+        if state.pop("noise", noise) != noise:  # the first versions noted none
+            raise ValueError(
+                f"The clips of mixing.noise_manifest={self.config.mixing.noise_manifest} are not those of {path}, so "
+                "the rest of the run would hear other noise: restore them, or start a new run with model.init_from."
+            )
+        for name, info in state.pop("tokens", {}).items():  # nor these
             if different := StoreInfo(**info).differences(self.stores[name].info):
                 raise ValueError(
                     f"The {name} tokens are not those of {path} ({'; '.join(different)}): restore the store, or start "

@@ -15,10 +15,9 @@ from ..data.audio import SAMPLING_RATE
 from ..data.bucketing import BucketingSampler, GlobalBatches, visiting_rates
 from ..data.collation import CROP_GRID, PreTrainingDataset, Tokens, TokenShape
 from ..data.manifest import Utterance
-from ..data.manifest_columns import open_manifest
 from ..data.mixing import Mixer
 from ..data.seeding import keyed_seed
-from ..data.utterances import known_domains
+from ..data.utterances import UtteranceList, known_domains
 from ..data.windows import WindowedSampler
 from ..feature_extraction_spear import SpearFeatureExtractor
 from ..loading_errors import loading
@@ -136,10 +135,12 @@ def build_dataset(
     feature_extractor: SpearFeatureExtractor,
     lengths: np.ndarray | None = None,
     windows: np.ndarray | None = None,
+    noise: UtteranceList | None = None,
 ) -> PreTrainingDataset:
     """Batches of `utterances`, masked as the configuration says; with their `lengths` in samples mixed as well.
 
-    Without, nothing is mixed: held-out audio is heard as it is. `windows`: what is mixed is of the same one.
+    Without, nothing is mixed: held-out audio is heard as it is. `windows`: what is mixed is of the same one, but for
+    clips of `noise`.
     """
     return PreTrainingDataset(
         utterances,
@@ -153,19 +154,20 @@ def build_dataset(
         cache_audio=config.execution.cache_audio,
         offsets={name: target.offset for name, target in config.targets.items()},
         domains={name: target.domains for name, target in config.targets.items()},
-        mixer=None if lengths is None else build_mixer(config, utterances, lengths, windows),
+        mixer=None if lengths is None else build_mixer(config, utterances, lengths, windows, noise),
     )
 
 
 def build_mixer(
-    config: PreTrainingConfig, utterances: Sequence[Utterance], lengths: np.ndarray, windows: np.ndarray | None
+    config: PreTrainingConfig,
+    utterances: Sequence[Utterance],
+    lengths: np.ndarray,
+    windows: np.ndarray | None,
+    noise: UtteranceList | None,
 ) -> Mixer | None:
     """What is added to the training utterances; None where the configuration adds nothing."""
     mixing = config.mixing
     if mixing.noise_probability == 0 and mixing.token_probability == 0:
         return None
-    noise = None
-    if mixing.noise_probability and mixing.noise_manifest is not None:
-        noise = open_manifest(mixing.noise_manifest)
     lengths = cropped(utterances, lengths, config)
     return Mixer(mixing, utterances, lengths, noise, config.seed, CROP_GRID, windows)
