@@ -142,7 +142,7 @@ def _explain(error: Exception, repo_id: str, revision: str) -> str:
     causes = [error]
     while causes[-1].__cause__ is not None and len(causes) < 4:
         causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
-    reasons = "; ".join(dict.fromkeys(str(cause).strip() or type(cause).__name__ for cause in causes))
+    reasons = "; ".join(dict.fromkeys(str(cause).strip().rstrip(".") or type(cause).__name__ for cause in causes))
     return (
         f"Not published: {reasons}. The branch {revision} of {repo_id} has no part of the new version. Run the same "
         "command again: large files that arrived are not sent twice."

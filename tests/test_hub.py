@@ -47,8 +47,14 @@ def hub():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, golden_folder):
-    """Models: `first`, in the published format, `second`, other weights of it, also in `shards`, and a whole `ctc`."""
-    second, ctc = tmp_path_factory.mktemp("second"), tmp_path_factory.mktemp("ctc")
+    """Models: `first` and `other`, in the published format, `second`, more weights of it, also in `shards`, and `ctc`.
+
+    What is the same in two of them the storage takes once, so the upload that is to be cut off is of weights alone.
+    """
+    second, ctc, other = (tmp_path_factory.mktemp(name) for name in ("second", "ctc", "other"))
+    shutil.copytree(golden_folder, other, dirs_exist_ok=True)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in weights.items()}, other / "model.safetensors")
     torch.manual_seed(1)
     model = SpearModel.from_pretrained(golden_folder)
     with torch.no_grad():
@@ -69,7 +75,7 @@ def folders(tmp_path_factory, golden_folder):
     (ctc / "training_args.bin").write_bytes(b"left by Trainer")
     shards = tmp_path_factory.mktemp("shards")
     model.save_pretrained(shards, max_shard_size="1MB")
-    return {"first": golden_folder, "second": second, "ctc": ctc, "shards": shards}
+    return {"first": golden_folder, "other": other, "second": second, "ctc": ctc, "shards": shards}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,7 @@ def inputs(tmp_path_factory, golden):
 @pytest.fixture(scope="module")
 def publisher(hub, folders, tmp_path_factory):
     """The process that publishes everything; its exit codes, by the name of the call."""
-    first, second, ctc, shards = (str(folders[name]) for name in ("first", "second", "ctc", "shards"))
+    first, other, second, ctc, shards = map(str, folders.values())
 
     hub.drop("tester/dropped", "upload", after=1, times=6)  # the client gives up after five further tries
     hub.drop("tester/cut", "commit")
@@ -103,7 +109,7 @@ def publisher(hub, folders, tmp_path_factory):
         "cut again": [first, "tester/cut"],
         "without token": [first, "tester/without-token"],
     }
-    task = {"calls": calls, "dropped": [first, "tester/dropped", GOOD]}
+    task = {"calls": calls, "dropped": [other, "tester/dropped", GOOD]}
     client = Client(hub, "publish", tmp_path_factory.mktemp("publisher"), task)
     yield client
     if client.process.poll() is None:

@@ -26,9 +26,10 @@ def scalars_of_recent_numpy() -> None:
     """The interpreter takes int() of arrays of one element, which NumPy no longer gives."""
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patched(tensor, *scope):  # Triton 3.3 has none, and leaves what it sets
+        patch(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
 

@@ -486,11 +486,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if getattr(matmul, setting, False):
                 setattr(matmul, setting, False)
                 stack.callback(setattr, matmul, setting, True)
-        of_cpu = torch.backends.mkldnn
-        for backend in (matmul, of_cpu.matmul) if hasattr(of_cpu, "matmul") else (matmul,):  # torch 2.7 has no such
-            setting = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
-            value = getattr(backend, setting, False)
-            if value in (True, "tf32", "bf16"):
-                setattr(backend, setting, "ieee" if setting == "fp32_precision" else False)
-                stack.callback(setattr, backend, setting, value)
+        if not hasattr(matmul, "fp32_precision"):  # torch before 2.9
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        for backend in (matmul, torch.backends.mkldnn.matmul) if hasattr(matmul, "fp32_precision") else ():
+            value = backend.fp32_precision
+            if value in ("tf32", "bf16"):
+                backend.fp32_precision = "ieee"
+                stack.callback(setattr, backend, "fp32_precision", value)
         yield

@@ -398,9 +398,14 @@ def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
     return id_hashes(id for part in parts for id in part)
 
 
-def card(infos: Infos, with_audio: bool) -> str:
-    """README.md: lets `datasets.load_dataset` and the Hub find the shards, and says what the columns are."""
-    lines = ["---", "configs:", "- config_name: default", "  data_files: tokens-*.parquet", "---", ""]
+def card(infos: Infos, with_audio: bool, shards: Mapping[str, int]) -> str:
+    """README.md: lets `datasets.load_dataset` and the Hub find the shards, and says what the columns are.
+
+    `shards` are their utterances by file. `datasets` before 5.1 fails where one has none, as all of its audio was bad.
+    """
+    filled = [name for name, utterances in shards.items() if utterances]
+    files = [" tokens-*.parquet"] if len(filled) in (0, len(shards)) else ["", *(f"  - {name}" for name in filled)]
+    lines = ["---", "configs:", "- config_name: default", "  data_files:" + "\n".join(files), "---", ""]
     for name, info in infos.items():
         layer = "last hidden state" if info.layer is None else f"hidden state {info.layer}"
         column, rows = f"{prefix(name)}codes", f"{prefix(name)}num_frames"

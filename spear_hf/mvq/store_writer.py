@@ -189,7 +189,8 @@ class StoreWriter:
             write_atomically(self.folder / QUARANTINE, "".join(to_json(asdict(b)) + "\n" for b in bad).encode())
         else:
             (self.folder / QUARANTINE).unlink(missing_ok=True)
-        write_atomically(self.folder / CARD, card(self.infos, self.with_audio).encode())
+        filled = {entry["file"]: entry["num_utterances"] for entry in entries}
+        write_atomically(self.folder / CARD, card(self.infos, self.with_audio, filled).encode())
         write_atomically(self.folder / INDEX, content)
         totals = {"num_utterances": len(index_table), "num_quarantined": len(bad), "shards": entries}
         write_atomically(self.folder / METADATA, self._metadata(totals, complete=True))

@@ -38,8 +38,8 @@ class WhitenState:
 
     def vote(self, index: int, exceeded: torch.Tensor) -> None:
         """Called in a backward pass with a bool of shape () on the device of the features."""
-        votes = self.votes_on(exceeded.device)
-        votes[index] = torch.maximum(votes[index], 1.0 + exceeded)
+        vote = self.votes_on(exceeded.device).select(0, index)
+        torch.maximum(vote, 1.0 + exceeded, out=vote)
 
     def votes_on(self, device: torch.device) -> torch.Tensor:
         """Those of this step so far, (places,), to be changed there: the largest vote of a place counts."""
