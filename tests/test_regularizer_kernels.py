@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from spear_hf.pretraining import regularizers_kernels
 from spear_hf.pretraining.regularizers import install_regularizers
 from spear_hf.pretraining.regularizers_balancer import balancing_line
 from spear_hf.pretraining.regularizers_config import RegularizersConfig
@@ -54,6 +55,12 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 
 def test_elsewhere_nothing_changes():
     assert kernels_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+
+
+def test_where_no_kernel_can_be_launched_a_warning_says_so():
+    """As without a C compiler: a run must not end in its first backward pass. Triton launches nothing on a CPU."""
+    with pytest.warns(UserWarning, match="Balancer and Whiten take the slower way"):
+        assert regularizers_kernels._kernels(torch.device("cpu")) is None
 
 
 def test_columns_are_found_in_any_order_of_the_axes_but_never_copied():
