@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from spear_hf.pretraining import regularizers_kernels
+from spear_hf.pretraining import regularizers_kernels, regularizers_whiten
 from spear_hf.pretraining.regularizers import install_regularizers
 from spear_hf.pretraining.regularizers_balancer import balancing_line
 from spear_hf.pretraining.regularizers_config import RegularizersConfig
@@ -61,6 +61,7 @@ def test_where_no_kernel_can_be_launched_a_warning_says_so():
     """As without a C compiler: a run must not end in its first backward pass. Triton launches nothing on a CPU."""
     with pytest.warns(UserWarning, match="Balancer and Whiten take the slower way"):
         assert regularizers_kernels._kernels(torch.device("cpu")) is None
+    assert not regularizers_whiten._has_products(torch.device("cpu")), "of bfloat16 with sums in float32"
 
 
 def test_columns_are_found_in_any_order_of_the_axes_but_never_copied():
