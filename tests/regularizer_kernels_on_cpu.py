@@ -12,9 +12,16 @@ import torch
 
 from spear_hf.pretraining import regularizers_balancer, regularizers_triton, regularizers_whiten
 from spear_hf.pretraining.regularizers_balancer import balance_gradient_, balancing_line
+from spear_hf.pretraining.regularizers_schedules import BALANCER_GRADIENT_SCALE
 from spear_hf.pretraining.regularizers_whiten import WhitenState, whiten_gradient_
 
-from .test_regularizers_gradients import BALANCED_CASES, channels_of_every_kind, coloured, slow_whitened_gradient
+from .test_regularizers_gradients import (
+    BALANCED_CASES,
+    channels_of_every_kind,
+    coloured,
+    largest_push_of_flat_channels,
+    slow_whitened_gradient,
+)
 from .wavlm_kernels_on_cpu import scalars_of_recent_numpy
 
 
@@ -116,6 +123,7 @@ def main() -> None:
         exact[f"balance {part}"] = balance_error(torch.float32, part)
         rounded[f"balance {part}"] = balance_error(torch.bfloat16, part)
     with_kernels(True)
+    assert largest_push_of_flat_channels() < 2 * BALANCER_GRADIENT_SCALE
     for dtype in (torch.bfloat16, torch.float32):
         for case in ((1, 24, 2), (2, 24, 2), (2, 24, 1), (4, 36, 2)):
             rounded[f"whiten {dtype} {case}"] = whiten_error(dtype, *case)

@@ -34,7 +34,7 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     from .test_wavlm_kernels import resources
 
     sizes = ("frames", "rows", "width", "stride", "grad_stride", "first", "last", "size", "index")
-    numbers = ("count", "min_mean", "max_mean", "min_rms", "max_rms", "gradient_scale", "limit")
+    numbers = ("count", "min_mean", "max_mean", "min_rms", "max_rms", "gradient_scale", "smallest_deviation", "limit")
     tensors = ("line", "sums", "products", "squares", "metric", "norm", "penalty_norm", "votes", "out")
     kinds = dict.fromkeys(sizes, "i32") | dict.fromkeys(numbers, "fp32") | dict.fromkeys(tensors, "*fp32")
     sums = {"WIDTH": 512, "CHANNELS": kernels.CHANNELS, "FRAMES": kernels.FRAMES}
