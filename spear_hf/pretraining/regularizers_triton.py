@@ -113,13 +113,15 @@ def _balance(
 
 @triton.jit
 def _mean_variance(products, sums, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CENTRED: tl.constexpr):
-    """The mean of the covariance's diagonal."""
+    """The mean of the covariance's diagonal; what is below 1e-5 of the mean square is the rounding of long sums."""
     columns = tl.arange(0, COLUMNS)
     diagonal = tl.load(products + columns * (WIDTH + 1), mask=columns < WIDTH, other=0.0)
+    smallest = 1e-20
     if not CENTRED:
+        smallest = tl.maximum(1e-5 * tl.sum(diagonal, axis=0) / WIDTH, smallest)
         total = tl.load(sums + columns, mask=columns < WIDTH, other=0.0)
         diagonal -= total * total / count
-    return tl.maximum(tl.sum(diagonal, axis=0) / WIDTH, 1e-20)
+    return tl.maximum(tl.sum(diagonal, axis=0) / WIDTH, smallest)
 
 
 @triton.jit
