@@ -8,6 +8,7 @@ elsewhere. What is computed is the same.
 import functools
 import importlib
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -24,13 +25,20 @@ def is_trained_by_compiler() -> bool:
     return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
-@functools.cache
-def kernels() -> Any:
-    """triton_spear.py of the installed package, which is not among the files of a model on the Hub; None without."""
+@functools.lru_cache(maxsize=16)
+def kernels(device: torch.device) -> Any:
+    """triton_spear.py of the installed package, which is not among the files of a model on the Hub; None without, and,
+    with a warning, where its kernels cannot be launched."""
     try:
-        return importlib.import_module("spear_hf.triton_spear")
+        module = importlib.import_module("spear_hf.triton_spear")
     except ImportError:
         return None
+    try:
+        module.scores_by_offset(torch.zeros(1, 1, device=device))
+    except Exception as error:  # no C compiler, a driver that is too old: each in a way of its own
+        warnings.warn(f"Compiled layers take the slower way through torch's operations: {error}", stacklevel=2)
+        return None
+    return module
 
 
 def in_autocast(x: torch.Tensor) -> torch.Tensor:
@@ -54,8 +62,8 @@ def scores_by_key(scores: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op(f"{NAMESPACE}::scores_by_offset", mutates_args=())
 def scores_by_offset(scores: torch.Tensor) -> torch.Tensor:
     """The gradient of `scores_by_key`: (..., length, length) -> (..., length, 2 * length), zeros elsewhere."""
-    if scores.is_cuda and kernels() is not None:
-        return kernels().scores_by_offset(scores.contiguous())
+    if scores.is_cuda and (fast := kernels(scores.device)) is not None:
+        return fast.scores_by_offset(scores.contiguous())
     found = scores.new_zeros(*scores.shape[:-1], 2 * scores.shape[-1])
     scores_by_key(found).copy_(scores)
     return found
@@ -70,8 +78,8 @@ def _(scores: torch.Tensor) -> torch.Tensor:
 def depthwise_weight_gradient(grad: torch.Tensor, x: torch.Tensor, taps: int) -> torch.Tensor:
     """Of a depthwise convolution that keeps the length: gradient and features (batch, channels, frames), an odd number
     of taps -> (channels, 1, taps), in float32 at least."""
-    if x.is_cuda and kernels() is not None and x.dtype != torch.float64:
-        return kernels().depthwise_weight_gradient(grad.mT.contiguous(), x.mT.contiguous(), taps)
+    if x.is_cuda and x.dtype != torch.float64 and (fast := kernels(x.device)) is not None:
+        return fast.depthwise_weight_gradient(grad.mT.contiguous(), x.mT.contiguous(), taps)
     grad, x = grad.to(widened_type(x)), x.to(widened_type(x))
     return conv1d_weight(x, (x.shape[1], 1, taps), grad, padding=taps // 2, groups=x.shape[1])
 

@@ -69,10 +69,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def full_precision_on_gpus(request, monkeypatch):
-    """cuDNN computes convolutions of float32 in TF32 unless told otherwise, at errors of 3e-4."""
-    if request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def full_precision_on_gpus(request):
+    """cuDNN computes convolutions of float32 in TF32 unless told otherwise, at errors of 3e-4, and where a container's
+    environment says so (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) matrix products are as coarse."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="session")

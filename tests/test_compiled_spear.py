@@ -105,6 +105,13 @@ def test_kernels_compute_what_plain_operations_do():
     assert not {case: error for case, error in errors.items() if not error < 1e-6}
 
 
+def test_where_no_kernel_can_be_launched_a_warning_says_so():
+    """As without a C compiler. Triton launches nothing on a CPU."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
+    with pytest.warns(UserWarning, match="Compiled layers take the slower way"):
+        assert compiled_spear.kernels(torch.device("cpu")) is None
+
+
 def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
     from spear_hf import triton_spear as kernels

@@ -170,6 +170,17 @@ def test_the_source_compiles_for_gpus(capability, num_codebooks):
         compile_source(source, SOURCE.name, capability, definitions)
 
 
+def test_gpus_newer_than_the_compiler_get_the_code_of_their_generation():
+    source, definitions = 'extern "C" __global__ void nothing() {}', {}
+    try:
+        assert compile_source(source, "nothing.cu", (9, 0), definitions)[:4] == b"\x7fELF"
+    except CudaUnavailable as error:
+        pytest.skip(f"needs NVRTC, which comes with torch for CUDA: {error}")
+    assert compile_source(source, "nothing.cu", (9, 9), definitions)[:4] == b"\x7fELF"
+    with pytest.raises(CudaUnavailable, match=r"knows no GPU of compute capability 99\.0"):
+        compile_source(source, "nothing.cu", (99, 0), definitions)
+
+
 def settled(encode, frames, codes):
     """(frames,): whether rounding cannot change a frame's codes.
 

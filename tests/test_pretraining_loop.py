@@ -441,12 +441,22 @@ def test_domains_are_heard_by_weight(runs, finished):
     assert metrics(output)[-1]["epoch"] == 6 / 3  # of all audio and every second utterance of speech
 
 
+@pytest.fixture(scope="module")
+def tokenised(runs) -> Path:
+    """Tokens of the clips, made by a run in this process: others would start a GPU of their own."""
+    output = runs.folder / "tokenised"
+    teacher = ("targets.speech.store=null", "targets.speech.teacher=kaldi-mfcc")
+    assert run_pretraining("tiny", runs.overrides(output, *teacher, "max_steps=1")) == 0
+    return output / "tokens" / "speech"
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["adamw", "scaled_adam"])
-def test_a_step_hardly_waits_for_the_gpu(runs, finished, name):
+def test_a_step_hardly_waits_for_the_gpu(runs, tokenised, name):
     """Once for the places of the targets, once for all that is recorded; ScaledAdam once more in four steps."""
     settings = ["regularizers.enabled=true", "logging.validate_every=0", "checkpoint_every=100"]
+    settings += [f"targets.speech.store={tokenised}", "targets.speech.teacher=null"]
     if name == "scaled_adam":
         settings += ["optimizer.name=scaled_adam", "optimizer.learning_rate=0.045"]
     waits = []

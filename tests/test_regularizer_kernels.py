@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from spear_hf.pretraining import regularizers_kernels, regularizers_whiten
 from spear_hf.pretraining.regularizers import install_regularizers
 from spear_hf.pretraining.regularizers_balancer import balancing_line
 from spear_hf.pretraining.regularizers_config import RegularizersConfig
@@ -33,7 +34,7 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     from .test_wavlm_kernels import resources
 
     sizes = ("frames", "rows", "width", "stride", "grad_stride", "first", "last", "size", "index")
-    numbers = ("count", "min_mean", "max_mean", "min_rms", "max_rms", "gradient_scale", "limit")
+    numbers = ("count", "min_mean", "max_mean", "min_rms", "max_rms", "gradient_scale", "smallest_deviation", "limit")
     tensors = ("line", "sums", "products", "squares", "metric", "norm", "penalty_norm", "votes", "out")
     kinds = dict.fromkeys(sizes, "i32") | dict.fromkeys(numbers, "fp32") | dict.fromkeys(tensors, "*fp32")
     sums = {"WIDTH": 512, "CHANNELS": kernels.CHANNELS, "FRAMES": kernels.FRAMES}
@@ -54,6 +55,13 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 
 def test_elsewhere_nothing_changes():
     assert kernels_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+
+
+def test_where_no_kernel_can_be_launched_a_warning_says_so():
+    """As without a C compiler: a run must not end in its first backward pass. Triton launches nothing on a CPU."""
+    with pytest.warns(UserWarning, match="Balancer and Whiten take the slower way"):
+        assert regularizers_kernels._kernels(torch.device("cpu")) is None
+    assert not regularizers_whiten._has_products(torch.device("cpu")), "of bfloat16 with sums in float32"
 
 
 def test_columns_are_found_in_any_order_of_the_axes_but_never_copied():

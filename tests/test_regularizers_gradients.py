@@ -9,8 +9,9 @@ import torch
 
 from spear_hf import SpearConfig
 from spear_hf.modeling_spear import SpearAttentionWeights, SpearBypass, relative_position_table
-from spear_hf.pretraining.regularizers_balancer import balance
+from spear_hf.pretraining.regularizers_balancer import balance, balancing_line
 from spear_hf.pretraining.regularizers_schedules import (
+    BALANCER_GRADIENT_SCALE,
     BALANCERS,
     RATES,
     WHITENS,
@@ -137,6 +138,24 @@ def channels_of_every_kind(generator):
     columns += [torch.zeros(240), torch.randn(240, generator=generator), torch.full((240,), 0.5)]
     columns[-1][:24] += 0.5
     return torch.stack(columns, dim=1)
+
+
+def largest_push_of_flat_channels():
+    """Of channels that vary by less than float32 sums of their squares can tell, or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    means, deviations = torch.linspace(0.1, 30.0, 200), (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
+    noise = torch.randn(2000, len(means), generator=generator)
+    pushes = []
+    for deviation in deviations:
+        x = means * (1.0 + deviation * noise)
+        offset, slope = balancing_line(x, BALANCERS["layer_output"](0))
+        pushes.append((offset + slope * x).square().mean(dim=0).sqrt())
+    return float(torch.stack(pushes).max())
+
+
+def test_channels_that_hardly_vary_are_not_pushed_harder_than_others():
+    """By the rounding of their variance it was a million times as hard."""
+    assert largest_push_of_flat_channels() < 2 * BALANCER_GRADIENT_SCALE
 
 
 LIMITS = BalancerLimits(positive_share_to_mean(0.3), positive_share_to_mean(0.9), 0.25, 5.0, 1.0)

@@ -75,6 +75,27 @@ def test_compiled_layers_do_the_same_with_few_graphs(backend):
     torch.compiler.reset()
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_compiled_layers_do_the_same_on_a_gpu():
+    """In float32, in which rounding changes no decision."""
+    torch.compiler.reset()
+    plain = make_model().cuda()
+    compiled = copy.deepcopy(plain)
+    results = []
+    for model in (plain, compiled):
+        regularizers = install_regularizers(model, only(*(set(NAMES) - {"dropout"})), in_graph=True)
+        if model is compiled:
+            model.compile_layers()
+        for seed in range(4):
+            regularizers.set_step(seed * 700.0, 20.0)
+            inputs = {name: value.cuda() for name, value in make_inputs(batch=9 + seed).items()}
+            results.append(step(model, regularizers, seed, inputs)[1])
+    for one, other in zip(results[:4], results[4:]):
+        assert (one - other).norm() < 1e-3 * one.norm()
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_whiten_changes_the_gradient_of_its_branch_alone(backend, known):
     """Where a branch leaves a sum, the sum's other part gets the same gradient, which must stay as it is."""

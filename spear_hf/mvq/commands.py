@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 
 from spear_hf.data.commands import DataOptions
@@ -226,9 +227,10 @@ def _still_missing(summary: TokenizeSummary) -> str:
 
 
 def _resolved(device: str, local_rank: int | None = None) -> str:
-    """`local_rank`: of several processes of a machine, each has the GPU of its number."""
-    picked = str(pick_device(device))
-    return str(pick_device(f"cuda:{local_rank}")) if picked == "cuda" and local_rank else picked
+    """`local_rank`: of several processes of a machine, each has the GPU of its number, and touches no other."""
+    if local_rank and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{local_rank}"
+    return str(pick_device(device))
 
 
 def _batch_seconds(given: float | None, device: str) -> float:

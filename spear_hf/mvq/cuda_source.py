@@ -20,7 +20,7 @@ class CudaUnavailable(RuntimeError):
 def compile_source(source: str, name: str, capability: tuple[int, int], definitions: Mapping[str, int]) -> bytes:
     """Machine code for GPUs of this compute capability; needs no GPU."""
     nvrtc = _library("nvrtc", "nvrtcCreateProgram")
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    options = [f"--gpu-architecture=sm_{_architecture(nvrtc, capability)}", "--std=c++17"]
     options += [f"-D{key}={value}" for key, value in definitions.items()]
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None), "NVRTC")
@@ -39,6 +39,19 @@ def compile_source(source: str, name: str, capability: tuple[int, int], definiti
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
+    """The newest that this NVRTC knows and such a GPU runs: its own, or an earlier one of its generation."""
+    count = ctypes.c_int()
+    _check(nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)), "NVRTC")
+    known = (ctypes.c_int * count.value)()
+    _check(nvrtc.nvrtcGetSupportedArchs(known), "NVRTC")
+    own = 10 * capability[0] + capability[1]
+    fitting = [architecture for architecture in known if own // 10 * 10 <= architecture <= own]
+    if not fitting:
+        raise CudaUnavailable(f"torch's NVRTC knows no GPU of compute capability {capability[0]}.{capability[1]}.")
+    return max(fitting)
 
 
 class CudaModule:

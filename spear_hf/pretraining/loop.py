@@ -5,8 +5,8 @@
 
 Every draw (initialisation, order, crops, masks, dropout) is a function of the seed and of the step, epoch, rank or
 utterance, so a run that is killed and resumed repeats, on the same machine, what the uninterrupted one would have
-done. A step trains on the same utterances whatever the number of ranks; its loss is normalised by the number of target
-frames over all of them.
+done: to the bit on a CPU, while a GPU adds up the gradients of repeated frames in no fixed order. A step trains on the
+same utterances whatever the number of ranks; its loss is normalised by the number of target frames over all of them.
 """
 
 import contextlib

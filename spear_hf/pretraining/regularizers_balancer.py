@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..compiled_spear import widened_type
 from .regularizers_kernels import columns_of, kernels_for, rows_of
-from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
+from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BALANCER_SMALLEST_DEVIATION, BalancerLimits
 
 
 def balance(
@@ -87,7 +87,7 @@ def balancing_line(
     mean = x.mean(axes, dtype=dtype)
     rms = torch.linalg.vector_norm(x, dim=axes, dtype=dtype)
     rms = (rms / math.sqrt(x.numel() // length)).clamp(min=1e-10)
-    deviation = (rms.square() - mean.square()).clamp(min=1e-20).sqrt()
+    deviation = (rms.square() - mean.square()).clamp(min=1e-20).sqrt().maximum(BALANCER_SMALLEST_DEVIATION * rms)
     ratio = mean / deviation
     # 1 beyond the upper limit, -1 beyond the lower one, in few launches.
     by_mean = (ratio - ratio.clamp(limits.min_mean, limits.max_mean)).sign()

@@ -2,7 +2,7 @@
 """Where Balancer and Whiten have kernels of their own."""
 
 import functools
-import importlib
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ WIDEST = 1 << 21  # row: a grid has 65,535 blocks of 64 columns at most
 
 def kernels_for(x: torch.Tensor) -> Any | None:
     """regularizers_triton.py where it can work on `x`, else None."""
-    return _kernels() if x.is_cuda and x.dtype in TYPES else None
+    return _kernels(x.device) if x.is_cuda and x.dtype in TYPES else None
 
 
 def columns_of(x: torch.Tensor, dim: int) -> torch.Tensor | None:
@@ -36,9 +36,14 @@ def rows_of(grad: torch.Tensor, x: torch.Tensor, dim: int) -> tuple[torch.Tensor
     return grad.flatten(dim).flatten(0, -2), x.flatten(dim).flatten(0, -2)
 
 
-@functools.cache
-def _kernels() -> Any | None:
+@functools.lru_cache(maxsize=16)
+def _kernels(device: torch.device) -> Any | None:
+    """None, with a warning, where one of them cannot be launched: better now than in the middle of a run."""
     try:
-        return importlib.import_module(".regularizers_triton", __package__)
-    except ImportError:
+        from . import regularizers_triton
+
+        regularizers_triton.column_sums(torch.zeros(1, 1, device=device))
+    except Exception as error:  # no Triton, no C compiler, a driver that is too old: each in a way of its own
+        warnings.warn(f"Balancer and Whiten take the slower way through torch's operations: {error}", stacklevel=2)
         return None
+    return regularizers_triton

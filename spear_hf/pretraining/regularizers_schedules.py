@@ -27,6 +27,8 @@ SCORE_LIMIT = 25.0
 SCORE_PENALTY = 1e-4  # gradient per score, where the loss is the sum over the target frames
 SCORE_PENALTY_PROBABILITY = 0.1  # per call
 BALANCER_GRADIENT_SCALE = 0.04
+# Over the root mean square: below, a variance in float32 is rounding, by which the push would be divided.
+BALANCER_SMALLEST_DEVIATION = 1e-3
 WHITEN_PROBABILITIES = (0.025, 0.25)  # per call: (below the limit, above the limit when last measured)
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BalancerLimits
+from .regularizers_schedules import BALANCER_GRADIENT_SCALE, BALANCER_SMALLEST_DEVIATION, BalancerLimits
 
 
 FRAMES = 512  # that a block adds up
@@ -60,6 +60,7 @@ def _balancing_line(
     min_rms,
     max_rms,
     gradient_scale,
+    smallest_deviation,
     CHANNELS: tl.constexpr,
 ):
     """`balancing_line` of regularizers_balancer.py; `out` (2, size), zeros but for the channels `first` to `last`, of
@@ -69,7 +70,7 @@ def _balancing_line(
     mean = tl.load(sums + channels - first, mask=inside, other=0.0) / count
     square = tl.load(sums + (last - first) + channels - first, mask=inside, other=0.0) / count
     rms = tl.maximum(tl.sqrt(square), 1e-10)
-    deviation = tl.sqrt(tl.maximum(rms * rms - mean * mean, 1e-20))
+    deviation = tl.maximum(tl.sqrt(tl.maximum(rms * rms - mean * mean, 1e-20)), smallest_deviation * rms)
     ratio = mean / deviation
     by_mean = tl.where(ratio > max_mean, 1.0, tl.where(ratio < min_mean, -1.0, 0.0))
     by_rms = tl.where(rms > max_rms, 1.0, tl.where(rms < min_rms, -1.0, 0.0))
@@ -112,13 +113,15 @@ def _balance(
 
 @triton.jit
 def _mean_variance(products, sums, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CENTRED: tl.constexpr):
-    """The mean of the covariance's diagonal."""
+    """The mean of the covariance's diagonal; what is below 1e-5 of the mean square is the rounding of long sums."""
     columns = tl.arange(0, COLUMNS)
     diagonal = tl.load(products + columns * (WIDTH + 1), mask=columns < WIDTH, other=0.0)
+    smallest = 1e-20
     if not CENTRED:
+        smallest = tl.maximum(1e-5 * tl.sum(diagonal, axis=0) / WIDTH, smallest)
         total = tl.load(sums + columns, mask=columns < WIDTH, other=0.0)
         diagonal -= total * total / count
-    return tl.maximum(tl.sum(diagonal, axis=0) / WIDTH, 1e-20)
+    return tl.maximum(tl.sum(diagonal, axis=0) / WIDTH, smallest)
 
 
 @triton.jit
@@ -239,6 +242,7 @@ def balancing_line(sums: torch.Tensor, count: int, limits: BalancerLimits, start
             float(count),
             *limits[:4],
             BALANCER_GRADIENT_SCALE,
+            BALANCER_SMALLEST_DEVIATION,
             CHANNELS=CHANNELS,
             num_warps=1,
         )

@@ -6,11 +6,11 @@ groups and channels of the row sums of C_g^2 by the square of the mean diagonal:
 they all lie on a line. Its gradient is a multiple of x_g (C_g - metric * I), with C scaled to a mean diagonal of 1.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_greater_or_equal
 
 from ..compiled_spear import widened_type
 from .regularizers_kernels import kernels_for
@@ -141,7 +141,7 @@ def whiten_gradient_(
 def _kernels_for(x: torch.Tensor, in_bfloat16: bool) -> Any | None:
     """Those for products of bfloat16 with sums in float32, where `x` allows for it: float16 has too small a range."""
     is_half = x.dtype == torch.bfloat16 or (in_bfloat16 and x.dtype == torch.float32)
-    return kernels_for(x) if is_half and is_torch_greater_or_equal("2.8") else None
+    return kernels_for(x) if is_half and _has_products(x.device) else None
 
 
 def _scaled_penalty(
@@ -170,6 +170,16 @@ def _scaled_penalty(
 
 def _products(x: torch.Tensor) -> torch.Tensor:
     return torch.mm(x.T, x, out_dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _has_products(device: torch.device) -> bool:
+    """Whether there are these, of bfloat16: from torch 2.8 on, and not of every GPU."""
+    try:
+        _products(torch.ones(8, 8, dtype=torch.bfloat16, device=device))
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 class _Whiten(torch.autograd.Function):

@@ -73,7 +73,7 @@ class _HostCopy:
         self._copy = number.to("cpu", non_blocking=True)
         self._arrival = torch.cuda.Event() if number.device.type == "cuda" else None
         if self._arrival is not None:
-            self._arrival.record()
+            self._arrival.record(torch.cuda.current_stream(number.device))
 
     def read(self) -> float:
         if self._arrival is not None:
