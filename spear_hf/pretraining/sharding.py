@@ -36,6 +36,7 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accel
     if accelerator.num_processes < 2:
         raise ValueError("execution.sharding=fsdp needs two or more ranks: start it with torchrun, or set it to none.")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    check_means(accelerator.device)
     model.to(accelerator.device)
     names = {parameter: name for name, parameter in model.named_parameters()}
     whole = {parameter for parameter in names if parameter.ndim == 0}
@@ -59,6 +60,17 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accel
                 optimizer.state[new] = {name: placed(value, old, new) for name, value in state.items()}
         if len({isinstance(parameter, DTensor) for parameter in group["params"]}) > 1:
             group["foreach"] = group["fused"] = False  # their kernels take no mixture of whole and sharded tensors
+
+
+def check_means(device: torch.device) -> None:
+    """ValueError where the ranks get the sum of what `fully_shard` asks them for the mean of: gloo of torch 2.7."""
+    mean = torch.empty(1, device=device)
+    dist.reduce_scatter_tensor(mean, torch.ones(dist.get_world_size(), device=device), op=dist.ReduceOp.AVG)
+    if mean.item() != 1.0:
+        raise ValueError(
+            f"execution.sharding=fsdp: with torch {torch.__version__}, ranks on {device.type} add gradients up where "
+            "they should average them. Install a newer torch, or set execution.sharding=none."
+        )
 
 
 def reduce_whole_gradients(parameters: Sequence[nn.Parameter]) -> None:
