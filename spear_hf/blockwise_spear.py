@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all_modules
+
+from .compiled_spear import scores_by_key
 
 
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
@@ -327,8 +328,31 @@ class _RecomputedAttention(torch.autograd.Function):
         return context
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, context, *projections = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of this gradient there will be one, which the plain path gives
+            # Views, as the values themselves may be made of what is queried, by an earlier module of the layer.
+            inputs = [tensor.view_as(tensor) for tensor in (values, *projections)]
+            plain = _attend_plainly(ctx.key_mask, *inputs)
+            wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad[1:]) if needed]
+            found = iter(torch.autograd.grad(plain, wanted, grads[0], create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         attention = BlockwiseAttention(*projections, key_mask=ctx.key_mask)
         return None, *attention.gradients(values, context, grads[0])
+
+
+def _attend_plainly(
+    key_mask: torch.Tensor | None,
+    values: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pos_query: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """`BlockwiseAttention.compute` as one tensor of all weights."""
+    by_offset = pos_query.transpose(1, 2) @ positions.permute(1, 2, 0)  # (batch, heads, frames, 2 * frames)
+    scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) + scores_by_key(by_offset)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)[:, : values.shape[2]]
+    return (weights @ values.transpose(1, 2)).transpose(1, 2)

@@ -199,6 +199,22 @@ def test_gradients_of_the_whole_model(small_blocks, monkeypatch):
             assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
 
 
+def test_gradients_of_gradients(small_blocks, monkeypatch):
+    """As of a penalty on them, which torch would leave the attention out of without a word."""
+    model = randomized(SpearModel(make_config())).double()
+    features = torch.randn(2, 89, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = (torch.arange(89) < torch.tensor([[89], [60]])).long()
+    found = []
+    for enough in (1, 1000):
+        monkeypatch.setattr(modeling_spear, "MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS", enough)
+        leaf = features.clone().requires_grad_()
+        loss = model(leaf, attention_mask=mask).last_hidden_state.square().mean()
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        found.append((first, torch.autograd.grad(first.square().sum(), leaf)[0]))
+    for actual, expected in zip(*found):
+        assert (actual - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
 def test_who_gets_the_tensor_of_all_weights(small_blocks):
     """Recorded attentions, a hook on the module and a replaced forward; the recorder's own hook stays and is none."""
     layer = randomized(SpearLayer(make_config(), 5))
