@@ -45,6 +45,7 @@ from .blockwise_spear import (
     are_blocks_possible,
     can_run_in_blocks,
     is_watched,
+    keep_to_one_thread_where_forked,
     project,
 )
 from .compiled_spear import (
@@ -994,6 +995,8 @@ class SpearModel(SpearPreTrainedModel):
         torch.Size([1, 46, 64])
         ```
         """
+        if not torch.compiler.is_compiling():
+            keep_to_one_thread_where_forked(input_features.device)
         self._check_shapes(input_features, attention_mask=attention_mask, mask_time_indices=mask_time_indices)
         input_features = input_features.to(self.stem.conv1.weight.dtype)
         if attention_mask is not None:
