@@ -165,15 +165,16 @@ def test_problem_types_are_known():
     """A misspelt one was taken for a regression."""
     values = inputs(SpearForAudioFrameClassification, labels=True)
     vectors = F.one_hot(values["labels"], 3).float()
+    message = r"(?s)problem_type.*'multi_label'.*'multi_label_classification'"
     for model_class, labels in (
         (SpearForSequenceClassification, torch.eye(3)),
         (SpearForAudioFrameClassification, vectors),
     ):
-        with pytest.raises(Exception, match=r"problem_type='multi_label'.*'multi_label_classification'"):
+        with pytest.raises(Exception, match=message):
             tiny_model(model_class, problem_type="multi_label")
         model = tiny_model(model_class)
-        model.config.problem_type = "multi_label"
-        with pytest.raises(ValueError, match=r"problem_type='multi_label'.*'multi_label_classification'"):
+        vars(model.config)["problem_type"] = "multi_label"  # not refused where it is set, by newer versions
+        with pytest.raises(ValueError, match=message):
             model(**values | {"labels": labels})
     with pytest.raises(ValueError, match=r"one for each frame.*vectors of 3"):
         tiny_model(SpearForAudioFrameClassification, problem_type="multi_label_classification")(**values)
