@@ -8,6 +8,7 @@ fit in a budget are kept for the modules that come after; the others are compute
 backward pass, which then needs nothing that grows with the square of the length.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,11 +17,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all_modules
+from transformers.utils import logging
+
+from .compiled_spear import scores_by_key
 
 
+logger = logging.get_logger(__name__)
+
+PROCESS = os.getpid()  # one that was forked from this has another
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
 BLOCK_SCORES = 2**18  # of a block and thread, 1 MB in float32: about the second-level cache of a core
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 256  # matrix products of fewer rows are slow, and more bring nothing
@@ -35,6 +41,16 @@ MIN_WIDTH_TO_CONVOLVE = 256
 # Where modules keep their hooks, and those of all modules, which torch 2.7 does not tell of otherwise.
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 HOOKS_OF_ALL = tuple(getattr(hooks_of_all_modules, f"_global{name}") for name in HOOKS)
+
+
+def keep_to_one_thread_where_forked(device: torch.device) -> None:
+    """OpenMP's threads do not survive a fork: in `datasets.Dataset.map(num_proc=2)`, say, one would wait for ever."""
+    if device.type == "cpu" and os.getpid() != PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        logger.warning(
+            "This process was forked, and torch's threads may have stayed behind: it goes on with one. Processes that "
+            "are spawned have threads of their own."
+        )
 
 
 def can_run_in_blocks(module: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -327,8 +343,31 @@ class _RecomputedAttention(torch.autograd.Function):
         return context
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, context, *projections = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of this gradient there will be one, which the plain path gives
+            # Views, as the values themselves may be made of what is queried, by an earlier module of the layer.
+            inputs = [tensor.view_as(tensor) for tensor in (values, *projections)]
+            plain = _attend_plainly(ctx.key_mask, *inputs)
+            wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad[1:]) if needed]
+            found = iter(torch.autograd.grad(plain, wanted, grads[0], create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         attention = BlockwiseAttention(*projections, key_mask=ctx.key_mask)
         return None, *attention.gradients(values, context, grads[0])
+
+
+def _attend_plainly(
+    key_mask: torch.Tensor | None,
+    values: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pos_query: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """`BlockwiseAttention.compute` as one tensor of all weights."""
+    by_offset = pos_query.transpose(1, 2) @ positions.permute(1, 2, 0)  # (batch, heads, frames, 2 * frames)
+    scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) + scores_by_key(by_offset)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)[:, : values.shape[2]]
+    return (weights @ values.transpose(1, 2)).transpose(1, 2)

@@ -20,6 +20,16 @@ PUBLISHED_UNIFORM_LISTS = {
     "num_heads": "num_attention_heads",
     "encoder_unmasked_dim": "unmasked_hidden_size",
 }
+# What `validate_architecture` demands of values one by one.
+POSITIVE = (
+    *("num_attention_heads", "query_head_dim", "value_head_dim", "pos_head_dim", "mask_time_length"),
+    *("mask_feature_length", "vocab_size", "num_labels", "classifier_proj_size", "xvector_output_dim"),
+)
+SHARES = (
+    *("hidden_dropout", "position_dropout", "final_dropout", "mask_time_prob", "mask_feature_prob"),
+    "masked_loss_weight",
+)
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 # Only meaningful in a causal model, which the published encoders are not.
 PUBLISHED_CAUSAL_ONLY = ("chunk_size", "left_context_frames")
 
@@ -28,7 +38,10 @@ def _to_ints(key: str, value: object) -> list[int]:
     """`"1,2,3"`, `3` or `[1, 2, 3]` as a list of integers."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     try:
-        return [int(part) for part in parts]
+        numbers = [int(part) for part in parts]
+        if any(isinstance(part, float) and part != number for part, number in zip(parts, numbers)):
+            raise ValueError
+        return numbers
     except (TypeError, ValueError):
         raise ValueError(f"`{key}` must hold whole numbers joined by commas, not {value!r}.") from None
 
@@ -221,10 +234,10 @@ class SpearConfig(PreTrainedConfig):
         for name in ("hidden_size", "intermediate_size"):
             if (value := getattr(self, name)) < 4 or value % 4:
                 raise ValueError(f"`{name}={value}` must be a positive multiple of 4.")
-        for name in ("num_attention_heads", "query_head_dim", "value_head_dim", "pos_head_dim"):
+        for name in POSITIVE:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`{name}={value}` must be positive.")
-        for name in ("hidden_dropout", "position_dropout", "final_dropout"):
+        for name in SHARES:
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}={value}` must lie in [0, 1].")
         if self.pos_dim < 2 or self.pos_dim % 2:
@@ -237,8 +250,16 @@ class SpearConfig(PreTrainedConfig):
             raise ValueError(f"`output_downsampling_factor={self.output_downsampling_factor}` must be 1 or 2.")
         if not 0 <= self.unmasked_hidden_size <= self.hidden_size:
             raise ValueError(f"`unmasked_hidden_size={self.unmasked_hidden_size}` must lie in [0, hidden_size].")
-        if not 0 <= self.masked_loss_weight <= 1:
-            raise ValueError(f"`masked_loss_weight={self.masked_loss_weight}` must lie in [0, 1].")
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"`problem_type={self.problem_type!r}` must be one of {', '.join(map(repr, PROBLEM_TYPES))}."
+            )
+        tdnn = self.tdnn_dim, self.tdnn_kernel, self.tdnn_dilation
+        if len({len(values) for values in tdnn}) > 1 or not self.tdnn_dim or min(map(min, tdnn)) < 1:
+            raise ValueError(
+                f"`tdnn_dim={self.tdnn_dim}`, `tdnn_kernel={self.tdnn_kernel}` and "
+                f"`tdnn_dilation={self.tdnn_dilation}` must have a positive number each for every layer."
+            )
         if self.ctc_loss_reduction not in ("mean", "sum"):
             raise ValueError(f"`ctc_loss_reduction={self.ctc_loss_reduction!r}` must be 'mean' or 'sum'.")
         for name, target in self.pretraining_targets.items():
@@ -247,6 +268,9 @@ class SpearConfig(PreTrainedConfig):
                     f"`pretraining_targets[{name!r}]` must have the keys num_codebooks, codebook_size and weight, "
                     f"not {sorted(target)}."
                 )
+            for key in ("num_codebooks", "codebook_size"):
+                if not isinstance(target[key], int) or target[key] < 1:
+                    raise ValueError(f"`pretraining_targets[{name!r}]`: {key}={target[key]!r} must be a positive int.")
 
     @property
     def inputs_to_logits_ratio(self) -> int:

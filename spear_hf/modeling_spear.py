@@ -45,6 +45,7 @@ from .blockwise_spear import (
     are_blocks_possible,
     can_run_in_blocks,
     is_watched,
+    keep_to_one_thread_where_forked,
     project,
 )
 from .compiled_spear import (
@@ -56,7 +57,7 @@ from .compiled_spear import (
     scores_by_key,
     widened_type,
 )
-from .configuration_spear import SpearConfig
+from .configuration_spear import PROBLEM_TYPES, SpearConfig
 
 
 logger = logging.get_logger(__name__)
@@ -716,7 +717,8 @@ class SpearStem(nn.Module):
 
     def forward(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, m, num_mel_bins)` to `(batch, (m - 7) // 2, hidden_size)`; the mask is that of the result."""
-        torch._check(input_features.shape[-1] == self.num_mel_bins)  # a constant to a compiler of any shape
+        if not torch.jit.is_tracing():  # which has tensors for shapes
+            torch._check(input_features.shape[-1] == self.num_mel_bins)  # a constant to a compiler of any shape
         hidden_states = input_features[:, None]  # (batch, 1, m, bins)
         parts = [module for module in self.modules() if module is not self]
         if can_run_in_blocks(self, input_features) and not is_watched(*parts):
@@ -927,7 +929,7 @@ class SpearModel(SpearPreTrainedModel):
             and torch.is_grad_enabled()
             and not hidden_states.requires_grad
             and not torch.compiler.is_compiling()
-            and self.is_gradient_checkpointing
+            and any(getattr(module, "gradient_checkpointing", False) for module in self.stacks.modules())
             and any(param.requires_grad for param in self.stacks.parameters())
         ):
             return hidden_states.requires_grad_()
@@ -993,6 +995,8 @@ class SpearModel(SpearPreTrainedModel):
         torch.Size([1, 46, 64])
         ```
         """
+        if not torch.compiler.is_compiling():
+            keep_to_one_thread_where_forked(input_features.device)
         self._check_shapes(input_features, attention_mask=attention_mask, mask_time_indices=mask_time_indices)
         input_features = input_features.to(self.stem.conv1.weight.dtype)
         if attention_mask is not None:
@@ -1098,6 +1102,10 @@ class SpearHeadModel(SpearPreTrainedModel):
             valid_mask = outputs.attention_mask.bool()
         return hidden_states, valid_mask, outputs
 
+    def _check_problem_type(self, problem: str | None) -> None:
+        if problem not in PROBLEM_TYPES:
+            raise ValueError(f"`problem_type={problem!r}` must be one of {', '.join(map(repr, PROBLEM_TYPES))}.")
+
     def _check_class_labels(self, labels: torch.Tensor, num_classes: int) -> None:
         if torch.compiler.is_compiling() or labels.numel() == 0:  # a compiled graph cannot branch on values
             return
@@ -1106,6 +1114,12 @@ class SpearHeadModel(SpearPreTrainedModel):
                 f"labels lie in [{labels.min()}, {labels.max()}], but the model has {num_classes} classes: they must "
                 f"be in [0, {num_classes - 1}], or -100 to be ignored."
             )
+
+
+def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy `()` of class ids `(batch,)` that are not -100: 0, not NaN, where all are."""
+    labels = labels.flatten().long()
+    return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
 
 
 def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
@@ -1173,6 +1187,21 @@ class SpearForCTC(SpearHeadModel):
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
+
+    def resize_token_embeddings(  # type: ignore[override]  # there is none to return
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Linear:
+        """Give the output layer so many classes, for a tokenizer that has grown; ids, and the blank, stay."""
+        size = self.lm_head.out_features if new_num_tokens is None else new_num_tokens
+        size = math.ceil(size / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        if size <= (self.config.pad_token_id or 0):
+            raise ValueError(f"{size} classes would be without `pad_token_id={self.config.pad_token_id}`, the blank.")
+        if size != self.lm_head.out_features:
+            trained = self.lm_head.weight.requires_grad
+            self.lm_head = self._get_resized_lm_head(self.lm_head, size, mean_resizing=mean_resizing)
+            self.lm_head.requires_grad_(trained)
+            self.config.vocab_size = size
+        return self.lm_head
 
     @can_return_tuple
     @auto_docstring
@@ -1245,7 +1274,7 @@ class SpearForSequenceClassification(SpearHeadModel):
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             What they mean follows `config.problem_type`: class ids, multi-hot vectors (binary cross-entropy), or
             targets of a regression. Of ids and vectors, -100 is ignored. If it is not set: a regression where there is
-            one label, else class ids where the labels are integers of one dimension, else multi-hot vectors.
+            one label, else class ids where the labels are integers, one for each utterance, else multi-hot vectors.
         """
         hidden_states, valid_mask, outputs = self._encode(input_features, attention_mask, **kwargs)
         pooled = masked_mean(self.projector(hidden_states), valid_mask)
@@ -1256,7 +1285,7 @@ class SpearForSequenceClassification(SpearHeadModel):
             if problem is None:
                 if self.config.num_labels == 1:
                     problem = "regression"
-                elif labels.dim() == 1 and not labels.is_floating_point():
+                elif labels.numel() == len(logits) and not labels.is_floating_point():
                     problem = "single_label_classification"
                 else:
                     problem = "multi_label_classification"
@@ -1267,14 +1296,16 @@ class SpearForSequenceClassification(SpearHeadModel):
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, problem: str) -> torch.Tensor:
         logits = logits.float()
-        if problem == "single_label_classification":
-            self._check_class_labels(labels, self.config.num_labels)
-            return F.cross_entropy(logits, labels.flatten().long())
-        if labels.numel() != logits.numel():
+        self._check_problem_type(problem)
+        single = problem == "single_label_classification"
+        if labels.numel() != (len(logits) if single else logits.numel()):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)} for "
                 f"problem_type {problem!r}."
             )
+        if single:
+            self._check_class_labels(labels, self.config.num_labels)
+            return class_loss(logits, labels)
         labels = labels.reshape(logits.shape)
         if problem == "multi_label_classification":
             return multi_label_loss(logits, labels)
@@ -1321,11 +1352,17 @@ class SpearForAudioFrameClassification(SpearHeadModel):
                     f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: one "
                     f"label or one vector of {self.config.num_labels} per frame is needed."
                 )
-            if labels.dim() == 3 and self.config.problem_type == "multi_label_classification":
+            self._check_problem_type(self.config.problem_type)
+            if self.config.problem_type == "multi_label_classification":
+                if labels.dim() == 2:
+                    raise ValueError(
+                        f"labels of shape {tuple(labels.shape)} are one for each frame, but problem_type "
+                        f"'multi_label_classification' needs vectors of {self.config.num_labels}."
+                    )
                 loss = multi_label_loss(logits, labels, valid_mask)
             else:
                 if labels.dim() == 3:
-                    labels = self._one_hot_to_ids(labels)
+                    labels = self._one_hot_to_ids(labels, valid_mask)
                 self._check_class_labels(labels, self.config.num_labels)
                 counted = valid_mask & (labels != -100)
                 losses = F.cross_entropy(
@@ -1336,14 +1373,19 @@ class SpearForAudioFrameClassification(SpearHeadModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def _one_hot_to_ids(self, labels: torch.Tensor) -> torch.Tensor:
+    def _one_hot_to_ids(self, labels: torch.Tensor, valid_mask: torch.Tensor) -> torch.Tensor:
         """`(batch, frames, num_labels)` to `(batch, frames)`, with -100 for frames that hold any."""
-        if not torch.compiler.is_compiling() and ((labels == 1).sum(dim=-1) > 1).any():
-            raise ValueError(
-                "labels of a frame name several classes, but problem_type is "
-                f"{self.config.problem_type!r}: set `config.problem_type = 'multi_label_classification'`."
-            )
-        return labels.argmax(dim=-1).masked_fill((labels == -100).any(dim=-1), -100)
+        ignored = (labels == -100).any(dim=-1)
+        # A compiled graph cannot branch on values.
+        if not torch.compiler.is_compiling():
+            named = (labels == 1).sum(dim=-1)  # (batch, frames)
+            if (wrong := (named > 1) | (valid_mask & ~ignored & (named == 0))).any():
+                what = "several classes" if named[wrong][0] > 1 else "no class"
+                raise ValueError(
+                    f"labels of a frame name {what}, but problem_type is {self.config.problem_type!r}: set "
+                    "`config.problem_type = 'multi_label_classification'`, or give the frame one class, or -100."
+                )
+        return labels.argmax(dim=-1).masked_fill(ignored, -100)
 
 
 class SpearAMSoftmaxLoss(nn.Module):
@@ -1360,7 +1402,7 @@ class SpearAMSoftmaxLoss(nn.Module):
         labels = labels.flatten().long()
         cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(self.weight.float(), dim=0)
         cosines = cosines - self.margin * F.one_hot(labels.clamp(min=0), self.weight.shape[1])  # -100: no loss
-        return F.cross_entropy(self.scale * cosines, labels)
+        return class_loss(self.scale * cosines, labels)
 
 
 @auto_docstring(

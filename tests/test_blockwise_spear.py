@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """Computing in blocks against the plain path: outputs, gradients, memory, and who gets which."""
 
+import multiprocessing
 import subprocess
 import sys
 
@@ -199,6 +200,22 @@ def test_gradients_of_the_whole_model(small_blocks, monkeypatch):
             assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
 
 
+def test_gradients_of_gradients(small_blocks, monkeypatch):
+    """As of a penalty on them, which torch would leave the attention out of without a word."""
+    model = randomized(SpearModel(make_config())).double()
+    features = torch.randn(2, 89, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = (torch.arange(89) < torch.tensor([[89], [60]])).long()
+    found = []
+    for enough in (1, 1000):
+        monkeypatch.setattr(modeling_spear, "MIN_FRAMES_FOR_GRADIENTS_IN_BLOCKS", enough)
+        leaf = features.clone().requires_grad_()
+        loss = model(leaf, attention_mask=mask).last_hidden_state.square().mean()
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        found.append((first, torch.autograd.grad(first.square().sum(), leaf)[0]))
+    for actual, expected in zip(*found):
+        assert (actual - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
 def test_who_gets_the_tensor_of_all_weights(small_blocks):
     """Recorded attentions, a hook on the module and a replaced forward; the recorder's own hook stays and is none."""
     layer = randomized(SpearLayer(make_config(), 5))
@@ -382,6 +399,36 @@ def test_gradients_of_depthwise_convolutions(make, dtype):
         results.append((outputs, *torch.autograd.grad(outputs.tanh().sum(), targets)))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork of a process with threads is refused elsewhere")
+def test_forked_processes_do_not_wait_for_threads():
+    """Inference and training in a child, of a parent that has used its threads."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    model, before = randomized(SpearModel(make_config())), torch.get_num_threads()
+    features = torch.randn(2, 1000, 128, generator=torch.Generator().manual_seed(0))
+
+    def compute(send=None):
+        output = model(features).last_hidden_state
+        output.sum().backward()
+        found = output.detach(), model.stem.conv1.weight.grad
+        return found if send is None else send([tensor.numpy() for tensor in found])
+
+    torch.set_num_threads(2)
+    try:
+        expected = compute()
+        model.zero_grad()
+        child = context.Process(target=compute, args=(theirs.send,))
+        child.start()
+        found = ours.recv() if ours.poll(60) else None
+        child.kill()
+        child.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found is not None
+    for one, other in zip(found, expected):
+        assert (torch.from_numpy(one) - other).abs().max() < 1e-4 * other.abs().max()
 
 
 def test_two_threads_train_as_one():

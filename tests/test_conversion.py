@@ -457,13 +457,14 @@ def test_other_activations_are_refused(name, golden, golden_folder, tmp_path):
         changed[name].view(-1)[-1] += value
         save_file(changed, tmp_path / "activations.safetensors")
         refused(f"{name} by ", golden_folder, tmp_path / "ours", activations=tmp_path / "activations.safetensors")
-    refused(
-        "differ",
-        golden_folder,
-        tmp_path / "ours",
-        activations=golden_folder / "activations.safetensors",
-        tolerance=0.0,
-    )
+    for tolerance in (0.0, float("nan")):
+        refused(
+            "differ",
+            golden_folder,
+            tmp_path / "ours",
+            activations=golden_folder / "activations.safetensors",
+            tolerance=tolerance,
+        )
 
 
 def test_another_models_weights_are_refused(published, golden_folder, tmp_path):

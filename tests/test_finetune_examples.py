@@ -328,3 +328,14 @@ def test_speakers_with_trials(tmp_path, config, capsys):
     trials.write_text("1 ann/4.wav someone\n")
     assert main([*command, "--output_dir", str(tmp_path / "other")]) == 1
     assert "'someone' is not among the 6 evaluation rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ctc", []), ("audio_classification", ["--multi_label"]), ("speaker_verification", [])],
+)
+def test_labels_that_cannot_be_smoothed(tmp_path, capsys, name, options):
+    """transformers' smoothing takes the logits of a speaker model, say, for those of its classes."""
+    arguments = [*QUICK, *options, "--label_smoothing_factor", "0.1", "--output_dir", str(tmp_path / "run")]
+    assert script(name).main(arguments) == 1
+    assert "label_smoothing_factor=0.1: only one class" in capsys.readouterr().err

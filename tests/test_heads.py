@@ -98,6 +98,24 @@ def test_ctc_needs_a_blank():
         tiny_model(SpearForCTC, pad_token_id=None)(**inputs(SpearForCTC, labels=True))
 
 
+def test_ctc_for_a_tokenizer_that_has_grown(tmp_path):
+    model = tiny_model(SpearForCTC)
+    values = inputs()
+    before = model(**values).logits
+    assert model.resize_token_embeddings() is model.lm_head
+    model.lm_head.requires_grad_(False)
+    assert model.resize_token_embeddings(13, pad_to_multiple_of=8) is model.lm_head
+    assert not model.lm_head.weight.requires_grad
+    model.save_pretrained(tmp_path)
+    logits = SpearForCTC.from_pretrained(tmp_path).eval()(**values).logits
+    assert logits.shape[-1] == model.config.vocab_size == 16
+    valid = before[..., 1] != torch.finfo(before.dtype).min
+    assert torch.allclose(logits[..., :12][valid], before[valid], atol=1e-6)
+    model.config.pad_token_id = 12
+    with pytest.raises(ValueError, match=r"12 classes.*pad_token_id=12"):
+        model.resize_token_embeddings(12)
+
+
 def test_a_blank_is_one_of_the_classes():
     """Otherwise padding, which is to say blank, says the first class: text from nowhere."""
     with pytest.raises(ValueError, match=r"`pad_token_id=12`, the blank, is not among the `vocab_size=12`"):
@@ -143,6 +161,38 @@ def test_sequence_classification_problem_types():
         tiny_model(SpearForSequenceClassification)(**values, labels=torch.zeros(3, 4))
 
 
+def test_problem_types_are_known():
+    """A misspelt one was taken for a regression."""
+    values = inputs(SpearForAudioFrameClassification, labels=True)
+    vectors = F.one_hot(values["labels"], 3).float()
+    message = r"(?s)problem_type.*'multi_label'.*'multi_label_classification'"
+    for model_class, labels in (
+        (SpearForSequenceClassification, torch.eye(3)),
+        (SpearForAudioFrameClassification, vectors),
+    ):
+        with pytest.raises(Exception, match=message):
+            tiny_model(model_class, problem_type="multi_label")
+        model = tiny_model(model_class)
+        vars(model.config)["problem_type"] = "multi_label"  # not refused where it is set, by newer versions
+        with pytest.raises(ValueError, match=message):
+            model(**values | {"labels": labels})
+    with pytest.raises(ValueError, match=r"one for each frame.*vectors of 3"):
+        tiny_model(SpearForAudioFrameClassification, problem_type="multi_label_classification")(**values)
+
+
+def test_class_ids_of_utterances():
+    """Also in a column, as Wav2Vec2 takes them; vectors for them are refused; nothing to learn is a loss of 0."""
+    values = inputs()
+    for model_class in (SpearForSequenceClassification, SpearForXVector):
+        model = tiny_model(model_class)
+        ids = torch.tensor([0, 2, -100])
+        assert torch.equal(model(**values, labels=ids[:, None]).loss, model(**values, labels=ids).loss)
+        assert model(**values, labels=torch.full((3,), -100)).loss == 0
+    model = tiny_model(SpearForSequenceClassification, problem_type="single_label_classification")
+    with pytest.raises(ValueError, match=r"\(3, 3\) do not fit.*'single_label_classification'"):
+        model(**values, labels=torch.eye(3))
+
+
 def test_frame_classification_ignores_padding():
     model = tiny_model(SpearForAudioFrameClassification)
     values = inputs(SpearForAudioFrameClassification, labels=True)
@@ -186,6 +236,9 @@ def test_unknown_labels_of_vectors_are_ignored():
     assert torch.equal(model(**values, labels=one_hot).loss, model(**values, labels=ids).loss)
     one_hot[0, 1] = 1
     with pytest.raises(ValueError, match=r"several classes.*problem_type is None"):
+        model(**values, labels=one_hot)
+    one_hot[0, 1] = 0
+    with pytest.raises(ValueError, match=r"no class.*problem_type is None.*-100"):
         model(**values, labels=one_hot)
 
 

@@ -98,6 +98,16 @@ def test_saved_and_loaded(tmp_path, caplog):
         single.bfloat16()(**inputs())
 
 
+def test_gradients_are_refused_with_a_way_out():
+    model = quantize_linear_layers(tiny_model(SpearForCTC))
+    values = inputs(SpearForCTC, labels=True)
+    with pytest.raises(RuntimeError, match=r"int8 have no gradients.*freeze_base_model"):
+        model(**values).loss.backward()
+    model.freeze_base_model()
+    model(**values).loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
 def test_what_is_refused(tmp_path):
     model = tiny_model(SpearModel)
     model.save_pretrained(tmp_path / "float")

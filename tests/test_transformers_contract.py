@@ -4,6 +4,7 @@
 import copy
 import itertools
 import os
+import warnings
 
 import accelerate
 import pytest
@@ -249,14 +250,17 @@ def test_adapters_of_a_frozen_encoder_are_trained(model_class, asked_for):
     """With reentrant gradient checkpointing, which needs an input that has a gradient."""
     model = tiny_model(model_class).train().requires_grad_(False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.enable_input_require_grads()
+    if asked_for:
+        model.enable_input_require_grads()
     first, last = (
         model.base_model.stacks[0].layers[0].feed_forward1,
         model.base_model.stacks[2].layers[0].feed_forward1,
     )
     for module in (first, last):
         module.out_proj.weight.requires_grad_(True)
-    loss_of(model, inputs(model_class, labels=True)).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of what transformers is to lose
+        loss_of(model, inputs(model_class, labels=True)).backward()
     assert all(module.out_proj.weight.grad.abs().sum() > 0 for module in (first, last))
 
 
@@ -479,6 +483,19 @@ def test_exports_with_dynamic_batch_and_time(model_class):
             size,
             length,
         )
+
+
+@pytest.mark.parametrize("model_class", [SpearModel, SpearForCTC])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_serves_every_size(model_class):
+    model = tiny_model(model_class, return_dict=False)
+    values = inputs()
+    traced = torch.jit.trace(model, (values["input_features"], values["attention_mask"]))
+    for batch, frames in ((BATCH, FRAMES), (1, 40), (2, 150)):
+        values = inputs(batch=batch, frames=frames)
+        with torch.no_grad():
+            expected, actual = (module(*values.values())[0] for module in (model, traced))
+        assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @every_model

@@ -66,7 +66,7 @@ def check_activations(model: SpearModel, path: Path, tolerance: float) -> str:
     if not errors:
         raise ConversionError(f"{path} holds no activations.")
     worst = max(errors, key=lambda name: errors[name])
-    if errors[worst] > tolerance:
+    if not errors[worst] <= tolerance:  # nor with one that is no number
         raise ConversionError(
             f"activations differ from {path}: {worst} by {errors[worst]:.1e}, more than {tolerance:.0e}. It is "
             "another model, or another configuration of it; nothing was written."

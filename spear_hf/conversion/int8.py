@@ -63,10 +63,19 @@ class Int8Linear(nn.Module):
         result = product.float().mul_(scale).mul_(self.weight_scale)
         if self.bias is not None:
             result.add_(self.bias)
+        if result.requires_grad and not torch.compiler.is_compiling():
+            result.register_hook(_refuse_gradients)
         return result.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _refuse_gradients(grad: Tensor) -> None:
+    raise RuntimeError(
+        "layers in int8 have no gradients: train the model before `quantize_linear_layers`, or its head alone, after "
+        "`model.freeze_base_model()`."
+    )
 
 
 def _scale(rows: Tensor) -> Tensor:

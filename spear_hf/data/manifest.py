@@ -268,7 +268,8 @@ def row_values(row: dict[str, Any], place: str) -> dict[str, Any]:
         row = {ALIASES.get(name, name): value for name, value in row.items()}
     if not row.keys() <= _COLUMNS:
         unknown = sorted(row.keys() - _COLUMNS)
-        raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {', '.join(sorted(_COLUMNS))}")
+        known = ", ".join(sorted(_COLUMNS))
+        raise ValueError(f"{place}: unknown column {', '.join(unknown)}; known are {known}: rename it or leave it out")
     path = row.get("path")
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{place}: path={path!r}, but every utterance needs the path of its audio file")

@@ -34,6 +34,7 @@ class FineTuningTrainer(Trainer):
     """
 
     args: FineTuningArguments
+    has_class_logits = True  # of which labels are ids: those alone can be smoothed
 
     def __init__(
         self,
@@ -46,6 +47,13 @@ class FineTuningTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(args=args, data_collator=data_collator, **kwargs)
+        config = getattr(self.model, "config", None)
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        if args.label_smoothing_factor and (several or not self.has_class_logits):
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor}: only one class of an utterance or a frame can "
+                "be smoothed, not transcripts, speakers or several labels; leave it out"
+            )
         self.eval_collator = eval_collator
         self.epochs = epochs
         self.sampling_weights = sampling_weights
@@ -102,6 +110,8 @@ class FineTuningTrainer(Trainer):
 class CTCTrainer(FineTuningTrainer):
     """Its predictions are the likeliest token of every frame (rows, frames), -100 where a row has no frame."""
 
+    has_class_logits = False
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -119,6 +129,8 @@ class SpeakerTrainer(FineTuningTrainer):
 
     Hence there is no evaluation loss.
     """
+
+    has_class_logits = False
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
