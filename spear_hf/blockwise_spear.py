@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all_modules
+
+from .compiled_spear import scores_by_key
 
 
 KEPT_BYTES = 2**26  # of the weights that a layer keeps from one of its attention modules to the next: 67 MB
@@ -43,7 +45,8 @@ def can_run_in_blocks(module: nn.Module, hidden_states: torch.Tensor) -> bool:
 
 
 def are_blocks_possible(hidden_states: torch.Tensor) -> bool:
-    """Whether this is computed on a CPU in full precision, and nobody traces, transforms or autocasts it."""
+    """Whether this is computed on a CPU in full precision, and nobody traces, transforms, autocasts or differentiates
+    it forwards."""
     return (
         hidden_states.device.type == "cpu"
         and hidden_states.dtype in (torch.float32, torch.float64)
@@ -51,6 +54,7 @@ def are_blocks_possible(hidden_states: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -327,8 +331,24 @@ class _RecomputedAttention(torch.autograd.Function):
         return context
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, context, *projections = ctx.saved_tensors
+        if torch.is_grad_enabled():  # as they are to be differentiated in turn
+            return None, *_plain_gradients((values, *projections), ctx.key_mask, grads[0])
         attention = BlockwiseAttention(*projections, key_mask=ctx.key_mask)
         return None, *attention.gradients(values, context, grads[0])
+
+
+def _plain_gradients(
+    inputs: tuple[torch.Tensor, ...], key_mask: torch.Tensor | None, grad_context: torch.Tensor
+) -> Iterator[torch.Tensor | None]:
+    """As `BlockwiseAttention.gradients`, by way of all weights and in autograd's graph."""
+    values, query, key, pos_query, positions = inputs
+    by_offset = torch.einsum("nihp,ohp->nhio", pos_query, positions)  # (batch, heads, frames, 2 * frames)
+    scores = torch.einsum("nihd,njhd->nhij", query, key) + scores_by_key(by_offset)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], torch.finfo(scores.dtype).min)
+    context = torch.einsum("nhij,njhd->nihd", scores[:, : values.shape[2]].softmax(dim=-1), values)
+    needed = [each for each in inputs if each.requires_grad]
+    gradients = iter(torch.autograd.grad(context, needed, grad_context, create_graph=True))
+    return (next(gradients) if each.requires_grad else None for each in inputs)

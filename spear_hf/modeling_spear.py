@@ -716,7 +716,8 @@ class SpearStem(nn.Module):
 
     def forward(self, input_features: torch.Tensor, valid_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, m, num_mel_bins)` to `(batch, (m - 7) // 2, hidden_size)`; the mask is that of the result."""
-        torch._check(input_features.shape[-1] == self.num_mel_bins)  # a constant to a compiler of any shape
+        if torch.compiler.is_compiling():
+            torch._check(input_features.shape[-1] == self.num_mel_bins)  # a constant to a compiler of any shape
         hidden_states = input_features[:, None]  # (batch, 1, m, bins)
         parts = [module for module in self.modules() if module is not self]
         if can_run_in_blocks(self, input_features) and not is_watched(*parts):
