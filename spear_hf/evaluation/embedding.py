@@ -124,7 +124,7 @@ def embed_files(
     if window_seconds is not None and not window_seconds >= batch_seconds:
         raise ValueError(f"window_seconds={window_seconds} must be at least batch_seconds={batch_seconds}")
     if window_seconds is not None:
-        frames_of_windows(encoder.config, window_seconds)  # an error before any work
+        frames_of_windows(cast(SpearModel, encoder).config, window_seconds)  # an error before any work
     utterances = collect_utterances(paths)
     return _embed(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds)
 
