@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.utils import logging
@@ -59,7 +60,8 @@ def can_run_in_blocks(module: nn.Module, hidden_states: torch.Tensor) -> bool:
 
 
 def are_blocks_possible(hidden_states: torch.Tensor) -> bool:
-    """Whether this is computed on a CPU in full precision, and nobody traces, transforms or autocasts it."""
+    """Whether this is computed on a CPU in full precision, and nobody traces, transforms, autocasts or differentiates
+    it forwards."""
     return (
         hidden_states.device.type == "cpu"
         and hidden_states.dtype in (torch.float32, torch.float64)
@@ -67,6 +69,7 @@ def are_blocks_possible(hidden_states: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from spear_hf import SpearConfig, SpearModel, blockwise_spear, modeling_spear
 from spear_hf.modeling_spear import (
@@ -138,6 +139,27 @@ def test_gradients_of_attention(small_blocks, frames, lengths):
 
     for actual, expected in zip(gradients(modules[0].blockwise), gradients(modules[0])):
         assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_gradients_of_attention(small_blocks, frozen):
+    """As a penalty on gradients or a product with the Hessian takes them; with a row without any key."""
+    config = make_config()
+    modules = [SpearAttentionWeights, SpearNonlinAttention, SpearSelfAttention]
+    modules = torch.nn.ModuleList(randomized(module(config), i).double() for i, module in enumerate(modules))
+    modules[0].requires_grad_(not frozen)
+    hidden_states, table, mask = attention_inputs(17, [17, 11, 0])
+
+    def gradients(make_weights):
+        leaf = hidden_states.clone().requires_grad_()
+        needed = [leaf, *(parameter for parameter in modules.parameters() if parameter.requires_grad)]
+        weights = make_weights(leaf, table, mask)
+        outputs = torch.stack([module(leaf.detach() if frozen else leaf, weights) for module in modules[1:]])
+        first = torch.autograd.grad(outputs.square().sum(), needed, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), needed)]
+
+    for actual, expected in zip(gradients(modules[0].blockwise), gradients(modules[0]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-6)  # of key biases, zeros
 
 
 def plain_layers(monkeypatch):
@@ -305,6 +327,31 @@ def test_transformed_functions_take_the_plain_path(small_blocks):
     leaf = features.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(leaf[0]) + loss(leaf[1]), leaf)
     assert torch.allclose(gradients, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_derivatives_forwards(small_blocks, with_gradients):
+    """Those of dual numbers, against what `torch.func` makes of the plain path."""
+    model = SpearModel(make_config()).double().eval()
+    features, change = torch.randn(2, 1, 60, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, expected = torch.func.jvp(lambda each: model(each).last_hidden_state, (features,), (change,))
+    with forward_ad.dual_level(), torch.set_grad_enabled(with_gradients):
+        output = model(forward_ad.make_dual(features, change)).last_hidden_state
+        torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about branches on shapes
+def test_traced_models_take_every_length(small_blocks):
+    model = SpearModel(make_config()).eval().requires_grad_(False)
+
+    def encode(features, mask):
+        return model(features, attention_mask=mask).last_hidden_state
+
+    traced = torch.jit.trace(encode, (torch.randn(1, 60, 128), torch.ones(1, 60)))
+    for frames in (9, 60, 97):
+        features, mask = torch.randn(2, frames, 128), torch.ones(2, frames)
+        mask[1, 9:] = 0.0
+        torch.testing.assert_close(traced(features, mask), encode(features, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_recorded_activations_are_left_alone(small_blocks):

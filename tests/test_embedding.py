@@ -234,6 +234,9 @@ def test_batches_are_no_longer_than_windows(audio, encoder):
     np.testing.assert_allclose(second.embedding, whole_second.embedding, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="must be at least batch_seconds=3"):
         embed_files(paths, *encoder, window_seconds=2.4, batch_seconds=3)
+    for seconds in (0.01, math.inf):  # at once, not for each file
+        with pytest.raises(ValueError, match=f"window_seconds={seconds} must be a number of seconds"):
+            embed_files(paths, *encoder, window_seconds=seconds)
 
 
 def test_windows_keep_the_layers_asked_for(audio, encoder, monkeypatch):

@@ -118,6 +118,16 @@ def test_command_and_head(tmp_path):
     assert "--force" in again.output
 
 
+@needs_onnx
+def test_a_model_in_training_goes_on_with_it(tmp_path):
+    sizes = {"num_layers_per_stack": [1], "downsampling_factors": [1], "conv_kernel_sizes": [3]}
+    model = tiny_model(SpearModel, **SMALL | sizes).train()
+    model.stem.eval()
+    modes = [module.training for module in model.modules()]
+    assert export_onnx(model, tmp_path / "spear.onnx") < 1e-4
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_what_is_refused(tmp_path, monkeypatch):
     model = tiny_model(SpearModel, **SMALL)
     with pytest.raises(ConversionError, match="float16"):

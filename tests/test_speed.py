@@ -102,6 +102,16 @@ def test_bad_options(tiny, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_no_surprise_at_the_end(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    for output, message in (("file/speed.csv", "cannot be written"), ("folder.csv", "ends in .csv")):
+        result = CliRunner().invoke(app, ["benchmark", "--output", str(tmp_path / output), "--cases", "1x0.5"])
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert "of audio per second" not in result.output
+
+
 def test_bars_show_the_rates():
     rows = [
         {"case": case, "contender": name, "audio_per_second": rate, "threads": 2}

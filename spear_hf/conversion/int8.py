@@ -6,7 +6,8 @@
 
 Weights have a scale for each output, found once; inputs one for each frame, found as they come. One for all of the
 input, as in `torch.ao.quantization.quantize_dynamic`, would let an utterance's output depend on its batch, and has a
-larger error. Convolutions, norms and heads stay as they were. For inference only, in float32.
+larger error. Convolutions, norms and heads stay as they were. In float32, and without gradients: a head on it can be
+trained, the encoder itself is frozen.
 """
 
 from typing import Any
@@ -42,11 +43,9 @@ class Int8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear) -> "Int8Linear":
-        """The same layer in int8, a scale for every output. ValueError if a weight is not finite."""
+        """The same layer in int8, a scale for every output."""
         result = cls(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
         weight = linear.weight.float()
-        if weight.device.type != "meta" and not weight.isfinite().all():
-            raise ValueError("a weight is not finite, so there is no scale for it: load an earlier checkpoint.")
         result.weight_scale.copy_(_scale(weight).squeeze(-1))
         result.weight_int8.copy_((weight / result.weight_scale[:, None]).round())
         if linear.bias is not None and result.bias is not None:
@@ -55,6 +54,13 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`, float32."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "int8 layers have no gradients: train the model before `quantize_linear_layers`, or its head alone, "
+                "after `model.freeze_base_model()`; elsewhere use torch.no_grad()."
+            )
         if x.dtype != torch.float32:
             raise ValueError(f"int8 layers take float32, not {x.dtype}: load the model with dtype=torch.float32.")
         rows = x.reshape(-1, self.in_features)
@@ -63,19 +69,10 @@ class Int8Linear(nn.Module):
         result = product.float().mul_(scale).mul_(self.weight_scale)
         if self.bias is not None:
             result.add_(self.bias)
-        if result.requires_grad and not torch.compiler.is_compiling():
-            result.register_hook(_refuse_gradients)
         return result.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def _refuse_gradients(grad: Tensor) -> None:
-    raise RuntimeError(
-        "layers in int8 have no gradients: train the model before `quantize_linear_layers`, or its head alone, after "
-        "`model.freeze_base_model()`."
-    )
 
 
 def _scale(rows: Tensor) -> Tensor:
@@ -84,18 +81,28 @@ def _scale(rows: Tensor) -> Tensor:
 
 
 def quantize_linear_layers(model: SpearPreTrainedModel) -> SpearPreTrainedModel:
-    """Replaces the encoder's linear layers in place, and notes it in the configuration; returns the model.
+    """Replaces the encoder's linear layers in place, and notes it in the configuration; returns the model, in float32.
 
     Raises:
-        ValueError: the model is in int8 already, or a weight is not finite.
+        ValueError: the model is in int8 already, or a weight is not finite; it is then as it was.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model is quantised already.")
-    _replace(model)
+    _check_weights(model)
+    _replace(model.float())
+    model.base_model.requires_grad_(False)
     quantizer = SpearInt8Quantizer(SpearInt8Config(), pre_quantized=True)
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     return model.eval()
+
+
+def _check_weights(model: SpearPreTrainedModel) -> None:
+    for name, layer in model.base_model.named_modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.isfinite().all():
+            raise ValueError(
+                f"a weight of {name} is not finite, so there is no scale for it: load an earlier checkpoint."
+            )
 
 
 def _replace(model: SpearPreTrainedModel) -> None:
@@ -121,6 +128,10 @@ class SpearInt8Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         _replace(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.base_model.requires_grad_(False)
+        return model
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         if dtype not in (None, torch.float32):

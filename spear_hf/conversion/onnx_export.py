@@ -55,8 +55,13 @@ def export_onnx(
         raise ConversionError("the model is in int8: export the one that it was made from.")
     if (model.device.type, model.dtype) != ("cpu", torch.float32):
         raise ConversionError(f"the model is {model.dtype} on {model.device}: it must be float32 on the CPU.")
-    exported = Exported(model, hidden_states).eval()
-    return save_checked(trace(exported), exported, output, tolerance)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        exported = Exported(model, hidden_states).eval()
+        return save_checked(trace(exported), exported, output, tolerance)
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def save_checked(program: Any, exported: "Exported", output: Path, tolerance: float = TOLERANCE) -> float:

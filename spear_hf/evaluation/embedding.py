@@ -27,7 +27,7 @@ from ..modeling_spear import SpearModel, SpearPreTrainedModel
 from ..mvq.atomic_files import write_atomically
 from ..processing_spear import feature_extractor_of
 from .embedding_files import FORMAT_VERSION, check_output, check_room, embedding_writer
-from .windows import encode_in_windows
+from .windows import encode_in_windows, frames_of_windows
 
 
 POOLS = ("none", "mean", "mean+std")
@@ -123,6 +123,8 @@ def embed_files(
         raise ValueError(f"window_seconds={window_seconds} is for SPEAR, not for {type(encoder).__name__}")
     if window_seconds is not None and not window_seconds >= batch_seconds:
         raise ValueError(f"window_seconds={window_seconds} must be at least batch_seconds={batch_seconds}")
+    if window_seconds is not None:
+        frames_of_windows(cast(SpearModel, encoder).config, window_seconds)  # an error before any work
     utterances = collect_utterances(paths)
     return _embed(utterances, encoder, feature_extractor, layer, pool, batch_seconds, max_seconds, window_seconds)
 

@@ -2,6 +2,7 @@
 """`spear-hf benchmark`: what is measured, one table a call."""
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,8 @@ def run_benchmark(
     try:
         if measure not in MEASURES:
             raise ValueError(f"measure={measure!r} must be one of {', '.join(MEASURES)}.")
-        if output is not None and output.suffix != ".csv":
-            raise ValueError(f"--output {output}: a table is written, to a name that ends in .csv.")
+        if output is not None:
+            _check_output(output)
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads={threads} must be 1 or more.")
@@ -44,17 +45,27 @@ def run_benchmark(
         for timing in compute(names, usual if cases is None else cases, repeats):
             timings.append(timing)
             print(_line(timing), flush=True)
-    except ValueError as error:
+        if output is not None:
+            write_table(timings, output)
+            print(f"Written: {output}")
+        if output is not None and measure == "encoder":
+            chart = save_figure(plot_speed([asdict(timing) for timing in timings]), output.with_suffix(".png"))
+            print(f"Written: {chart}")
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if output is None:
-        return 0
-    write_table(timings, output)
-    print(f"Written: {output}")
-    if measure == "encoder":
-        chart = save_figure(plot_speed([asdict(timing) for timing in timings]), output.with_suffix(".png"))
-        print(f"Written: {chart}")
     return 0
+
+
+def _check_output(output: Path) -> None:
+    """Before minutes of measuring: ValueError for what is no table's name, or cannot be written."""
+    if output.suffix != ".csv" or output.is_dir():
+        raise ValueError(f"--output {output}: a table is written, to a name that ends in .csv.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be written: {error.strerror}; choose another folder.") from error
 
 
 def _line(timing: Timing) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..configuration_spear import SpearConfig
 from ..modeling_spear import SpearModel, SpearModelOutput
 
 
@@ -51,19 +52,11 @@ def encode_in_windows(
     Raises:
         ValueError: several utterances, or windows shorter than a frame of the slowest stack.
     """
-    config = encoder.config
-    group = math.lcm(*config.downsampling_factors, config.output_downsampling_factor)  # frames, 8 in published models
-    window = int(window_seconds * _FRAMES_PER_SECOND) // group * group
-    context = math.ceil(context_seconds * _FRAMES_PER_SECOND / group) * group
-    if window < 1 or context < 0:
-        raise ValueError(
-            f"window_seconds={window_seconds} must be {group / _FRAMES_PER_SECOND} or more, and "
-            f"context_seconds={context_seconds} not negative."
-        )
+    window, context = frames_of_windows(encoder.config, window_seconds, context_seconds)
     if input_features.shape[0] != 1:
         raise ValueError(f"{input_features.shape[0]} utterances were given: windows are of one at a time.")
     frames = (input_features.shape[1] - 7) // 2
-    ratio = config.output_downsampling_factor
+    ratio = encoder.config.output_downsampling_factor
     last_hidden_state: torch.Tensor | None = None
     hidden_states: list[torch.Tensor] = []
     for start in range(0, max(frames, 1), window):
@@ -83,6 +76,21 @@ def encode_in_windows(
     return SpearModelOutput(
         last_hidden_state=last_hidden_state, hidden_states=tuple(hidden_states) if output_hidden_states else None
     )
+
+
+def frames_of_windows(
+    config: SpearConfig, window_seconds: float, context_seconds: float = CONTEXT_SECONDS
+) -> tuple[int, int]:
+    """Frames of a window, and of its context on either side; ValueError where windows are not possible."""
+    group = math.lcm(*config.downsampling_factors, config.output_downsampling_factor)  # frames, 8 in published models
+    least = group / _FRAMES_PER_SECOND
+    if not (least <= window_seconds < math.inf and 0 <= context_seconds < math.inf):
+        raise ValueError(
+            f"window_seconds={window_seconds} must be a number of seconds, {least} or more, and "
+            f"context_seconds={context_seconds} one that is not negative."
+        )
+    window = int(window_seconds * _FRAMES_PER_SECOND + 1e-6) // group * group
+    return window, math.ceil(context_seconds * _FRAMES_PER_SECOND / group) * group
 
 
 def _empty(like: torch.Tensor, frames: int) -> torch.Tensor:

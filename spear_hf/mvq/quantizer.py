@@ -489,7 +489,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if not hasattr(matmul, "fp32_precision"):  # torch before 2.9
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
-        for backend in (matmul, torch.backends.mkldnn.matmul) if hasattr(matmul, "fp32_precision") else ():
+        of_cpu: Any = torch.backends.mkldnn
+        for backend in (matmul, of_cpu.matmul) if hasattr(matmul, "fp32_precision") else ():
             value = backend.fp32_precision
             if value in ("tf32", "bf16"):
                 backend.fp32_precision = "ieee"
