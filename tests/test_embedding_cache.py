@@ -2,6 +2,8 @@
 """Features on disk: found by content, completed after an interruption, and the same as computed afresh."""
 
 import shutil
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from transformers import (
 
 from spear_hf.data.audio import load_audio
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
+from spear_hf.evaluation.protocols import pooled_set
 from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
 from spear_hf.evaluation.tasks import Clip, StoredAudio, load_task
 
@@ -103,6 +106,39 @@ def test_files_that_a_crash_left_are_computed_anew(tmp_path, clips):
     EmbeddingCache(tmp_path).fill(mel, clips, "frames")
     assert mel.clips == 5
     assert frames.read_bytes() == content
+
+
+def test_changed_bits_are_found(tmp_path, clips):
+    """Of numbers that a disk has changed the header is as it was."""
+    mel, cache = Counting(), EmbeddingCache(tmp_path)
+    for keep in ("pooled", "frames"):
+        cache.fill(mel, clips, keep)
+        path = cache.path(mel, clips[1], keep)
+        content = path.read_bytes()
+        mel.clips = 0
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+        EmbeddingCache(tmp_path).fill(mel, clips, keep)
+        assert mel.clips == 1
+        assert path.read_bytes() == content
+    save_file({"features": np.zeros((1, 256), np.float32)}, cache.path(mel, clips[1], "pooled"))  # without a checksum
+    EmbeddingCache(tmp_path).fill(mel, clips, "pooled")
+    assert mel.clips == 2
+
+
+def test_pooled_features_are_not_held_in_memory(tmp_path, clips):
+    cache, mel = EmbeddingCache(tmp_path), LogMel()
+    cache.fill(mel, clips, "pooled")
+    many = [replace(clips[place % len(clips)], id=str(place)) for place in range(4000)]  # 4 MB
+    tracemalloc.start()
+    pooled = cache.pooled(mel, many)
+    chosen = pooled_set(pooled, "features", "mean+std", range(1, 4000))
+    rows = chosen.rows(range(10, 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6
+    assert chosen.numbers == 3999 * 256
+    assert np.array_equal(rows.numpy()[:, 0], pooled[0, 11:21])
+    assert [path.name for path in tmp_path.iterdir()] == ["v1"]  # the file has no name
 
 
 def test_encoders(tmp_path, clips):

@@ -161,15 +161,12 @@ def layer_of(name: str) -> int | None:
     return int(name.removeprefix("layer ")) if name.startswith("layer ") else None
 
 
-def chosen_pool(features: np.ndarray, name: str, pool: str, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
-    """Pooled features (layers, clips, 2 * dim) -> (layers of the feature set, rows, width) of some of the clips."""
+def pooled_set(features: np.ndarray, name: str, pool: str, places: Sequence[int] | None = None) -> PooledFeatures:
+    """A feature set of pooled features (layers, clips, 2 * dim), of the clips at `places`, or of all."""
     kept = features[:, :, : features.shape[2] // 2] if pool == "mean" else features
     if (layer := layer_of(name)) is not None:
-        kept = kept[layer : layer + 1]  # before rows are copied
-    kept = kept[:, rows]
-    if name == "all":
-        return kept.transpose(1, 0, 2).reshape(1, kept.shape[1], -1)
-    return kept
+        kept = kept[layer : layer + 1]
+    return PooledFeatures(kept, places, concatenated=name == "all")
 
 
 def bootstrap_units(clips: Sequence[Clip]) -> list[Hashable]:
@@ -209,7 +206,7 @@ def _trained_results(
         for name in names:
             exact = task.kind == "classification" and head == "linear" and name != "weighted"
             if exact and isinstance(sample := make(name, task.folds[0].train), PooledFeatures):
-                exact = sample.array.numel() <= EXACT_NUMBERS
+                exact = sample.numbers <= EXACT_NUMBERS
             run = _exact if exact else _by_gradient
             results.append(run(task, problem, name, head, make, settings))
     return results
@@ -224,7 +221,7 @@ def _pooled_features(task: Task, representation: Representation, cache: Embeddin
     places = {clip.id: place for place, clip in enumerate(clips)}
 
     def make(name: str, chosen: Sequence[Clip]) -> Features:
-        return PooledFeatures(chosen_pool(features, name, settings.pool, [places[clip.id] for clip in chosen]))
+        return pooled_set(features, name, settings.pool, [places[clip.id] for clip in chosen])
 
     return make
 
