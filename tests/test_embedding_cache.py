@@ -15,6 +15,9 @@ from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
     ASTModel,
+    ParakeetEncoder,
+    ParakeetEncoderConfig,
+    ParakeetFeatureExtractor,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -216,6 +219,15 @@ def test_other_encoders(tmp_path, clips):
     assert np.allclose(cache.frames(fast, clips[0]), expected, atol=1e-3)
 
 
+def test_a_rate_that_the_configuration_does_not_tell(tmp_path):
+    """12.5 Hz: of one second more there are 12 or 13 frames more, and times of a clip of 10 s were 0.4 s off."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ParakeetEncoderConfig(**sizes, subsampling_conv_channels=8)
+    model = EncoderStates("parakeet", ParakeetEncoder(config), ParakeetFeatureExtractor(feature_size=80))
+    assert model.frame_seconds == pytest.approx(0.08)
+    assert model.timed
+
+
 def test_encoders_whose_frames_have_no_times(tmp_path, clips):
     """Audio spectrogram transformers make patches of 10 s, whatever they are given: for labels of whole clips only."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -223,7 +235,7 @@ def test_encoders_whose_frames_have_no_times(tmp_path, clips):
     ASTFeatureExtractor().save_pretrained(tmp_path)
     model = load_representation(str(tmp_path), device="cpu")
     assert model([np.zeros(16000, np.float32)])[0].shape == (2, 1214, 16)
-    with pytest.raises(ValueError, match=r"as many frames of one second as of two.*used for words"):
+    with pytest.raises(ValueError, match=r"as many frames of one second as of nine.*used for words"):
         model.check_timed("words")
 
 
