@@ -359,6 +359,24 @@ def test_card_and_report(single, model, cache, tmp_path):
             read_report(tmp_path / "bad.json")
 
 
+def test_the_model_index_tells_the_tasks_of_one_source_apart(single, tmp_path):
+    """As the Hub's own library writes and reads it: it merged them under the name of the first."""
+    tasks = [f"{single}#name=first", f"{single}#label=speaker,train=train,test=train,name=second"]
+    settings = Settings(features=("last",), heads=("linear",), resamples=20, progress=False)
+    report = evaluate(["mfcc"], tasks, tmp_path, (), None, settings, "cpu")
+    card = tmp_path / "README.md"
+    for hub in (None, {"config": "default", "revision": "a" * 40}):
+        for task in report["tasks"].values():
+            task.update({"hub": hub, "split": "test"})
+        card.write_text("# Mine\n", encoding="utf-8")
+        add_to_card(card, report)
+        found = ModelCard.load(card).data.eval_results
+        values = [report["representations"]["mfcc"]["tasks"][name]["headline"]["value"] for name in report["tasks"]]
+        assert [result.metric_value for result in found] == [round(value, 4) for value in values]
+        names = [result.metric_name if hub else result.dataset_name for result in found]
+        assert [name.split(":")[0] for name in names] == ["first", "second"]
+
+
 def test_published_card(single, model, cache, tmp_path):
     """`spear-hf publish` states the report in the model's folder, if it is of this model."""
     folder = shutil.copytree(model, tmp_path / "model")
