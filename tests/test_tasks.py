@@ -101,6 +101,12 @@ def test_errors_of_hear_folders(tmp_path):
         load_task(f"{folder}#label=x")
     with pytest.raises(ValueError, match="neither train"):
         load_task(str(write_hear_task(tmp_path / "b", splits=("one", "two"))))
+    # Frames of a task without events are all background, and every head was right.
+    scene, event = write_hear_task(tmp_path / "d"), write_hear_task(tmp_path / "e", events=True, task_name=7)
+    for wrong in (f"{scene}#kind=frames", f"{scene}#kind=asr", f"{event}#kind=tagging", f"{event}#kind=other"):
+        with pytest.raises(ValueError, match=r"kind=.* is not of a"):
+            load_task(wrong)
+    assert load_task(f"{event}#kind=frames").name == "7"
     folds = write_hear_task(tmp_path / "c", splits=("fold00", "fold01", "fold02"))
     for kind in ("query", "verification"):
         with pytest.raises(ValueError, match=f"kind={kind} has one fold, not 3"):

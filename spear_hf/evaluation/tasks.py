@@ -62,6 +62,7 @@ OPTIONS = (
 HEAR_METADATA, HEAR_LABELS = "task_metadata.json", "labelvocabulary.csv"
 HEAR_RATES = (16000, 48000, 44100, 22050)  # of the folders of audio, in the order of preference
 HEAR_POSTPROCESSING = {"median_filter_ms": (250.0,), "min_duration": (125.0, 250.0)}  # milliseconds
+HEAR_KINDS = {"scene": ("classification", "tagging", "verification", "query"), "event": ("frames", "events")}
 VALIDATION_SHARE = 0.2
 
 
@@ -334,6 +335,9 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
     }
     if (embedding, prediction) not in kinds:
         raise ValueError(f"{folder}: embedding_type {embedding!r} with prediction_type {prediction!r} is not known")
+    kind = options.get("kind", kinds[embedding, prediction])
+    if kind not in HEAR_KINDS[embedding]:
+        raise ValueError(f"{folder}: kind={kind} is not of a {embedding} task: {', '.join(HEAR_KINDS[embedding])}")
     names = sorted(metadata.get("splits") or [path.stem for path in folder.glob("fold*.json")] or _HEAR_SPLITS)
     parts = {name: _hear_clips(folder, name, embedding == "event", options.get("group_regex")) for name in names}
     if set(names) >= set(_HEAR_SPLITS):
@@ -350,8 +354,8 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
     collar = re.search(r"onset_(?:offset_)?(\d+)ms", measures[0])
     grid = (metadata.get("evaluation_params") or {}).get("event_postprocessing_grid") or HEAR_POSTPROCESSING
     return Task(
-        name=metadata.get("task_name", folder.name),
-        kind=options.get("kind", kinds[embedding, prediction]),
+        name=str(metadata.get("task_name", folder.name)),
+        kind=kind,
         source=str(folder),
         folds=tuple(folds),
         labels=_hear_labels(folder / HEAR_LABELS),
