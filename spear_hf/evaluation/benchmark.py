@@ -30,6 +30,7 @@ from ..devices import pick_device
 from ..mvq.atomic_files import write_atomically
 from .bootstrap import Estimate, difference
 from .embedding_cache import EmbeddingCache
+from .problems import MAX_LISTED
 from .protocols import VERSION, Result, Settings, run_task
 from .representations import (
     LOG_MEL,
@@ -209,7 +210,7 @@ def _report(
             "metric": first["metric"],
             "higher_is_better": first["higher_is_better"],
             "chance": _chance(task),
-            "labels": list(task.labels) if len(task.labels) <= 100 else len(task.labels),
+            "labels": list(task.labels) if len(task.labels) <= MAX_LISTED else len(task.labels),
             "clips": {
                 part: len({clip.id for fold in task.folds for clip in getattr(fold, part)})
                 for part in ("train", "valid", "test")

@@ -279,7 +279,7 @@ def _exact(task: Task, problem: Problem, name: str, head: str, make: Maker, sett
         "solver": "logistic regression",
         "validated_by": validated_by if validations else None,
         "penalty": penalties,
-        "more": {"confusion": confusion(guesses, task.test_clips, task.labels)},
+        "more": confusion(guesses, task.test_clips, task.labels),
     }
     return _result(task, problem, name, head, parts, validations, details, settings)
 
