@@ -50,6 +50,10 @@ def test_parts_of_files_are_refused(corpus, tmp_path):
 
 def test_errors_of_manifests(corpus, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"id": "zebra", "start": 0, "end": 1, "label": "a"}\n', encoding="utf-8")
+    lines = (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{**json.loads(line), "path": str(corpus / json.loads(line)["path"])} for line in lines]
+    rows[0]["label"] = " "
+    (tmp_path / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     for spec, message in (
         (f"{corpus}#kind=events,segments={tmp_path}/other.jsonl", "none of its clips.*'zebra'.*'test6'"),
         (f"{corpus}#config=clean,revision=v1", "config, revision of a dataset of the Hub"),
@@ -60,6 +64,7 @@ def test_errors_of_manifests(corpus, tmp_path):
         (f"{corpus}#probe=x", "split|probe"),
         (f"{corpus}#kind=events", "needs segments"),
         (f"{corpus}#segments={corpus}/segments.jsonl", "takes no segments"),
+        (f"{tmp_path}/empty.jsonl", "train0 has an empty label"),
         (f"{corpus}#label=colour", "no column 'colour'"),
         (f"{corpus}#group_regex=zzz", "finds nothing in the id"),
         (f"{corpus}/tags.jsonl", "labels, and classification needs one"),
@@ -123,6 +128,7 @@ def test_errors_of_hear_folders(tmp_path):
         ("valid.json", "[1]", "valid.json is a list: a JSON object"),
         ("task_metadata.json", "{nope", "task_metadata.json is not JSON"),
         ("labelvocabulary.csv", "index,name\n0,a\n", "labelvocabulary.csv: rows of idx.*KeyError"),
+        ("labelvocabulary.csv", "idx,label\n0,a\n1,a\n2,b\n3,c\n", "labels come twice: a"),
         ("labelvocabulary.csv", "idx,label\nx,a\n", "labelvocabulary.csv: rows of idx.*invalid literal"),
     ],
 )

@@ -382,11 +382,14 @@ def _hear_labels(path: Path) -> tuple[str, ...]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return tuple(row["label"] for row in sorted(rows, key=lambda row: int(row["idx"])))
+        labels = tuple(row["label"] for row in sorted(rows, key=lambda row: int(row["idx"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: rows of idx (whole numbers) and label are needed, and there is {error!r}"
         ) from error
+    if twice := sorted(label for label, count in Counter(labels).items() if count > 1):
+        raise ValueError(f"{path}: labels come twice: {', '.join(twice[:10])}")
+    return labels
 
 
 def _hear_clips(folder: Path, split: str, events: bool, group_regex: str | None) -> tuple[Clip, ...]:
@@ -430,6 +433,8 @@ def _checked(task: Task) -> Task:
     for clip in task.clips:
         if task.kind in ("classification", "query") and len(clip.labels) != 1:
             raise ValueError(f"{task.name}: {clip.id} has {len(clip.labels)} labels, and {task.kind} needs one")
+        if not all(label.strip() for label in clip.labels):
+            raise ValueError(f"{task.name}: {clip.id} has an empty label")
         if task.kind == "verification" and not clip.speaker:
             raise ValueError(f"{task.name}: {clip.id} has no speaker")
         if task.kind in ("asr", "pr") and not (clip.transcript or "").strip():
