@@ -22,7 +22,7 @@ from spear_hf.cli import app
 from spear_hf.evaluation import protocols
 from spear_hf.evaluation.benchmark import evaluate, representation_specs
 from spear_hf.evaluation.card import REPORT_NAME
-from spear_hf.evaluation.heads import grid
+from spear_hf.evaluation.heads import grid, train_heads
 from spear_hf.evaluation.metrics import equal_error_rate
 from spear_hf.evaluation.protocols import Settings, feature_sets
 from spear_hf.evaluation.report import (
@@ -397,6 +397,33 @@ def test_published_card(single, model, cache, tmp_path):
         encoder.stem.conv1.weight.mul_(1.01)
     with pytest.raises(ValueError, match="not of this model"):
         write_card(staged, folder, encoder, "me/mine", False)
+
+
+def test_heads_that_were_trained_before_a_stop_are_kept(single, model, cache, tmp_path, monkeypatch):
+    """A grid takes hours, and was begun anew."""
+    settings = {"features": ("weighted", "last"), "heads": ("linear", "mlp"), "baselines": ()}
+    whole = run(model, str(single), tmp_path / "whole", cache, **settings)
+    trained = []
+
+    def counted(*arguments):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return train_heads(*arguments)
+
+    monkeypatch.setattr(protocols, "train_heads", counted)
+    for resamples in (21, QUICK["resamples"]):  # the results of other settings are of no use
+        trained.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(model, str(single), tmp_path / "out", cache, **settings, resamples=resamples)
+        assert len(list(tmp_path.glob("out/results/*/*.parts/*.npz"))) == 3  # one of them is solved exactly
+    (part,) = tmp_path.glob("out/results/*/*.parts/weighted-linear.npz")
+    part.write_bytes(part.read_bytes()[:-50])  # a crash of the machine
+    trained.clear()
+    monkeypatch.setattr(protocols, "train_heads", lambda *arguments: trained.append(1) or train_heads(*arguments))
+    assert run(model, str(single), tmp_path / "out", cache, **settings) == whole
+    assert not list(tmp_path.glob("out/results/*/*.parts"))
+    assert len(trained) == 2
 
 
 @pytest.mark.slow
