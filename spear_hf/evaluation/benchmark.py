@@ -178,10 +178,10 @@ class _Parts:
         with suppress(*UNREADABLE), np.load(self._path(features, head), allow_pickle=False) as file:
             if str(file["key"]) == self.key:
                 record = json.loads(str(file["record"]))
-                numbers = [record.pop(name) for name in ("value", "low", "high")]
+                value, low, high, units = (record.pop(name) for name in ("value", "low", "high", "units"))
                 return Result(
                     **{item.name: record.pop(item.name) for item in fields(Result) if item.name in record},
-                    estimate=Estimate(*numbers, samples=file["samples"], units=record.pop("units")),
+                    estimate=Estimate(value, low, high, file["samples"], units),
                     details=record,
                 )
         return None
@@ -220,7 +220,7 @@ def _key(task: Task, representation: Representation, store: EmbeddingCache, sett
     return digest.hexdigest()
 
 
-def _write_samples(path: Path, key: str, result: Result, **more: np.ndarray) -> None:
+def _write_samples(path: Path, key: str, result: Result, **more: Any) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, key=np.array(key), samples=result.estimate.samples, **more)
     write_atomically(path, buffer.getvalue())
