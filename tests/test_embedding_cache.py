@@ -2,6 +2,8 @@
 """Features on disk: found by content, completed after an interruption, and the same as computed afresh."""
 
 import shutil
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
     ASTModel,
+    ParakeetEncoder,
+    ParakeetEncoderConfig,
+    ParakeetFeatureExtractor,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -20,6 +25,7 @@ from transformers import (
 
 from spear_hf.data.audio import load_audio
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
+from spear_hf.evaluation.protocols import pooled_set
 from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
 from spear_hf.evaluation.tasks import Clip, StoredAudio, load_task
 
@@ -105,6 +111,39 @@ def test_files_that_a_crash_left_are_computed_anew(tmp_path, clips):
     assert frames.read_bytes() == content
 
 
+def test_changed_bits_are_found(tmp_path, clips):
+    """Of numbers that a disk has changed the header is as it was."""
+    mel, cache = Counting(), EmbeddingCache(tmp_path)
+    for keep in ("pooled", "frames"):
+        cache.fill(mel, clips, keep)
+        path = cache.path(mel, clips[1], keep)
+        content = path.read_bytes()
+        mel.clips = 0
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+        EmbeddingCache(tmp_path).fill(mel, clips, keep)
+        assert mel.clips == 1
+        assert path.read_bytes() == content
+    save_file({"features": np.zeros((1, 256), np.float32)}, cache.path(mel, clips[1], "pooled"))  # without a checksum
+    EmbeddingCache(tmp_path).fill(mel, clips, "pooled")
+    assert mel.clips == 2
+
+
+def test_pooled_features_are_not_held_in_memory(tmp_path, clips):
+    cache, mel = EmbeddingCache(tmp_path), LogMel()
+    cache.fill(mel, clips, "pooled")
+    many = [replace(clips[place % len(clips)], id=str(place)) for place in range(4000)]  # 4 MB
+    tracemalloc.start()
+    pooled = cache.pooled(mel, many)
+    chosen = pooled_set(pooled, "features", "mean+std", range(1, 4000))
+    rows = chosen.rows(range(10, 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6
+    assert chosen.numbers == 3999 * 256
+    assert np.array_equal(rows.numpy()[:, 0], pooled[0, 11:21])
+    assert [path.name for path in tmp_path.iterdir()] == ["v1"]  # the file has no name
+
+
 def test_encoders(tmp_path, clips):
     folder = write_model(tmp_path / "model")
     model = load_representation(str(folder), device="cpu")
@@ -180,6 +219,15 @@ def test_other_encoders(tmp_path, clips):
     assert np.allclose(cache.frames(fast, clips[0]), expected, atol=1e-3)
 
 
+def test_a_rate_that_the_configuration_does_not_tell(tmp_path):
+    """12.5 Hz: of one second more there are 12 or 13 frames more, and times of a clip of 10 s were 0.4 s off."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ParakeetEncoderConfig(**sizes, subsampling_conv_channels=8)
+    model = EncoderStates("parakeet", ParakeetEncoder(config), ParakeetFeatureExtractor(feature_size=80))
+    assert model.frame_seconds == pytest.approx(0.08)
+    assert model.timed
+
+
 def test_encoders_whose_frames_have_no_times(tmp_path, clips):
     """Audio spectrogram transformers make patches of 10 s, whatever they are given: for labels of whole clips only."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -187,7 +235,7 @@ def test_encoders_whose_frames_have_no_times(tmp_path, clips):
     ASTFeatureExtractor().save_pretrained(tmp_path)
     model = load_representation(str(tmp_path), device="cpu")
     assert model([np.zeros(16000, np.float32)])[0].shape == (2, 1214, 16)
-    with pytest.raises(ValueError, match=r"as many frames of one second as of two.*used for words"):
+    with pytest.raises(ValueError, match=r"as many frames of one second as of nine.*used for words"):
         model.check_timed("words")
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from spear_hf.cli import app
 from spear_hf.evaluation import protocols
 from spear_hf.evaluation.benchmark import evaluate, representation_specs
 from spear_hf.evaluation.card import REPORT_NAME
-from spear_hf.evaluation.heads import grid
+from spear_hf.evaluation.heads import grid, train_heads
 from spear_hf.evaluation.metrics import equal_error_rate
 from spear_hf.evaluation.protocols import Settings, feature_sets
 from spear_hf.evaluation.report import (
@@ -252,6 +253,20 @@ def test_trials_are_drawn_where_there_are_too_many():
     assert trials(rng.standard_normal((100_000, 2)), many, seed=0).same.sum() == 25_000
 
 
+def test_trials_of_wide_vectors_take_little_memory():
+    """All layers of a base model: pairs of them are 8 GB, and are compared part by part."""
+    clips = [Clip(str(index), b"", speaker=f"{index % 50}") for index in range(320)]
+    vectors = np.random.default_rng(0).standard_normal((320, 1000), dtype=np.float32)
+    tracemalloc.start()
+    pairs = trials(vectors, clips, seed=0)  # 50,000: 400 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 120e6
+    norms = np.linalg.norm(vectors, axis=1)
+    cosines = (vectors @ vectors.T)[pairs.first, pairs.second] / norms[pairs.first] / norms[pairs.second]
+    assert np.allclose(pairs.cosines, cosines, atol=1e-5)
+
+
 def test_query_by_example(single, model, cache, tmp_path):
     """Three tones by two voices: the training split's item against the test split's."""
     rows = [json.loads(line) for line in (single / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -344,6 +359,24 @@ def test_card_and_report(single, model, cache, tmp_path):
             read_report(tmp_path / "bad.json")
 
 
+def test_the_model_index_tells_the_tasks_of_one_source_apart(single, tmp_path):
+    """As the Hub's own library writes and reads it: it merged them under the name of the first."""
+    tasks = [f"{single}#name=first", f"{single}#label=speaker,train=train,test=train,name=second"]
+    settings = Settings(features=("last",), heads=("linear",), resamples=20, progress=False)
+    report = evaluate(["mfcc"], tasks, tmp_path, (), None, settings, "cpu")
+    card = tmp_path / "README.md"
+    for hub in (None, {"config": "default", "revision": "a" * 40}):
+        for task in report["tasks"].values():
+            task.update({"hub": hub, "split": "test"})
+        card.write_text("# Mine\n", encoding="utf-8")
+        add_to_card(card, report)
+        found = ModelCard.load(card).data.eval_results
+        values = [report["representations"]["mfcc"]["tasks"][name]["headline"]["value"] for name in report["tasks"]]
+        assert [result.metric_value for result in found] == [round(value, 4) for value in values]
+        names = [result.metric_name if hub else result.dataset_name for result in found]
+        assert [name.split(":")[0] for name in names] == ["first", "second"]
+
+
 def test_published_card(single, model, cache, tmp_path):
     """`spear-hf publish` states the report in the model's folder, if it is of this model."""
     folder = shutil.copytree(model, tmp_path / "model")
@@ -364,6 +397,33 @@ def test_published_card(single, model, cache, tmp_path):
         encoder.stem.conv1.weight.mul_(1.01)
     with pytest.raises(ValueError, match="not of this model"):
         write_card(staged, folder, encoder, "me/mine", False)
+
+
+def test_heads_that_were_trained_before_a_stop_are_kept(single, model, cache, tmp_path, monkeypatch):
+    """A grid takes hours, and was begun anew."""
+    settings = {"features": ("weighted", "last"), "heads": ("linear", "mlp"), "baselines": ()}
+    whole = run(model, str(single), tmp_path / "whole", cache, **settings)
+    trained = []
+
+    def counted(*arguments):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return train_heads(*arguments)
+
+    monkeypatch.setattr(protocols, "train_heads", counted)
+    for resamples in (21, QUICK["resamples"]):  # the results of other settings are of no use
+        trained.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(model, str(single), tmp_path / "out", cache, **settings, resamples=resamples)
+        assert len(list(tmp_path.glob("out/results/*/*.parts/*.npz"))) == 3  # one of them is solved exactly
+    (part,) = tmp_path.glob("out/results/*/*.parts/weighted-linear.npz")
+    part.write_bytes(part.read_bytes()[:-50])  # a crash of the machine
+    trained.clear()
+    monkeypatch.setattr(protocols, "train_heads", lambda *arguments: trained.append(1) or train_heads(*arguments))
+    assert run(model, str(single), tmp_path / "out", cache, **settings) == whole
+    assert not list(tmp_path.glob("out/results/*/*.parts"))
+    assert len(trained) == 2
 
 
 @pytest.mark.slow

@@ -258,6 +258,16 @@ def test_statistics():
     assert scale[2, 0] == 1  # a constant
 
 
+@pytest.mark.parametrize(("labels", "kept"), [(100, True), (101, False)])
+def test_confusions_of_many_labels_are_not_kept(labels, kept):
+    """Of a thousand speakers every result would be 12 MB of JSON."""
+    names = [f"s{index}" for index in range(labels)]
+    clips = [Clip(str(index), b"", (names[index],)) for index in range(labels)]
+    outputs = list(np.eye(labels)[:, None])
+    more = Classification(task_of("classification", clips, names), MFCC).more(outputs, clips)
+    assert more == ({"confusion": np.eye(labels, dtype=int).tolist()} if kept else {})
+
+
 def test_frames_and_events():
     segments = (Segment(0.1, 0.3, "a"), Segment(0.4, 0.6, "b"))
     clip = Clip("x", b"", segments=segments)

@@ -66,3 +66,16 @@ def test_no_events():
     assert none["event_f1"] == 0
     with pytest.raises(ValueError, match="no event"):
         SegmentF1().compute(predictions=[events()], references=[events()])
+
+
+def test_what_is_no_event():
+    """Times that are no numbers matched nothing, and a negative resolution gave full marks."""
+    whole = events(("a", 0.0, 1.0))
+    for wrong in (("a", float("nan"), 1.0), ("a", 2.0, 1.0), ("a", 0.0, float("inf")), (None, 0.0, 1.0)):
+        for metric in (EventF1(), SegmentF1()):
+            with pytest.raises(ValueError, match="is no event"):
+                metric.compute(predictions=[events(wrong)], references=[whole])
+    with pytest.raises(ValueError, match="resolution=-1"):
+        SegmentF1().compute(predictions=[whole], references=[whole], resolution=-1.0)
+    with pytest.raises(ValueError, match="collar=nan"):
+        EventF1().compute(predictions=[whole], references=[whole], collar=float("nan"))

@@ -119,7 +119,11 @@ def test_wrong_arguments(hear, folders):
         hear.load_model(f"{folders[1]}#layers=9")
     with pytest.raises(ValueError, match="scene='max'"):
         hear.load_model(f"{folders[1]}#scene=max")
-    model = hear.load_model(str(folders[1]))
+    with pytest.raises(ValueError, match=r"layer=1\.5"):  # which is not 1
+        hear.load_model(folders[1], layers=1.5)
+    model = hear.load_model(folders[1])
+    with pytest.raises(ValueError, match="audio is a ndarray"):
+        hear.get_scene_embeddings(torch.zeros(1, 16000).numpy(), model)
     for audio in (torch.zeros(16000), torch.zeros(2, 0), torch.zeros(2, 9000, dtype=torch.int16)):
         with pytest.raises(ValueError, match="floats in"):
             hear.get_scene_embeddings(audio, model)

@@ -1,6 +1,7 @@
 # Copyright 2026 The spear_hf authors. Licensed under the Apache License, Version 2.0.
 """The local metrics against cases worked out by hand, and against jiwer and scikit-learn on random ones."""
 
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 
 import evaluate
@@ -44,6 +45,49 @@ ALL = (
 @pytest.mark.parametrize("metric", ALL)
 def test_is_an_evaluate_metric(metric):
     assert isinstance(metric(), evaluate.Metric)
+
+
+def test_several_processes_bring_their_trials_together(tmp_path):
+    """The API of `evaluate`: each adds its own, and the first one computes. They wait for each other's files alone."""
+
+    def score(rank):
+        metric = EqualErrorRate(num_process=2, process_id=rank, experiment_id="x", cache_dir=str(tmp_path))
+        metric.add_batch(predictions=[[0.9, 0.2], [0.8, 0.1]][rank], references=[1, 0])
+        return metric.compute()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(score, range(2))) == [{"eer": 0.0, "eer_threshold": 0.8}, None]
+    assert Accuracy("default", keep_in_memory=False, cache_dir=str(tmp_path)).compute(
+        predictions=[1, 2], references=[1, 1]
+    ) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references", "message"),
+    [
+        (WordErrorRate, ["a"], [" "], "no word in the 1 references"),
+        (WordErrorRate, [], [], "no word in the 0 references"),
+        (CharacterErrorRate, ["a", "b"], ["", ""], "no character in the 2 references"),
+        (PhoneErrorRate, ["a"], [""], "no phone in the 1 references"),
+        (MeanAveragePrecision, [[0.1, 0.2, 0.3]], [[1, 0]], "rows have 2 to 3 classes"),
+        (MeanAveragePrecision, [[0.1, 0.2], [0.3]], [[1, 0], [1]], "rows have 1 to 2 classes"),
+        (MeanAveragePrecision, [[0.1, 0.2]], [[2, 0]], "references are 0 or 1, and there is 2"),
+        (DPrime, [[0.1], [0.2]], [[-1], [1]], "references are 0 or 1, and there is -1"),
+        (MultiLabelFrameScores, [[0, 2]], [[0, 1]], "predictions are 0 or 1, and there is 2"),
+        (MultiLabelFrameScores, [[0, 1, 1]], [[0, 1]], "rows have 2 to 3 classes"),
+        (EqualErrorRate, [0.1, 0.2, 0.3], [1, 0, 2], "references of trials are 0 or 1, and there is 2"),
+    ],
+)
+def test_what_cannot_be_scored(metric, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        metric().compute(predictions=predictions, references=references)
+
+
+def test_scores_are_not_rounded():
+    """In single precision all three are one."""
+    scores = [[1 - 1e-9], [1 - 2e-9], [1 - 3e-9]]
+    assert MeanAveragePrecision().compute(predictions=scores, references=[[1], [0], [0]])["map"] == 1.0
+    assert DPrime().compute(predictions=scores, references=[[1], [0], [0]])["auc"] == 1.0
 
 
 def test_word_error_rate_is_of_all_words():
@@ -180,6 +224,8 @@ def test_minimum_detection_cost():
     assert metric.compute(**backwards)["min_dcf"] == 1  # rejects all
     with pytest.raises(ValueError, match="prior=2"):
         metric.compute(**apart, prior=2)
+    with pytest.raises(ValueError, match="cost_miss=nan"):
+        metric.compute(**apart, cost_miss=float("nan"))
 
 
 @pytest.mark.parametrize("decimals", [1, 9])

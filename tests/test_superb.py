@@ -4,6 +4,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,7 +86,10 @@ def test_hub_entry(folder, upstream):
         assert torch.equal(loaded.eval()([wav])["hidden_states"][1], upstream([wav])["hidden_states"][1])
 
 
-def test_wrong_arguments(folder):
+def test_wrong_arguments(folder, upstream):
+    for wav in (torch.zeros(1, 16000), np.zeros(16000)):  # as torchaudio.load gives it: this made a single frame
+        with pytest.raises(ValueError, match=r"tensors \(samples,\) are needed"):
+            upstream([wav])
     with pytest.raises(ValueError, match="ckpt is not set"):
         UpstreamExpert()
     with pytest.raises(ValueError, match="model_config"):

@@ -50,6 +50,10 @@ def test_parts_of_files_are_refused(corpus, tmp_path):
 
 def test_errors_of_manifests(corpus, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"id": "zebra", "start": 0, "end": 1, "label": "a"}\n', encoding="utf-8")
+    lines = (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{**json.loads(line), "path": str(corpus / json.loads(line)["path"])} for line in lines]
+    rows[0]["label"] = " "
+    (tmp_path / "empty.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     for spec, message in (
         (f"{corpus}#kind=events,segments={tmp_path}/other.jsonl", "none of its clips.*'zebra'.*'test6'"),
         (f"{corpus}#config=clean,revision=v1", "config, revision of a dataset of the Hub"),
@@ -60,6 +64,7 @@ def test_errors_of_manifests(corpus, tmp_path):
         (f"{corpus}#probe=x", "split|probe"),
         (f"{corpus}#kind=events", "needs segments"),
         (f"{corpus}#segments={corpus}/segments.jsonl", "takes no segments"),
+        (f"{tmp_path}/empty.jsonl", "train0 has an empty label"),
         (f"{corpus}#label=colour", "no column 'colour'"),
         (f"{corpus}#group_regex=zzz", "finds nothing in the id"),
         (f"{corpus}/tags.jsonl", "labels, and classification needs one"),
@@ -101,6 +106,12 @@ def test_errors_of_hear_folders(tmp_path):
         load_task(f"{folder}#label=x")
     with pytest.raises(ValueError, match="neither train"):
         load_task(str(write_hear_task(tmp_path / "b", splits=("one", "two"))))
+    # Frames of a task without events are all background, and every head was right.
+    scene, event = write_hear_task(tmp_path / "d"), write_hear_task(tmp_path / "e", events=True, task_name=7)
+    for wrong in (f"{scene}#kind=frames", f"{scene}#kind=asr", f"{event}#kind=tagging", f"{event}#kind=other"):
+        with pytest.raises(ValueError, match=r"kind=.* is not of a"):
+            load_task(wrong)
+    assert load_task(f"{event}#kind=frames").name == "7"
     folds = write_hear_task(tmp_path / "c", splits=("fold00", "fold01", "fold02"))
     for kind in ("query", "verification"):
         with pytest.raises(ValueError, match=f"kind={kind} has one fold, not 3"):
@@ -117,6 +128,7 @@ def test_errors_of_hear_folders(tmp_path):
         ("valid.json", "[1]", "valid.json is a list: a JSON object"),
         ("task_metadata.json", "{nope", "task_metadata.json is not JSON"),
         ("labelvocabulary.csv", "index,name\n0,a\n", "labelvocabulary.csv: rows of idx.*KeyError"),
+        ("labelvocabulary.csv", "idx,label\n0,a\n1,a\n2,b\n3,c\n", "labels come twice: a"),
         ("labelvocabulary.csv", "idx,label\nx,a\n", "labelvocabulary.csv: rows of idx.*invalid literal"),
     ],
 )

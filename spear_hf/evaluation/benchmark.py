@@ -2,6 +2,7 @@
 """Tasks on representations side by side, each pair of them a file of its own, so that a run goes on where it was.
 
 OUTPUT/results/TASK/NAME.json, .npz     results of a pair with the settings they are of; samples of the bootstrap
+OUTPUT/results/TASK/NAME.parts          while a pair is not done: a file for each choice of features and head that is
 OUTPUT/report.json                      all of it, and paired differences to every other representation
 OUTPUT/report.md, *.png                 for people
 """
@@ -11,11 +12,12 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -30,6 +32,7 @@ from ..devices import pick_device
 from ..mvq.atomic_files import write_atomically
 from .bootstrap import Estimate, difference
 from .embedding_cache import EmbeddingCache
+from .problems import MAX_LISTED
 from .protocols import VERSION, Result, Settings, run_task
 from .representations import (
     LOG_MEL,
@@ -45,6 +48,7 @@ from .tasks import Task, load_task
 
 
 FORMAT, FORMAT_VERSION = "spear_hf.evaluation", 1
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, BadZipFile, EOFError)  # what a damaged result may raise
 DEFAULT_BASELINES = (LOG_MEL, MFCC, RANDOM)
 
 
@@ -151,17 +155,50 @@ def _one(
     key = _key(task, representation, store, settings)
     if (stored := _stored(path, key)) is not None:
         return stored
-    results = run_task(task, representation, store, settings)
+    parts = _Parts(path.with_suffix(".parts"), key)
+    results = run_task(task, representation, store, settings, parts)
     record = {"key": key, "headline": results[0].to_dict(), "results": [result.to_dict() for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_samples(path.with_suffix(".npz"), key, results[0])
-    write_json(path, record)  # last: what is read is complete
+    write_json(path, record)  # what is read is complete
+    parts.clear()
     return record, results[0].estimate.samples
+
+
+class _Parts:
+    """Results of a pair's choices, of this key."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+
+    def _path(self, features: str, head: str) -> Path:
+        return self.folder / f"{file_name(features)}-{head}.npz"
+
+    def get(self, features: str, head: str) -> Result | None:
+        with suppress(*UNREADABLE), np.load(self._path(features, head), allow_pickle=False) as file:
+            if str(file["key"]) == self.key:
+                record = json.loads(str(file["record"]))
+                value, low, high, units = (record.pop(name) for name in ("value", "low", "high", "units"))
+                return Result(
+                    **{item.name: record.pop(item.name) for item in fields(Result) if item.name in record},
+                    estimate=Estimate(value, low, high, file["samples"], units),
+                    details=record,
+                )
+        return None
+
+    def put(self, result: Result) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = json.dumps(result.to_dict())
+        _write_samples(self._path(result.features, result.head), self.key, result, record=np.array(record))
+
+    def clear(self) -> None:
+        """Once the pair is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _stored(path: Path, key: str) -> tuple[dict[str, Any], np.ndarray] | None:
     """The record and the samples of an earlier run; None where there is none of this key, or it cannot be read."""
-    with suppress(OSError, ValueError, TypeError, KeyError, BadZipFile, EOFError):
+    with suppress(*UNREADABLE):
         record = json.loads(path.read_text(encoding="utf-8"))
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
             if record["key"] == str(file["key"]) == key:
@@ -183,9 +220,9 @@ def _key(task: Task, representation: Representation, store: EmbeddingCache, sett
     return digest.hexdigest()
 
 
-def _write_samples(path: Path, key: str, result: Result) -> None:
+def _write_samples(path: Path, key: str, result: Result, **more: Any) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, key=np.array(key), samples=result.estimate.samples)
+    np.savez(buffer, key=np.array(key), samples=result.estimate.samples, **more)
     write_atomically(path, buffer.getvalue())
 
 
@@ -209,7 +246,7 @@ def _report(
             "metric": first["metric"],
             "higher_is_better": first["higher_is_better"],
             "chance": _chance(task),
-            "labels": list(task.labels) if len(task.labels) <= 100 else len(task.labels),
+            "labels": list(task.labels) if len(task.labels) <= MAX_LISTED else len(task.labels),
             "clips": {
                 part: len({clip.id for fold in task.folds for clip in getattr(fold, part)})
                 for part in ("train", "valid", "test")

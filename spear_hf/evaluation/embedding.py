@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -133,10 +134,7 @@ def parse_layer(layer: int | str, num_layers: int) -> int | str:
     """The layer as `embed_files` takes it, checked: "last", "all", "mean", or a number from 0 to num_layers."""
     if layer in ("last", "all", "mean"):
         return layer
-    try:
-        number = int(layer)
-    except ValueError:
-        number = -1
+    number = int(layer) if re.fullmatch(r"\d+", str(layer)) else -1
     if not 0 <= number <= num_layers:
         raise ValueError(
             f"layer={layer!r} must be last, all, mean, 0 (the output of the stem), or 1 to {num_layers} "

@@ -7,14 +7,17 @@
 
 FINGERPRINT covers parameters, configuration, precision and feature extractor; the name of a file is the SHA-256 of
 the audio file. Files appear complete or not at all, one for each clip, so that an interrupted run goes on where it
-was, and several runs may share a folder; one that a crash of the machine cut off is computed anew. Nothing is ever
-removed; the folder may be, at any time.
+was, and several runs may share a folder. They have a checksum: one that a crash of the machine cut off, that the disk
+has changed, or that an earlier version left without it, is computed anew. Nothing is ever removed; the folder may be,
+at any time.
 """
 
 import hashlib
 import io
 import os
 import secrets
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from .tasks import Clip, StoredAudio
 
 FORMAT_VERSION = 1
 KEEPS = ("pooled", "frames", "last")
-_TENSOR = "features"
+_TENSOR, _CHECKSUM = "features", "crc32"
 _HALF_LIMIT = float(np.finfo(np.float16).max)
 
 
@@ -76,12 +79,18 @@ class EmbeddingCache:
                 bar.update(len(batch))
 
     def pooled(self, representation: Representation, clips: Sequence[Clip]) -> np.ndarray:
-        """Means and standard deviations over time, float32 (layers, clips, 2 * dim), computed where need be."""
+        """Means and standard deviations over time, float32 (layers, clips, 2 * dim), computed where need be.
+
+        They lie in a file without a name, clip by clip, so that they may be more than memory holds (80 kB a clip of a
+        base model with 12 layers).
+        """
         self.fill(representation, clips, "pooled")
-        features = np.empty((representation.num_layers, len(clips), 2 * representation.dim), dtype=np.float32)
-        for row, clip in enumerate(clips):
-            features[:, row] = _read(self.path(representation, clip, "pooled"))
-        return features
+        with explained(self.folder), tempfile.TemporaryFile(dir=self.folder) as file:
+            for clip in clips:
+                file.write(_read(self.path(representation, clip, "pooled")).tobytes())
+            file.flush()
+            shape = (len(clips), representation.num_layers, 2 * representation.dim)
+            return np.memmap(file, np.float32, "r", shape=shape).transpose(1, 0, 2)
 
     def frames(
         self, representation: Representation, clip: Clip, keep: str = "frames", layer: int | None = None
@@ -153,19 +162,25 @@ def _kept(states: np.ndarray, keep: str) -> np.ndarray:
 
 
 def _is_whole(path: Path, layers: int, width: int) -> bool:
-    """Whether a file of features is there, uncut, and of that many layers and channels."""
+    """Whether a file of features is there, as it was written, and of that many layers and channels."""
     try:
         with safe_open(path, "np") as file:
-            shape = file.get_slice(_TENSOR).get_shape()
+            features, known = file.get_tensor(_TENSOR), file.metadata() or {}
     except (OSError, SafetensorError):  # none there, cut off, or something else
         return False
-    return (shape[0], shape[-1]) == (layers, width)
+    whole = known.get(_CHECKSUM) == _checksum(features)
+    return whole and (features.shape[0], features.shape[-1]) == (layers, width)
+
+
+def _checksum(features: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(features).data):08x}"
 
 
 def _write(path: Path, features: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # of several hosts, too
-    content = save({_TENSOR: np.ascontiguousarray(features)}, metadata={"format_version": str(FORMAT_VERSION)})
+    # Several entries would come in any order; the version is in the folder's name.
+    content = save({_TENSOR: np.ascontiguousarray(features)}, metadata={_CHECKSUM: _checksum(features)})
     try:
         with explained(path):
             partial.write_bytes(content)

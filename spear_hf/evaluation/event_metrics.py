@@ -131,6 +131,8 @@ class EventF1(_EventMetric):
         with_offset: bool = False,
         offset_share: float = OFFSET_SHARE,
     ) -> dict[str, float]:
+        if not (collar >= 0 and offset_share >= 0):
+            raise ValueError(f"collar={collar} and offset_share={offset_share} must not be negative")
         clips = zip(_segments(predictions), _segments(references))
         counts = sum((event_counts(*clip, collar, with_offset, offset_share) for clip in clips), Counts())
         return _scores("event", counts)
@@ -145,6 +147,8 @@ class SegmentF1(_EventMetric):
     description = "F1 and error rate of segments of sound, as sed_eval has them."
 
     def _compute(self, predictions: Any, references: Any, resolution: float = RESOLUTION) -> dict[str, float]:
+        if not resolution > 0:
+            raise ValueError(f"resolution={resolution} must be positive, in seconds")
         clips = zip(_segments(predictions), _segments(references))
         counts = sum((segment_counts(*clip, resolution) for clip in clips), Counts())
         if counts.present == 0:
@@ -153,4 +157,11 @@ class SegmentF1(_EventMetric):
 
 
 def _segments(clips: Any) -> list[list[Segment]]:
-    return [[Segment(event["start"], event["end"], event["label"]) for event in clip] for clip in clips]
+    return [[_segment(event) for event in clip] for clip in clips]
+
+
+def _segment(event: dict[str, Any]) -> Segment:
+    segment = Segment(event["start"], event["end"], event["label"])
+    if segment.label is None or not -math.inf < segment.start <= segment.end < math.inf:
+        raise ValueError(f"{event} is no event: it needs a label, and a start before its end, in seconds")
+    return segment

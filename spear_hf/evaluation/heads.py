@@ -109,17 +109,28 @@ class Features(ABC):
 
 
 class PooledFeatures(Features):
-    """Of an array (layers, clips, dim)."""
+    """Of an array (layers, clips, dim), as a rule on disk, copied when they are needed; `places` of its clips, or all.
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = torch.from_numpy(np.ascontiguousarray(array.transpose(1, 0, 2)))  # (clips, layers, dim)
-        self.lengths = [1] * len(self.array)
+    `concatenated` layers are one.
+    """
+
+    def __init__(self, array: np.ndarray, places: Sequence[int] | None = None, concatenated: bool = False) -> None:
+        self.by_clip = array.transpose(1, 0, 2)  # (clips, layers, dim)
+        self.places = np.arange(len(self.by_clip)) if places is None else np.asarray(places)
+        self.concatenated = concatenated
+        self.lengths = [1] * len(self.places)
+
+    @property
+    def numbers(self) -> int:
+        """How many there are."""
+        return len(self.places) * self.by_clip.shape[1] * self.by_clip.shape[2]
 
     def clip(self, place: int) -> Tensor:
-        return self.array[place : place + 1]
+        return self.rows([place])
 
     def rows(self, places: Sequence[int]) -> Tensor:
-        return self.array[torch.as_tensor(places)]
+        rows = torch.from_numpy(np.ascontiguousarray(self.by_clip[self.places[np.asarray(places)]]))
+        return rows.flatten(1)[:, None] if self.concatenated else rows
 
 
 class FrameFeatures(Features):

@@ -14,6 +14,7 @@ than 20 ms after the last one. A last hidden state at 25 Hz (`output_downsamplin
 For that the audio is extended by its mirror image, see framing.py. Scene embeddings are statistics over these frames.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -83,14 +84,16 @@ class HearModel(nn.Module):
         return states.float()
 
 
-def load_model(model_file_path: str = "", layers: int | str | None = None, scene: str | None = None) -> HearModel:
+def load_model(
+    model_file_path: str | os.PathLike = "", layers: int | str | None = None, scene: str | None = None
+) -> HearModel:
     """The model of a folder or Hub id, on the CPU, in eval mode; options as the module says, or as arguments.
 
     Raises:
         ValueError: no model is named, an unknown option, or a model that is not SPEAR.
         OSError: there is no such model.
     """
-    name, options = split_options(model_file_path, ("layers", "scene"))
+    name, options = split_options(os.fspath(model_file_path), ("layers", "scene"))
     if not name:
         raise ValueError(
             "no model is named: pass the folder of a SPEAR model (--model of the runner) or its Hub id "
@@ -138,6 +141,8 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
 
 
 def _check(audio: Tensor) -> None:
+    if not isinstance(audio, Tensor):
+        raise ValueError(f"audio is a {type(audio).__name__}: a tensor (sounds, samples) is needed")
     if audio.ndim != 2 or 0 in audio.shape or not audio.is_floating_point():
         raise ValueError(
             f"audio is {audio.dtype} {tuple(audio.shape)}: floats in [-1, 1] of shape (sounds, samples) are needed"

@@ -6,6 +6,7 @@
 The values are those of jiwer and scikit-learn. Metrics of sound events are in event_metrics.py.
 """
 
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -19,14 +20,18 @@ from .bootstrap import Score
 
 
 class LocalMetric(evaluate.Metric):
-    """Holds predictions and references in memory."""
+    """Arguments are those of `evaluate.Metric`.
+
+    Predictions and references are held in memory, unless `num_process` processes bring them together in files.
+    """
 
     description = ""
     prediction: Any = None
     reference: Any = None
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(keep_in_memory=True, **kwargs)
+    def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
+        alone = kwargs.get("num_process", 1) == 1
+        super().__init__(config_name, **{"keep_in_memory": alone, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -37,6 +42,28 @@ class LocalMetric(evaluate.Metric):
         )
 
 
+def _check_texts(references: Iterable[str], unit: str) -> None:
+    """ValueError where there is nothing to divide by."""
+    texts = list(references)
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"there is no {unit} in the {len(texts)} references: the {unit} error rate is not defined")
+
+
+def _tables(predictions: Iterable[Sequence], references: Iterable[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays (rows, classes). ValueError for rows of unlike lengths, and for references but 0 and 1."""
+    tables = [list(predictions), list(references)]
+    widths = sorted({len(row) for rows in tables for row in rows})
+    if len(widths) > 1:
+        raise ValueError(f"rows have {widths[0]} to {widths[-1]} classes: every row needs a value for each class")
+    _check_binary(truth := np.asarray(tables[1]), "references")
+    return np.asarray(tables[0]), truth
+
+
+def _check_binary(values: np.ndarray, name: str) -> None:
+    if (wrong := values[(values != 0) & (values != 1)]).size:
+        raise ValueError(f"{name} are 0 or 1, and there is {wrong[0]}")
+
+
 class WordErrorRate(LocalMetric):
     """`wer`: word substitutions, deletions and insertions per word of the references, over all texts together."""
 
@@ -45,6 +72,7 @@ class WordErrorRate(LocalMetric):
     reference = datasets.Value("string")
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        _check_texts(references, "word")
         return {"wer": float(jiwer.wer(list(references), list(predictions)))}
 
 
@@ -56,6 +84,7 @@ class CharacterErrorRate(LocalMetric):
     reference = datasets.Value("string")
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        _check_texts(references, "character")
         return {"cer": float(jiwer.cer(list(references), list(predictions)))}
 
 
@@ -67,6 +96,7 @@ class PhoneErrorRate(LocalMetric):
     reference = datasets.Value("string")
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        _check_texts(references, "phone")
         return {"per": float(jiwer.wer(list(references), list(predictions)))}
 
 
@@ -89,11 +119,11 @@ class MeanAveragePrecision(LocalMetric):
     """
 
     description = "Mean average precision over classes, by scikit-learn."
-    prediction = datasets.List(datasets.Value("float32"))
+    prediction = datasets.List(datasets.Value("float64"))
     reference = datasets.List(datasets.Value("int64"))
 
     def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
-        value, classes = mean_average_precision(np.asarray(predictions), np.asarray(references))
+        value, classes = mean_average_precision(*_tables(predictions, references))
         return {"map": value, "classes": classes}
 
 
@@ -152,11 +182,11 @@ class DPrime(LocalMetric):
     """
 
     description = "Sensitivity index d' and area under the ROC curve, by scikit-learn."
-    prediction = datasets.List(datasets.Value("float32"))
+    prediction = datasets.List(datasets.Value("float64"))
     reference = datasets.List(datasets.Value("int64"))
 
     def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float]:
-        return d_prime(np.asarray(predictions), np.asarray(references))
+        return d_prime(*_tables(predictions, references))
 
 
 def d_prime(scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -202,7 +232,8 @@ class MultiLabelFrameScores(LocalMetric):
     reference = datasets.List(datasets.Value("int64"))
 
     def _compute(self, predictions: list[list[int]], references: list[list[int]]) -> dict[str, float]:
-        guess, truth = np.asarray(predictions), np.asarray(references)  # (frames, classes)
+        guess, truth = _tables(predictions, references)  # (frames, classes)
+        _check_binary(guess, "predictions")
         present = np.flatnonzero(truth.any(axis=0) | guess.any(axis=0))
         if len(present) == 0:
             raise ValueError(f"no class occurs in the {len(truth)} frames: F1 is not defined")
@@ -291,7 +322,7 @@ def minimum_detection_cost(
     scores: np.ndarray, truth: np.ndarray, prior: float = 0.05, cost_miss: float = 1.0, cost_accept: float = 1.0
 ) -> float:
     """What `MinimumDetectionCost` computes, of arrays (trials,)."""
-    if not 0 < prior < 1 or cost_miss <= 0 or cost_accept <= 0:
+    if not (0 < prior < 1 and cost_miss > 0 and cost_accept > 0):
         raise ValueError(
             f"prior={prior} must lie between 0 and 1, and cost_miss={cost_miss} and cost_accept={cost_accept} must be "
             "positive"
@@ -303,6 +334,7 @@ def minimum_detection_cost(
 
 def _error_rates(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rates of other trials accepted and of same-speaker trials missed, by falling threshold, and the thresholds."""
+    _check_binary(truth, "references of trials")
     if not (truth == 1).any() or not (truth == 0).any():
         raise ValueError(_one_kind(int((truth == 1).sum()), len(truth)))
     accepted, hits, thresholds = roc_curve(truth, scores, drop_intermediate=False)

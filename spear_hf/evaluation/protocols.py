@@ -20,7 +20,7 @@ chosen among the exact ones, if there are any.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from .representations import Representation
 from .tasks import Clip, Fold, Task, held_out
 
 
-VERSION = 3
+VERSION = 4
 """Raised whenever results come out differently than before, so that old ones are not taken for new ones."""
 FEATURES = ("weighted", "layers", "last", "all")
 POOLS = ("mean", "mean+std")
@@ -113,8 +113,24 @@ class Result:
         }
 
 
-def run_task(task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings) -> list[Result]:
-    """All results of a task; the first one is the headline.
+class KeptResults(Protocol):
+    """Results of the choices that a run which was stopped had done."""
+
+    def get(self, features: str, head: str) -> Result | None:
+        """That of a choice, if there is one."""
+
+    def put(self, result: Result) -> None:
+        """Keeps a result."""
+
+
+def run_task(
+    task: Task,
+    representation: Representation,
+    cache: EmbeddingCache,
+    settings: Settings,
+    kept: KeptResults | None = None,
+) -> list[Result]:
+    """All results of a task; the first one is the headline. Of heads, those that are `kept` are not trained again.
 
     Raises:
         ValueError: a clip that is no audio, is too long, or lacks what the task needs.
@@ -128,7 +144,7 @@ def run_task(task: Task, representation: Representation, cache: EmbeddingCache, 
 
         results = verification_results(task, representation, cache, settings)
     else:
-        results = _trained_results(task, representation, cache, settings)
+        results = _trained_results(task, representation, cache, settings, kept)
     # Cross-validation and a held-out part are no measures to compare by: early stopping picks its best moment on it.
     comparable = [result for result in results if result.details.get("validated_by") == CROSS_VALIDATION] or results
     # Without any validation the last layer, by the linear head, comes first.
@@ -161,15 +177,12 @@ def layer_of(name: str) -> int | None:
     return int(name.removeprefix("layer ")) if name.startswith("layer ") else None
 
 
-def chosen_pool(features: np.ndarray, name: str, pool: str, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
-    """Pooled features (layers, clips, 2 * dim) -> (layers of the feature set, rows, width) of some of the clips."""
+def pooled_set(features: np.ndarray, name: str, pool: str, places: Sequence[int] | None = None) -> PooledFeatures:
+    """A feature set of pooled features (layers, clips, 2 * dim), of the clips at `places`, or of all."""
     kept = features[:, :, : features.shape[2] // 2] if pool == "mean" else features
     if (layer := layer_of(name)) is not None:
-        kept = kept[layer : layer + 1]  # before rows are copied
-    kept = kept[:, rows]
-    if name == "all":
-        return kept.transpose(1, 0, 2).reshape(1, kept.shape[1], -1)
-    return kept
+        kept = kept[layer : layer + 1]
+    return PooledFeatures(kept, places, concatenated=name == "all")
 
 
 def bootstrap_units(clips: Sequence[Clip]) -> list[Hashable]:
@@ -189,7 +202,11 @@ def divided(fold: Fold, seed: int) -> tuple[Sequence[Clip], Sequence[Clip]]:
 
 
 def _trained_results(
-    task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings
+    task: Task,
+    representation: Representation,
+    cache: EmbeddingCache,
+    settings: Settings,
+    kept: KeptResults | None,
 ) -> list[Result]:
     problem = PROBLEMS[task.kind](task, representation)
     wanted = settings.features or (("weighted",) if problem.framewise else FEATURES)
@@ -197,7 +214,7 @@ def _trained_results(
         representation.check_timed(task.name)
     if "blstm" in settings.heads and not problem.framewise:
         raise ValueError(f"the task {task.name} is of clips, not of frames: the head blstm cannot be tried on it")
-    results = []
+    results: list[Result] = []
     for head in settings.heads:
         names = feature_sets(representation, wanted, head)
         if problem.framewise:
@@ -207,11 +224,16 @@ def _trained_results(
         else:
             make = _pooled_features(task, representation, cache, settings)
         for name in names:
+            if kept is not None and (found := kept.get(name, head)) is not None:
+                results.append(found)
+                continue
             exact = task.kind == "classification" and head == "linear" and name != "weighted"
             if exact and isinstance(sample := make(name, task.folds[0].train), PooledFeatures):
-                exact = sample.array.numel() <= EXACT_NUMBERS
+                exact = sample.numbers <= EXACT_NUMBERS
             run = _exact if exact else _by_gradient
             results.append(run(task, problem, name, head, make, settings))
+            if kept is not None:
+                kept.put(results[-1])
     return results
 
 
@@ -224,7 +246,7 @@ def _pooled_features(task: Task, representation: Representation, cache: Embeddin
     places = {clip.id: place for place, clip in enumerate(clips)}
 
     def make(name: str, chosen: Sequence[Clip]) -> Features:
-        return PooledFeatures(chosen_pool(features, name, settings.pool, [places[clip.id] for clip in chosen]))
+        return pooled_set(features, name, settings.pool, [places[clip.id] for clip in chosen])
 
     return make
 
@@ -282,7 +304,7 @@ def _exact(task: Task, problem: Problem, name: str, head: str, make: Maker, sett
         "solver": "logistic regression",
         "validated_by": validated_by if validations else None,
         "penalty": penalties,
-        "more": {"confusion": confusion(guesses, task.test_clips, task.labels)},
+        "more": confusion(guesses, task.test_clips, task.labels),
     }
     return _result(task, problem, name, head, parts, validations, details, settings)
 

@@ -7,6 +7,7 @@ Everything is read from the report (a JSON object, benchmark.py), so that no num
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,14 @@ def evaluation_section(report: Mapping[str, Any], name: str) -> str:
 
 
 def model_index(report: Mapping[str, Any], name: str) -> list[EvalResult]:
-    """Results of the model `name` for the metadata of its card."""
+    """Results of the model `name` for the metadata of its card.
+
+    The Hub's library writes results of one dataset, configuration and split under the name of the first of them. Tasks
+    from here thus have a configuration of their own, and of several tasks of one dataset of the Hub the metrics say
+    which.
+    """
     _known(report, name)
-    results = []
+    results: list[EvalResult] = []
     for task, facts in report["tasks"].items():
         headline = report["representations"][name]["tasks"][task]["headline"]
         task_type, metric_type = _HUB_TYPES[facts["kind"]]
@@ -219,7 +225,7 @@ def model_index(report: Mapping[str, Any], name: str) -> list[EvalResult]:
                 task_type=task_type,
                 dataset_type=facts["source"] if hub else re.sub(r"[^\w.-]+", "-", facts["source"]),
                 dataset_name=task,
-                dataset_config=hub.get("config"),
+                dataset_config=hub.get("config") if hub else task,
                 dataset_split=facts.get("split", "test"),
                 dataset_revision=hub.get("revision"),
                 metric_type=metric_type,
@@ -227,6 +233,10 @@ def model_index(report: Mapping[str, Any], name: str) -> list[EvalResult]:
                 metric_value=round(headline["value"], 4),
             )
         )
+    counts = Counter(result.unique_identifier for result in results)
+    for result in results:
+        if counts[result.unique_identifier] > 1:
+            result.metric_name = f"{result.dataset_name}: {result.metric_name}"
     return results
 
 

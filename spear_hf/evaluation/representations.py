@@ -43,6 +43,7 @@ logger = logging.get_logger(__name__)
 
 LOG_MEL, MFCC, RANDOM, TEACHER = "log-mel", "mfcc", "random", "teacher:"
 TEACHER_OPTIONS = ("layer", "window", "window_seconds")
+_MORE_SECONDS = 8  # by which the rate of frames is measured
 SHORT_SECONDS = 0.1  # shorter clips are extended by silence to this
 
 
@@ -90,7 +91,7 @@ class Representation(ABC):
         """ValueError if its frames are of no use to a task of frames."""
         if not self.timed:
             raise ValueError(
-                f"{self.name} gives as many frames of one second as of two, so that they have no times: it cannot be "
+                f"{self.name} gives as many frames of one second as of nine, so that they have no times: it cannot be "
                 f"used for {task}, whose kind is one of frames; leave it out there, or try {TEACHER}MODULE:FACTORY"
             )
 
@@ -147,11 +148,14 @@ class EncoderStates(Representation):
         self.fingerprint = _digest(f"{self.weights} {encoder.dtype} {feature_extractor.to_json_string()}")
         self.sampling_rate = feature_extractor.sampling_rate
         try:
-            # Of a second and of two, as convolutions cost the same frames at the ends of either.
+            # Of a second and of nine, as convolutions cost the same frames at the ends of either, and rates are no
+            # whole numbers.
             (short,), rate = embed_waveforms(
                 [_noise(1, self.sampling_rate)], encoder, feature_extractor, "all", "none"
             )
-            (long,), _ = embed_waveforms([_noise(2, self.sampling_rate)], encoder, feature_extractor, "all", "none")
+            (long,), _ = embed_waveforms(
+                [_noise(1 + _MORE_SECONDS, self.sampling_rate)], encoder, feature_extractor, "all", "none"
+            )
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{name} ({type(encoder).__name__}) cannot be run as an audio encoder: {error}; try {TEACHER}{name}"
@@ -166,7 +170,7 @@ class EncoderStates(Representation):
             grid = FrameGrid()
             self.frame_seconds, self.first_centre = grid.seconds, float(grid.centres(1)[0])
         else:
-            self.frame_seconds = 1 / (rate or max(1, long.shape[1] - frames))
+            self.frame_seconds = 1 / rate if rate else _MORE_SECONDS / max(1, long.shape[1] - frames)
             self.first_centre = _first_centre(encoder.config, self.frame_seconds, self.sampling_rate)
 
     def _states(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:

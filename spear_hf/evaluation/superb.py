@@ -70,7 +70,15 @@ class UpstreamExpert(nn.Module):
         Returns:
             `hidden_states`: list of num_hidden_layers + 1 tensors (batch, frames of the longest, dim), zero behind the
             frames of a shorter one; `hidden_state_K`: each of them; `last_hidden_state`: the last one.
+
+        Raises:
+            ValueError: a waveform that is no tensor (samples,), or has none of them.
         """
+        for wav in wavs:
+            if not isinstance(wav, Tensor) or wav.ndim != 1:
+                raise ValueError(
+                    f"a waveform is {type(wav).__name__} {tuple(wav.shape)}: tensors (samples,) are needed"
+                )
         device = next(self.model.parameters()).device
         frames = [-(-len(wav) // FRAME_SAMPLES) for wav in wavs]
         extended = [framed(wav.float(), count, FRAME_SAMPLES // 2) for wav, count in zip(wavs, frames)]

@@ -62,6 +62,7 @@ OPTIONS = (
 HEAR_METADATA, HEAR_LABELS = "task_metadata.json", "labelvocabulary.csv"
 HEAR_RATES = (16000, 48000, 44100, 22050)  # of the folders of audio, in the order of preference
 HEAR_POSTPROCESSING = {"median_filter_ms": (250.0,), "min_duration": (125.0, 250.0)}  # milliseconds
+HEAR_KINDS = {"scene": ("classification", "tagging", "verification", "query"), "event": ("frames", "events")}
 VALIDATION_SHARE = 0.2
 
 
@@ -334,6 +335,9 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
     }
     if (embedding, prediction) not in kinds:
         raise ValueError(f"{folder}: embedding_type {embedding!r} with prediction_type {prediction!r} is not known")
+    kind = options.get("kind", kinds[embedding, prediction])
+    if kind not in HEAR_KINDS[embedding]:
+        raise ValueError(f"{folder}: kind={kind} is not of a {embedding} task: {', '.join(HEAR_KINDS[embedding])}")
     names = sorted(metadata.get("splits") or [path.stem for path in folder.glob("fold*.json")] or _HEAR_SPLITS)
     parts = {name: _hear_clips(folder, name, embedding == "event", options.get("group_regex")) for name in names}
     if set(names) >= set(_HEAR_SPLITS):
@@ -350,8 +354,8 @@ def _hear_task(folder: Path, options: dict[str, str]) -> Task:
     collar = re.search(r"onset_(?:offset_)?(\d+)ms", measures[0])
     grid = (metadata.get("evaluation_params") or {}).get("event_postprocessing_grid") or HEAR_POSTPROCESSING
     return Task(
-        name=metadata.get("task_name", folder.name),
-        kind=options.get("kind", kinds[embedding, prediction]),
+        name=str(metadata.get("task_name", folder.name)),
+        kind=kind,
         source=str(folder),
         folds=tuple(folds),
         labels=_hear_labels(folder / HEAR_LABELS),
@@ -378,11 +382,14 @@ def _hear_labels(path: Path) -> tuple[str, ...]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return tuple(row["label"] for row in sorted(rows, key=lambda row: int(row["idx"])))
+        labels = tuple(row["label"] for row in sorted(rows, key=lambda row: int(row["idx"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: rows of idx (whole numbers) and label are needed, and there is {error!r}"
         ) from error
+    if twice := sorted(label for label, count in Counter(labels).items() if count > 1):
+        raise ValueError(f"{path}: labels come twice: {', '.join(twice[:10])}")
+    return labels
 
 
 def _hear_clips(folder: Path, split: str, events: bool, group_regex: str | None) -> tuple[Clip, ...]:
@@ -426,6 +433,8 @@ def _checked(task: Task) -> Task:
     for clip in task.clips:
         if task.kind in ("classification", "query") and len(clip.labels) != 1:
             raise ValueError(f"{task.name}: {clip.id} has {len(clip.labels)} labels, and {task.kind} needs one")
+        if not all(label.strip() for label in clip.labels):
+            raise ValueError(f"{task.name}: {clip.id} has an empty label")
         if task.kind == "verification" and not clip.speaker:
             raise ValueError(f"{task.name}: {clip.id} has no speaker")
         if task.kind in ("asr", "pr") and not (clip.transcript or "").strip():

@@ -24,13 +24,14 @@ from .embedding_cache import EmbeddingCache
 from .heads import Examples, PooledFeatures, Trained, grid, outputs_of, train_heads
 from .metrics import minimum_detection_cost, weighted_equal_error_rate
 from .problems import Classification
-from .protocols import FEATURES, Result, Settings, bootstrap_units, chosen_pool, feature_sets
+from .protocols import FEATURES, Result, Settings, bootstrap_units, feature_sets, pooled_set
 from .representations import Representation
 from .retrieval import match_recordings
 from .tasks import Clip, Task, query_items
 
 
 MAX_TRIALS = 50_000
+NUMBERS_AT_ONCE = 10**7  # of either clip's vectors, which are compared: all layers of all trials are 8 GB
 VALIDATION_SPEAKERS = 0.2
 
 
@@ -50,11 +51,7 @@ def verification_results(
     parts = {"train": known, "valid": valid, "test": list(fold.test)}
     pooled = {name: cache.pooled(representation, clips) for name, clips in parts.items() if clips}
     for name in feature_sets(representation, [item for item in wanted if item != "weighted"], "linear"):
-        features = {part: chosen_pool(array, name, settings.pool)[0] for part, array in pooled.items()}
-        base = features["train"] if known else features["test"]
-        mean, scale = base.mean(axis=0), base.std(axis=0)
-        scale[scale < 1e-6] = 1.0
-        vectors = {part: (array - mean) / scale for part, array in features.items()}
+        vectors = _standardised({part: pooled_set(array, name, settings.pool) for part, array in pooled.items()})
         results.append(_verified(task, name, "cosine", [vectors], parts, settings))
     if "mlp" in settings.heads and len({clip.speaker for clip in known}) > 1:
         for name in feature_sets(representation, wanted, "mlp"):
@@ -66,6 +63,19 @@ def verification_results(
             results.append(_verified(task, name, "mlp", vectors_by_seed, parts, settings))
             results[-1].details["heads"] = heads
     return results
+
+
+def _standardised(features: dict[str, PooledFeatures]) -> dict[str, np.ndarray]:
+    """Vectors (clips, width) of the parts that are tested, centred and scaled as the module says, layer by layer."""
+    base = features.get("train", features["test"])
+    columns: dict[str, list[np.ndarray]] = {part: [] for part in features if part != "train"}
+    for layer in range(base.by_clip.shape[1]):
+        known = np.ascontiguousarray(base.by_clip[:, layer])
+        mean, scale = known.mean(axis=0), known.std(axis=0)
+        scale[scale < 1e-6] = 1.0
+        for part, found in columns.items():
+            found.append((features[part].by_clip[:, layer] - mean) / scale)
+    return {part: np.concatenate(found, axis=1) for part, found in columns.items()}
 
 
 def _speakers_apart(clips: Sequence[Clip], seed: int) -> tuple[list[Clip], list[Clip]]:
@@ -90,19 +100,21 @@ def _x_vectors(
     parts: dict[str, list[Clip]],
     settings: Settings,
 ) -> tuple[dict[str, np.ndarray], Trained]:
-    """Vectors of the clips of each part, by the head whose settings are the first of the grid, and that head."""
+    """Vectors of the parts that are tested, by the head whose settings are the first of the grid, and that head."""
     speakers = tuple(sorted({str(clip.speaker) for clip in parts["train"]}))
     naming = replace(task, kind="classification", labels=speakers)
     clips = {part: [replace(clip, labels=(str(clip.speaker),)) for clip in items] for part, items in parts.items()}
     problem = Classification(naming, representation)
-    features = {part: PooledFeatures(chosen_pool(array, name, settings.pool)) for part, array in pooled.items()}
+    features = {part: pooled_set(array, name, settings.pool) for part, array in pooled.items()}
     train = Examples(features["train"], clips["train"], [problem.target(clip, 1) for clip in clips["train"]])
     device = torch.device(settings.device)
     title = f"{task.name}, {representation.name}, {name}, x-vectors"
     points = grid("mlp", settings.grid)
     trained = train_heads(train, None, problem, points, settings.seed, device, title, settings.progress)
     vectors = {
-        part: np.concatenate(outputs_of(trained.head, item, device, embed=True)) for part, item in features.items()
+        part: np.concatenate(outputs_of(trained.head, item, device, embed=True))
+        for part, item in features.items()
+        if part != "train"
     }
     return vectors, trained
 
@@ -172,7 +184,12 @@ def trials(vectors: np.ndarray, clips: Sequence[Clip], seed: int) -> Trials:
         first, second = order[np.concatenate(drawn, axis=1)]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     same = (speakers[first] == speakers[second]).astype(np.int64)
-    return Trials(first, second, np.einsum("td,td->t", unit[first], unit[second]), same)
+    at_once = max(1, NUMBERS_AT_ONCE // unit.shape[1])
+    cosines = [
+        np.einsum("td,td->t", unit[first[start : start + at_once]], unit[second[start : start + at_once]])
+        for start in range(0, len(first), at_once)
+    ]
+    return Trials(first, second, np.concatenate(cosines), same)
 
 
 def _drawn(begin: np.ndarray, end: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
