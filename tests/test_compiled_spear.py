@@ -131,6 +131,8 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_on_a_gpu(dtype):
     torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert compiled_spear.kernels(device) is not None, "torch's operations would be compared with themselves"
     for length in (1, 7, 100, 513, 600):
         scores = torch.randn(2, 3, length, length, dtype=dtype)
         assert torch.equal(scores_by_offset(scores.cuda()).cpu(), scores_by_offset(scores))
