@@ -118,8 +118,8 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 
     from .test_wavlm_kernels import resources
 
-    used = resources(kernels._scores_by_offset, {"COLUMNS": kernels.COLUMNS})
-    assert used["STACK"] == 0
+    for columns in (2, kernels.COLUMNS):  # 2: what is tried out first, on any GPU
+        assert resources(kernels._scores_by_offset, {"COLUMNS": columns})["STACK"] == 0
     shape = {"WIDTH": 512, "TAPS": 31, "ROWS": 32, "CHANNELS": kernels.CHANNELS}
     shape |= {"FRAMES": kernels.FRAMES, "FRAMES_AT_ONCE": kernels.FRAMES_AT_ONCE}
     used = resources(kernels._depthwise_weight_gradient, shape, num_warps=kernels.WARPS)

@@ -42,6 +42,8 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     used = resources(kernels._column_sums, sums, kinds=kinds, num_warps=kernels.WARPS)
     assert used["STACK"] == 0
     assert used["REG"] * 32 * kernels.WARPS * 6 <= 65536, "six blocks at a time"
+    tried_out = sums | {"WIDTH": 1, "stride": 1}  # first, on any GPU
+    assert resources(kernels._column_sums, tried_out, kinds=kinds, num_warps=kernels.WARPS)["STACK"] == 0
     shape = {"COLUMNS": kernels.CHANNELS, "ROWS": kernels.FRAMES_AT_ONCE}
     assert resources(kernels._balance, shape, kinds=kinds, num_warps=kernels.WARPS)["STACK"] == 0
     for kernel, shape in ((kernels._balancing_line, {"CHANNELS": kernels.CHANNELS}), (kernels._whitening_scale, {})):
