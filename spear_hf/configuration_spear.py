@@ -42,7 +42,7 @@ def _to_ints(key: str, value: object) -> list[int]:
         if any(isinstance(part, float) and part != number for part, number in zip(parts, numbers)):
             raise ValueError
         return numbers
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"`{key}` must hold whole numbers joined by commas, not {value!r}.") from None
 
 

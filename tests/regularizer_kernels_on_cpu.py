@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from spear_hf.pretraining import regularizers_balancer, regularizers_triton, regularizers_whiten
+from spear_hf.pretraining import regularizers_balancer, regularizers_kernels, regularizers_triton, regularizers_whiten
 from spear_hf.pretraining.regularizers_balancer import balance_gradient_, balancing_line
 from spear_hf.pretraining.regularizers_schedules import BALANCER_GRADIENT_SCALE
 from spear_hf.pretraining.regularizers_whiten import WhitenState, whiten_gradient_
@@ -123,6 +123,8 @@ def is_flat_gradient_finite() -> bool:
 def main() -> None:
     torch.manual_seed(0)
     scalars_of_recent_numpy()
+    tried_out = regularizers_kernels._kernels(torch.device("cpu"))
+    assert tried_out is regularizers_triton, "what is tried out there can be launched"
     regularizers_whiten._products = lambda x: x.float().T @ x.float()
     regularizers_triton.FRAMES = 128
     exact = {f"sums {case}": sums_error(*case) for case in ((1, 3), (128, 64), (300, 70), (129, 128))}

@@ -340,20 +340,6 @@ def test_derivatives_forwards(small_blocks, with_gradients):
         torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the tracer, about branches on shapes
-def test_traced_models_take_every_length(small_blocks):
-    model = SpearModel(make_config()).eval().requires_grad_(False)
-
-    def encode(features, mask):
-        return model(features, attention_mask=mask).last_hidden_state
-
-    traced = torch.jit.trace(encode, (torch.randn(1, 60, 128), torch.ones(1, 60)))
-    for frames in (9, 60, 97):
-        features, mask = torch.randn(2, frames, 128), torch.ones(2, frames)
-        mask[1, 9:] = 0.0
-        torch.testing.assert_close(traced(features, mask), encode(features, mask), rtol=1e-4, atol=1e-5)
-
-
 def test_recorded_activations_are_left_alone(small_blocks):
     """Nothing is computed in place in what a hook was given."""
     model = SpearModel(make_config()).eval()

@@ -118,8 +118,8 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 
     from .test_wavlm_kernels import resources
 
-    used = resources(kernels._scores_by_offset, {"COLUMNS": kernels.COLUMNS})
-    assert used["STACK"] == 0
+    for columns in (2, kernels.COLUMNS):  # 2: what is tried out first, on any GPU
+        assert resources(kernels._scores_by_offset, {"COLUMNS": columns})["STACK"] == 0
     shape = {"WIDTH": 512, "TAPS": 31, "ROWS": 32, "CHANNELS": kernels.CHANNELS}
     shape |= {"FRAMES": kernels.FRAMES, "FRAMES_AT_ONCE": kernels.FRAMES_AT_ONCE}
     used = resources(kernels._depthwise_weight_gradient, shape, num_warps=kernels.WARPS)
@@ -131,6 +131,8 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_on_a_gpu(dtype):
     torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert compiled_spear.kernels(device) is not None, "torch's operations would be compared with themselves"
     for length in (1, 7, 100, 513, 600):
         scores = torch.randn(2, 3, length, length, dtype=dtype)
         assert torch.equal(scores_by_offset(scores.cuda()).cpu(), scores_by_offset(scores))

@@ -72,6 +72,7 @@ def test_lists_and_tuples_are_the_same():
         ({"hidden_dropout": float("nan")}, r"hidden_dropout=nan.*must lie in \[0, 1\]"),
         ({"ctc_loss_reduction": "none"}, "ctc_loss_reduction"),
         ({"encoder_dim": 32.5}, "encoder_dim.*32.5"),
+        ({"encoder_dim": float("inf")}, "encoder_dim.*inf"),
         ({"mask_time_prob": 2.0}, r"mask_time_prob=2.0.*must lie in \[0, 1\]"),
         ({"mask_time_length": 0}, "mask_time_length=0.*positive"),
         ({"vocab_size": 0}, "vocab_size=0.*positive"),

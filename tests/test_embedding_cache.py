@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from spear_hf.data.audio import load_audio
+from spear_hf.evaluation import embedding_cache
 from spear_hf.evaluation.embedding_cache import EmbeddingCache
 from spear_hf.evaluation.protocols import pooled_set
 from spear_hf.evaluation.representations import EncoderStates, LogMel, Mfcc, load_representation, short_name
@@ -126,6 +127,19 @@ def test_changed_bits_are_found(tmp_path, clips):
     save_file({"features": np.zeros((1, 256), np.float32)}, cache.path(mel, clips[1], "pooled"))  # without a checksum
     EmbeddingCache(tmp_path).fill(mel, clips, "pooled")
     assert mel.clips == 2
+
+
+def test_a_run_looks_for_changed_bits_once(tmp_path, clips, monkeypatch):
+    """All frames of a corpus are hundreds of gigabytes, and every head asks for them."""
+    mel, cache, is_whole, read = Counting(), EmbeddingCache(tmp_path), embedding_cache._is_whole, []
+    EmbeddingCache(tmp_path).fill(mel, clips, "frames")
+    monkeypatch.setattr(embedding_cache, "_is_whole", lambda path, *size: read.append(path) or is_whole(path, *size))
+    for _ in range(2):
+        cache.fill(mel, clips, "frames")
+    assert len(read) == mel.clips == len(clips)
+    shutil.rmtree(tmp_path / "v1")
+    cache.fill(mel, clips, "frames")
+    assert mel.clips == 2 * len(clips)
 
 
 def test_pooled_features_are_not_held_in_memory(tmp_path, clips):

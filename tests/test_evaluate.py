@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from spear_hf import SpearForCTC, SpearModel
 from spear_hf.cli import app
-from spear_hf.evaluation import protocols
+from spear_hf.evaluation import protocols, untrained
 from spear_hf.evaluation.benchmark import evaluate, representation_specs
 from spear_hf.evaluation.card import REPORT_NAME
 from spear_hf.evaluation.heads import grid, train_heads
@@ -424,6 +424,26 @@ def test_heads_that_were_trained_before_a_stop_are_kept(single, model, cache, tm
     assert run(model, str(single), tmp_path / "out", cache, **settings) == whole
     assert not list(tmp_path.glob("out/results/*/*.parts"))
     assert len(trained) == 2
+
+
+def test_x_vectors_that_were_trained_before_a_stop_are_kept(single, model, cache, tmp_path, monkeypatch):
+    settings = {"features": ("weighted", "last"), "heads": ("mlp",), "baselines": ()}
+    task = f"{single}#kind=verification"
+    whole = run(model, task, tmp_path / "whole", cache, **settings)
+    trained = []
+
+    def counted(*arguments):
+        trained.append(1)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train_heads(*arguments)
+
+    monkeypatch.setattr(untrained, "train_heads", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, task, tmp_path / "out", cache, **settings)
+    assert run(model, task, tmp_path / "out", cache, **settings) == whole
+    assert len(trained) == 3
+    assert not list(tmp_path.glob("out/results/*/*.parts"))
 
 
 @pytest.mark.slow

@@ -127,6 +127,14 @@ def test_a_model_in_half_precision_is_computed_in_float32_and_autocast_is_no_err
         assert (states - expected).norm() < 0.05 * expected.norm()
 
 
+def test_sizes_are_planned_without_weights():
+    """On the meta device, which has no autocast and no numbers to look at."""
+    with torch.device("meta"):
+        model = quantize_linear_layers(tiny_model(SpearModel))
+        assert model(**inputs()).last_hidden_state.is_meta
+    assert size(model) == size(quantize_linear_layers(tiny_model(SpearModel)))
+
+
 def test_heads_are_trained_on_a_frozen_encoder(tmp_path):
     quantize_linear_layers(tiny_model(SpearForCTC)).save_pretrained(tmp_path)
     for model in (quantize_linear_layers(tiny_model(SpearForCTC)), SpearForCTC.from_pretrained(tmp_path)):

@@ -214,10 +214,12 @@ def test_what_no_run_could_use_is_refused_by_its_plan_too(runs, tmp_path, flags)
 @pytest.mark.parametrize("flags", [("--dry-run",), ()])
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_into_is_named(runs, tmp_path, flags):
-    tmp_path.chmod(0o500)
-    code, output = call(runs, tmp_path / "run", flags=flags)
-    assert code == 1
-    assert f"{tmp_path} cannot be written into" in output
+    for rights, place in ((0o500, "run"), (0o000, "mine/run")):
+        tmp_path.chmod(rights)
+        code, output = call(runs, tmp_path / place, flags=flags)
+        assert code == 1
+        assert f"{tmp_path} cannot be written into" in output
+    tmp_path.chmod(0o700)
 
 
 @pytest.mark.parametrize("flags", [("--dry-run",), ()])

@@ -42,6 +42,8 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers():
     used = resources(kernels._column_sums, sums, kinds=kinds, num_warps=kernels.WARPS)
     assert used["STACK"] == 0
     assert used["REG"] * 32 * kernels.WARPS * 6 <= 65536, "six blocks at a time"
+    tried_out = sums | {"WIDTH": 1, "stride": 1}  # first, on any GPU
+    assert resources(kernels._column_sums, tried_out, kinds=kinds, num_warps=kernels.WARPS)["STACK"] == 0
     shape = {"COLUMNS": kernels.CHANNELS, "ROWS": kernels.FRAMES_AT_ONCE}
     assert resources(kernels._balance, shape, kinds=kinds, num_warps=kernels.WARPS)["STACK"] == 0
     for kernel, shape in ((kernels._balancing_line, {"CHANNELS": kernels.CHANNELS}), (kernels._whitening_scale, {})):
@@ -102,6 +104,7 @@ def test_zeros_are_everybodys_own():
 @pytest.mark.parametrize("limits", BALANCED_CASES)
 def test_lines_on_a_gpu(limits):
     x = channels_of_every_kind(torch.Generator().manual_seed(0)).view(4, 60, 12)
+    assert kernels_for(x.cuda()) is not None, "torch's operations would be compared with themselves"
     for features, dim in ((x, 2), (x.mT.contiguous(), 1)):
         found = balancing_line(features.cuda(), limits, dim, (0, 9)).cpu()
         torch.testing.assert_close(found, balancing_line(features, limits, dim, (0, 9)), rtol=1e-4, atol=1e-5)

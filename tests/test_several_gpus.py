@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from spear_hf.compiled_spear import depthwise_weight_gradient, scores_by_offset
+from spear_hf.compiled_spear import depthwise_weight_gradient, kernels, scores_by_offset
 from spear_hf.pretraining.regularizers_balancer import balancing_line
+from spear_hf.pretraining.regularizers_kernels import kernels_for
 from spear_hf.pretraining.regularizers_schedules import BALANCERS
 from spear_hf.pretraining.regularizers_whiten import WhitenState, whiten
 from spear_hf.pretraining.scaled_adam import ScaledAdam
@@ -29,6 +30,7 @@ def device(request):
 
 @pytest.mark.gpu
 def test_gradients_of_compiled_layers(device):
+    assert kernels(device) is not None
     scores = torch.randn(2, 3, 70, 70)
     assert torch.equal(scores_by_offset(scores.to(device)).cpu(), scores_by_offset(scores))
     grad, x = torch.randn(2, 3, 64, 130)
@@ -40,6 +42,7 @@ def test_gradients_of_compiled_layers(device):
 def test_regularizers(device):
     torch.manual_seed(0)
     x, grad = torch.randn(2, 300, 64)
+    assert kernels_for(x.to(device)) is not None
     limits = BALANCERS["layer_output"](0)
     torch.testing.assert_close(
         balancing_line(x.to(device), limits).cpu(), balancing_line(x, limits), rtol=1e-4, atol=1e-5

@@ -87,7 +87,8 @@ def test_hub_entry(folder, upstream):
 
 
 def test_wrong_arguments(folder, upstream):
-    for wav in (torch.zeros(1, 16000), np.zeros(16000)):  # as torchaudio.load gives it: this made a single frame
+    # As torchaudio.load gives it, of which a single frame was made; and what is no tensor.
+    for wav in (torch.zeros(1, 16000), np.zeros(16000), [0.0] * 16000):
         with pytest.raises(ValueError, match=r"tensors \(samples,\) are needed"):
             upstream([wav])
     with pytest.raises(ValueError, match="ckpt is not set"):

@@ -11,7 +11,7 @@ import json
 import torch
 
 from spear_hf import triton_spear
-from spear_hf.compiled_spear import depthwise_weight_gradient, scores_by_offset
+from spear_hf.compiled_spear import depthwise_weight_gradient, kernels, scores_by_offset
 
 from .wavlm_kernels_on_cpu import scalars_of_recent_numpy
 
@@ -34,6 +34,7 @@ def convolution_error(batch: int, frames: int, channels: int, taps: int) -> floa
 def main() -> None:
     torch.manual_seed(0)
     scalars_of_recent_numpy()
+    assert kernels(torch.device("cpu")) is triton_spear, "what is tried out there can be launched"
     triton_spear.COLUMNS = 16
     triton_spear.FRAMES = 8
     errors = {f"scores {length}": score_error(length) for length in (1, 2, 7, 8, 9, 20)}

@@ -54,7 +54,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`, float32."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.float()
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -99,7 +99,7 @@ def quantize_linear_layers(model: SpearPreTrainedModel) -> SpearPreTrainedModel:
 
 def _check_weights(model: SpearPreTrainedModel) -> None:
     for name, layer in model.base_model.named_modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.isfinite().all():
+        if isinstance(layer, nn.Linear) and not layer.weight.is_meta and not layer.weight.isfinite().all():
             raise ValueError(
                 f"a weight of {name} is not finite, so there is no scale for it: load an earlier checkpoint."
             )

@@ -62,13 +62,19 @@ class EmbeddingCache:
         self.folder, self.progress = Path(folder), progress
         self.batch_seconds, self.max_seconds = batch_seconds, max_seconds
         self._checksums: dict[Path | StoredAudio, str] = {}
+        # What was written or read here: to read all frames of a corpus takes long, and every head asks for them.
+        self._whole: set[Path] = set()
 
     def fill(self, representation: Representation, clips: Sequence[Clip], keep: str) -> None:
         """Computes what is missing. ValueError names the clip that is no audio, too long, or has bad features."""
         width = representation.dim * (2 if keep == "pooled" else 1)
         layers = 1 if keep == "last" else representation.num_layers
-        missing = {self.path(representation, clip, keep): clip for clip in clips}
-        missing = {path: clip for path, clip in missing.items() if not _is_whole(path, layers, width)}
+        wanted = {self.path(representation, clip, keep): clip for clip in clips}
+        missing = {
+            path: clip
+            for path, clip in wanted.items()
+            if not (path in self._whole and path.is_file()) and not _is_whole(path, layers, width)
+        }
         title = f"{representation.name}, {keep}"
         with tqdm(total=len(missing), desc=title, unit="clip", disable=not missing or not self.progress) as bar:
             for batch in self._batches(list(missing.items()), representation.batchable):
@@ -77,6 +83,7 @@ class EmbeddingCache:
                 for (path, _), state in zip(batch, states):
                     _write(path, _kept(state, keep))
                 bar.update(len(batch))
+        self._whole.update(wanted)
 
     def pooled(self, representation: Representation, clips: Sequence[Clip]) -> np.ndarray:
         """Means and standard deviations over time, float32 (layers, clips, 2 * dim), computed where need be.

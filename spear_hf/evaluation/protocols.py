@@ -142,7 +142,7 @@ def run_task(
     if task.kind == "verification":
         from .untrained import verification_results
 
-        results = verification_results(task, representation, cache, settings)
+        results = verification_results(task, representation, cache, settings, kept)
     else:
         results = _trained_results(task, representation, cache, settings, kept)
     # Cross-validation and a held-out part are no measures to compare by: early stopping picks its best moment on it.

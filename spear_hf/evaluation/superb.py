@@ -76,9 +76,8 @@ class UpstreamExpert(nn.Module):
         """
         for wav in wavs:
             if not isinstance(wav, Tensor) or wav.ndim != 1:
-                raise ValueError(
-                    f"a waveform is {type(wav).__name__} {tuple(wav.shape)}: tensors (samples,) are needed"
-                )
+                shape = tuple(getattr(wav, "shape", ()))
+                raise ValueError(f"a waveform is {type(wav).__name__} {shape}: tensors (samples,) are needed")
         device = next(self.model.parameters()).device
         frames = [-(-len(wav) // FRAME_SAMPLES) for wav in wavs]
         extended = [framed(wav.float(), count, FRAME_SAMPLES // 2) for wav, count in zip(wavs, frames)]

@@ -24,7 +24,7 @@ from .embedding_cache import EmbeddingCache
 from .heads import Examples, PooledFeatures, Trained, grid, outputs_of, train_heads
 from .metrics import minimum_detection_cost, weighted_equal_error_rate
 from .problems import Classification
-from .protocols import FEATURES, Result, Settings, bootstrap_units, feature_sets, pooled_set
+from .protocols import FEATURES, KeptResults, Result, Settings, bootstrap_units, feature_sets, pooled_set
 from .representations import Representation
 from .retrieval import match_recordings
 from .tasks import Clip, Task, query_items
@@ -41,9 +41,13 @@ VALIDATION_SPEAKERS = 0.2
 
 
 def verification_results(
-    task: Task, representation: Representation, cache: EmbeddingCache, settings: Settings
+    task: Task,
+    representation: Representation,
+    cache: EmbeddingCache,
+    settings: Settings,
+    kept: KeptResults | None = None,
 ) -> list[Result]:
-    """Equal error rates by features, of cosines (head `cosine`) and of x-vectors (head `mlp`)."""
+    """Equal error rates by features, of cosines (head `cosine`) and of x-vectors (head `mlp`) that are not `kept`."""
     fold = task.folds[0]
     known, valid = _speakers_apart([*fold.train, *fold.valid], settings.seed)
     wanted = settings.features or FEATURES
@@ -55,6 +59,9 @@ def verification_results(
         results.append(_verified(task, name, "cosine", [vectors], parts, settings))
     if "mlp" in settings.heads and len({clip.speaker for clip in known}) > 1:
         for name in feature_sets(representation, wanted, "mlp"):
+            if kept is not None and (found := kept.get(name, "mlp")) is not None:
+                results.append(found)
+                continue
             vectors_by_seed, heads = [], []
             for seed in range(settings.seed, settings.seed + settings.seeds):
                 vectors, trained = _x_vectors(task, representation, name, pooled, parts, replace(settings, seed=seed))
@@ -62,6 +69,8 @@ def verification_results(
                 heads.append({"seed": seed, "fold": 0, **trained.to_dict()})
             results.append(_verified(task, name, "mlp", vectors_by_seed, parts, settings))
             results[-1].details["heads"] = heads
+            if kept is not None:
+                kept.put(results[-1])
     return results
 
 

@@ -101,7 +101,9 @@ class RunFolder:
 
     def check_place(self) -> None:
         """ValueError where the folder, or one above that is to be made, cannot be written into."""
-        place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        path = self.path.absolute()
+        # Path.exists is an error in a folder that may not be searched; os.path.exists goes on to that folder.
+        place = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
         if not place.is_dir():
             raise ValueError(f"output_dir={self.path}: {place} is a file. Choose another folder.")
         if not os.access(place, os.W_OK | os.X_OK):
