@@ -10,7 +10,7 @@ import pytest
 
 
 # Before transformers or huggingface_hub are imported: a test that asks the Hub must fail at once, not wait.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # whatever is set where they run
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
