@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.utils import is_torch_greater_or_equal
 
 from spear_hf.pretraining.checkpoints import CheckpointFolder, verify
 from spear_hf.pretraining.metrics import read_json_lines
@@ -399,7 +400,8 @@ def sharded(runs) -> Path:
     try:
         runs.run_ranks(output, *SHARDED)
     except AssertionError:
-        if "add gradients up where they should average them" in runs.log(output, rank=0):
+        refused = "add gradients up where they should average them" in runs.log(output, rank=0)
+        if refused and not is_torch_greater_or_equal("2.11"):  # with the tested one, a refusal is a fault
             pytest.skip(f"ranks on a CPU cannot average gradients with torch {torch.__version__}")
         raise
     return output
